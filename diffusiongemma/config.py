@@ -1,0 +1,381 @@
+"""Typed configuration: one frozen dataclass per concern, all in `Config`.
+
+A config file is Python with a `get_config()` that returns a `Config`; the
+command line changes single fields of it (`--config.train.steps=100`).
+Instances are frozen, hashable values: changed with `dataclasses.replace`,
+usable as static arguments of `jax.jit`. Every name and every type is checked,
+and a wrong name is answered with the nearest right one.
+"""
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import math
+import os
+import types
+import typing
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+  """A configuration that can't be used; the message says what to change."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """The network (defaults are the released 26B-A4B; DESIGN of its parts in
+  `model/`). Widths are numbers of features, `sliding_window` is in tokens."""
+
+  vocab_size: int = 262144
+  embed_dim: int = 2816
+  attention_pattern: tuple[str, ...] = (('local',) * 5 + ('global',)) * 5
+  num_heads: int = 16
+  num_kv_heads: int = 8
+  head_dim: int = 256
+  num_global_kv_heads: int = 2
+  global_head_dim: int = 512
+  sliding_window: int = 1024
+  local_rope_theta: float = 1e4
+  global_rope_theta: float = 1e6
+  global_rotary_fraction: float = 0.25
+  mlp_dim: int = 2112
+  num_experts: int = 128
+  experts_per_token: int = 8
+  expert_dim: int = 704
+  logit_softcap: float = 30.0
+  norm_epsilon: float = 1e-6
+  dtype: Literal['float32', 'bfloat16'] = 'bfloat16'
+  param_dtype: Literal['float32', 'bfloat16'] = 'float32'
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionConfig:
+  """The sampler (defaults of the released model). Temperatures divide the
+  logits, entropies are in nats."""
+
+  canvas_length: int = 256
+  max_denoising_steps: int = 48
+  t_min: float = 0.4
+  t_max: float = 0.8
+  entropy_bound: float = 0.1
+  stability_threshold: int = 1
+  confidence_threshold: float = 0.005
+  stop_token_ids: tuple[int, ...] = (1, 106, 50)
+  pad_token_id: int = 0
+  bos_token_id: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """The text. An empty `path` is the shipped Shakespeare; otherwise a file, a
+  folder or a glob of `.txt` and `.jsonl` (`{"text": ...}`) files. Without a
+  `heldout_path`, every n-th document is held out (n = `heldout_every`); the
+  shipped corpus has its own held-out plays. `tokenizer` is a SentencePiece
+  model; empty is the shipped one. `sequence_length` is in tokens."""
+
+  path: str = ''
+  heldout_path: str = ''
+  heldout_every: int = 20
+  tokenizer: str = ''
+  sequence_length: int = 256
+  batch_size: int = 8
+  seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """Adam with decoupled weight decay; the rate rises over `warmup_steps`, then
+  falls as a cosine to `final_rate_fraction` of its peak, or stays."""
+
+  peak_learning_rate: float = 1.5e-4
+  schedule: Literal['cosine', 'constant'] = 'cosine'
+  warmup_steps: int = 100
+  final_rate_fraction: float = 0.1
+  b1: float = 0.95
+  b2: float = 0.99
+  epsilon: float = 1e-8
+  weight_decay: float = 1e-4
+  clip_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """The training run; every `*_every` is in steps."""
+
+  steps: int = 1000
+  seed: int = 0
+  self_conditioning_probability: float = 0.5
+  ar_loss_weight: float = 1.0
+  log_every: int = 10
+  evaluate_every: int = 500
+  evaluate_batches: int = 8
+  sample_every: int = 500
+  sample_prompt: str = 'ROMEO.\n'
+  checkpoint_every: int = 500
+  keep_checkpoints: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Everything that `python -m diffusiongemma.main` needs to know."""
+
+  model: ModelConfig = ModelConfig()
+  diffusion: DiffusionConfig = DiffusionConfig()
+  data: DataConfig = DataConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  train: TrainConfig = TrainConfig()
+
+
+def load_config(path: str) -> Config:
+  """Runs `get_config()` of the Python file at `path` and validates it."""
+  if not os.path.isfile(path):
+    raise ConfigError(f'No config file at {path!r}.')
+  spec = importlib.util.spec_from_file_location('_config_file', path)
+  if spec is None:
+    raise ConfigError(f'{path!r} is not a Python file (.py).')
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    config = module.get_config()
+  except TypeError as error:
+    raise ConfigError(f'{path}: {_with_nearest_field(str(error))}') from error
+  except (AttributeError, SyntaxError, NameError) as error:
+    raise ConfigError(f'{path}: {error}') from error
+  if not isinstance(config, Config):
+    raise ConfigError(
+      f'{path}: get_config() returned a {type(config).__name__}, not a Config.'
+    )
+  return config
+
+
+def override(config: Config, field: str, text: str) -> Config:
+  """The config with the dotted `field` set to what `text` spells."""
+
+  def replace(node, names, prefix):
+    name, rest = names[0], names[1:]
+    if not dataclasses.is_dataclass(node):
+      raise ConfigError(f'{prefix} is a value, it has no field {name!r}.')
+    hints = typing.get_type_hints(type(node))
+    if name not in hints:
+      raise ConfigError(unknown_name(f'{prefix}.{name}', field_names(config)))
+    old = getattr(node, name)
+    if rest:
+      new = replace(old, rest, f'{prefix}.{name}')
+    elif dataclasses.is_dataclass(old):
+      raise ConfigError(
+        f'{prefix}.{name} is a group of fields; set one of them: '
+        f'{", ".join(f.name for f in dataclasses.fields(old))}.'
+      )
+    else:
+      new = _parse(text, hints[name], f'{prefix}.{name}')
+    return dataclasses.replace(node, **{name: new})
+
+  return replace(config, field.split('.'), 'config')
+
+
+def validate(config: Config) -> None:
+  """Raises `ConfigError` naming the first field that can't be used."""
+  _check_types(config, 'config')
+  model, diffusion, data = config.model, config.diffusion, config.data
+  for name, value in flatten(config).items():
+    positive = not name.startswith(_MAY_BE_ZERO)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+      if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        kind = 'positive' if positive else 'zero or more'
+        raise ConfigError(f'{name} must be {kind}, it is {value}.')
+  if not model.attention_pattern:
+    raise ConfigError('config.model.attention_pattern names no layer.')
+  for kind in model.attention_pattern:
+    if kind not in ('local', 'global'):
+      raise ConfigError(
+        f'config.model.attention_pattern: {kind!r} is neither local nor global.'
+      )
+  for name, kv_heads in (
+    ('num_kv_heads', model.num_kv_heads),
+    ('num_global_kv_heads', model.num_global_kv_heads),
+  ):
+    if model.num_heads % kv_heads:
+      raise ConfigError(
+        f'config.model.{name} = {kv_heads} must divide '
+        f'config.model.num_heads = {model.num_heads}.'
+      )
+  for name in ('head_dim', 'global_head_dim'):
+    if getattr(model, name) % 2:
+      raise ConfigError(f'config.model.{name} must be even (rotary pairs).')
+  if model.experts_per_token > model.num_experts:
+    raise ConfigError(
+      f'config.model.experts_per_token = {model.experts_per_token} is more '
+      f'than config.model.num_experts = {model.num_experts}.'
+    )
+  if diffusion.t_min > diffusion.t_max:
+    raise ConfigError('config.diffusion.t_min is above config.diffusion.t_max.')
+  for name in ('pad_token_id', 'bos_token_id'):
+    if getattr(diffusion, name) >= model.vocab_size:
+      raise ConfigError(
+        f'config.diffusion.{name} is outside the vocabulary of '
+        f'{model.vocab_size}.'
+      )
+  if data.sequence_length < diffusion.canvas_length + 1:
+    raise ConfigError(
+      f'config.data.sequence_length = {data.sequence_length} must be longer '
+      f'than config.diffusion.canvas_length = {diffusion.canvas_length}.'
+    )
+  if config.train.self_conditioning_probability > 1:
+    raise ConfigError(
+      'config.train.self_conditioning_probability is a probability, at most 1.'
+    )
+
+
+# Numbers that mean something when they are zero.
+_MAY_BE_ZERO = (
+  'config.model.logit_softcap',
+  'config.model.global_rotary_fraction',
+  'config.diffusion.entropy_bound',
+  'config.diffusion.stability_threshold',
+  'config.diffusion.confidence_threshold',
+  'config.diffusion.pad_token_id',
+  'config.diffusion.bos_token_id',
+  'config.data.seed',
+  'config.optimizer.warmup_steps',
+  'config.optimizer.final_rate_fraction',
+  'config.optimizer.b1',
+  'config.optimizer.b2',
+  'config.optimizer.weight_decay',
+  'config.train.seed',
+  'config.train.self_conditioning_probability',
+  'config.train.ar_loss_weight',
+)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+  """Plain nested dictionaries and lists, fit for JSON."""
+
+  def plain(value):
+    if dataclasses.is_dataclass(value):
+      return {
+        f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)
+      }
+    return list(value) if isinstance(value, tuple) else value
+
+  return plain(config)
+
+
+def from_dict(values: dict[str, Any], kind: type = Config, prefix='config'):
+  """The inverse of `to_dict`; unknown fields are errors, missing ones take
+  their defaults."""
+  hints = typing.get_type_hints(kind)
+  arguments = {}
+  for name, value in values.items():
+    if name not in hints:
+      raise ConfigError(unknown_name(f'{prefix}.{name}', list(hints)))
+    if dataclasses.is_dataclass(hints[name]):
+      value = from_dict(value, hints[name], f'{prefix}.{name}')
+    elif isinstance(value, list):
+      value = tuple(value)
+    arguments[name] = value
+  config = kind(**arguments)
+  _check_types(config, prefix)
+  return config
+
+
+def flatten(config: Any, prefix: str = 'config') -> dict[str, Any]:
+  """`{'config.train.steps': 1000, ...}`, for messages and comparisons."""
+  flat = {}
+  for field in dataclasses.fields(config):
+    name, value = f'{prefix}.{field.name}', getattr(config, field.name)
+    if dataclasses.is_dataclass(value):
+      flat.update(flatten(value, name))
+    else:
+      flat[name] = value
+  return flat
+
+
+def field_names(config: Any = Config()) -> list[str]:
+  """All dotted names, groups first."""
+  groups = [f'config.{f.name}' for f in dataclasses.fields(config)]
+  return groups + list(flatten(config))
+
+
+def unknown_name(name: str, known: list[str]) -> str:
+  """'No field x. Did you mean y?'; compares the last parts when the whole
+  names are not alike."""
+  nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+  last = name.rsplit('.', 1)[-1]
+  same_last = [k for k in known if k.rsplit('.', 1)[-1] == last]
+  nearest = same_last[:1] or nearest
+  if not nearest:
+    lasts = {k.rsplit('.', 1)[-1]: k for k in known}
+    nearest = [
+      lasts[k] for k in difflib.get_close_matches(last, lasts, n=1, cutoff=0.5)
+    ]
+  hint = f' Did you mean {nearest[0]!r}?' if nearest else ''
+  return f'There is no {name!r}.{hint}'
+
+
+def _with_nearest_field(message: str) -> str:
+  """Adds the nearest field to Python's 'unexpected keyword argument' error."""
+  if 'unexpected keyword argument' not in message:
+    return message
+  name = message.rsplit("argument '", 1)[-1].split("'", 1)[0]
+  return f'{message}. {unknown_name(name, field_names())}'
+
+
+def _parse(text: str, hint: Any, name: str) -> Any:
+  """The value that a command line's `text` spells for a field of type `hint`."""
+  if hint is str or typing.get_origin(hint) is Literal:
+    value = text
+  elif hint is bool:
+    value = {'true': True, 'false': False}.get(text.lower(), text)
+  else:
+    try:
+      value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+      value = text
+    if typing.get_origin(hint) is tuple:
+      if isinstance(value, list):
+        value = tuple(value)
+      elif not isinstance(value, tuple):
+        # a,b,c without quotes, or a single element
+        value = tuple(value.split(',')) if isinstance(value, str) else (value,)
+  if hint is float and type(value) is int:
+    value = float(value)
+  _check_type(value, hint, name)
+  return value
+
+
+def _check_types(config: Any, prefix: str) -> None:
+  for name, hint in typing.get_type_hints(type(config)).items():
+    value = getattr(config, name)
+    if dataclasses.is_dataclass(hint):
+      if not isinstance(value, hint):
+        raise ConfigError(
+          f'{prefix}.{name} must be a {hint.__name__}, it is {value!r}.'
+        )
+      _check_types(value, f'{prefix}.{name}')
+    else:
+      _check_type(value, hint, f'{prefix}.{name}')
+
+
+def _check_type(value: Any, hint: Any, name: str) -> None:
+  origin = typing.get_origin(hint)
+  if origin is Literal:
+    allowed = typing.get_args(hint)
+    good, wanted = value in allowed, ' or '.join(map(repr, allowed))
+  elif origin is tuple:
+    item = typing.get_args(hint)[0]
+    good = isinstance(value, tuple) and all(type(v) is item for v in value)
+    wanted = f'a tuple of {item.__name__}'
+  else:
+    accepted = (int, float) if hint is float else (hint,)
+    good, wanted = type(value) in accepted, _ARTICLE[hint]
+  if not good:
+    raise ConfigError(f'{name} must be {wanted}, it is {value!r}.')
+
+
+_ARTICLE = types.MappingProxyType({
+  int: 'a whole number',
+  float: 'a number',
+  bool: 'true or false',
+  str: 'a text',
+})

@@ -1,0 +1,1 @@
+"""The discrete diffusion process; it never imports the network."""

@@ -1,0 +1,43 @@
+"""The forward process: tokens become uniform noise.
+
+  q(z_t | x) = alpha(t) 1[z = x] + (1 - alpha(t)) / V,    alpha(t) = 1 - t
+
+A corrupted position may draw the very token it had. At t = 1 nothing is left
+and the canvas is a sample of the prior.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def noise_schedule(t: jax.Array) -> jax.Array:
+  """alpha(t): the probability that a token is kept at time t in [0, 1]."""
+  return 1.0 - t
+
+
+def prior_canvas(
+  key: jax.Array, shape: tuple[int, ...], vocab_size: int
+) -> jax.Array:
+  """Uniformly random tokens, int32."""
+  return jax.random.randint(key, shape, 0, vocab_size, jnp.int32)
+
+
+def corrupt(
+  key: jax.Array, tokens_BL: jax.Array, t_B: jax.Array, vocab_size: int
+) -> tuple[jax.Array, jax.Array]:
+  """Samples z_t given x.
+
+  Args:
+    key: one key; every row and position draws its own noise.
+    tokens_BL: int32, the clean canvas.
+    t_B: float32 in [0, 1], the time of each row.
+    vocab_size: V.
+
+  Returns:
+    (noisy canvas int32 [B, L], bool [B, L] of the redrawn positions).
+  """
+  keep_key, noise_key = jax.random.split(key)
+  uniforms_BL = jax.random.uniform(keep_key, tokens_BL.shape)
+  corrupted_BL = uniforms_BL >= noise_schedule(t_B)[:, None]
+  noise_BL = prior_canvas(noise_key, tokens_BL.shape, vocab_size)
+  return jnp.where(corrupted_BL, noise_BL, tokens_BL), corrupted_BL

@@ -1,0 +1,1 @@
+"""Compute kernels, each beside a plain-XLA twin of the same signature."""

@@ -1,0 +1,127 @@
+"""Grouped matrix product: each row times the matrix of its own expert.
+
+  out[m] = rows[m] @ weights[expert[m]]^T,  weights [E, out, in]
+
+The portable twin: rows are laid out group by group, every group padded to
+whole tiles of `tile` rows, so that a tile meets one matrix; M rows of E
+groups fill at most ceil(M / tile) + E tiles, whatever the routing is. No row
+is dropped and nothing is computed for experts that a row did not choose.
+`jax.lax.ragged_dot` is dense on CPU and GPU, which is why it is not used.
+"""
+
+import functools
+
+import flax
+import jax
+import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class Groups:
+  """Where the R = M*k (token, choice) rows lie in the tiled buffer of T rows.
+
+  Attributes:
+    slot_R: int32, row of the tiled buffer that holds each routed row.
+    row_T: int32, routed row held by each buffer row; R where it is padding.
+    expert_of_tile: int32 [T / tile], the expert of each tile.
+    tile: rows in a tile.
+  """
+
+  slot_R: jax.Array
+  row_T: jax.Array
+  expert_of_tile: jax.Array
+  tile: int = flax.struct.field(pytree_node=False)
+
+
+def default_tile(num_rows: int, num_experts: int) -> int:
+  """A power of two near half the mean group, so that padding stays below the
+  work and a tile is still a product worth starting: 8 to 128."""
+  half_group = max(1, num_rows // (2 * num_experts))
+  return min(128, max(8, 1 << (half_group.bit_length() - 1)))
+
+
+def make_groups(expert_R: jax.Array, num_experts: int, tile: int) -> Groups:
+  """Lays R routed rows out by expert (a counting sort; stable).
+
+  Args:
+    expert_R: int32, the expert of each routed row.
+    num_experts: E.
+    tile: rows in a tile.
+  """
+  num_rows = expert_R.shape[0]
+  num_tiles = -(-num_rows // tile) + num_experts
+  one_hot_RE = jax.nn.one_hot(expert_R, num_experts, dtype=jnp.int32)
+  rank_RE = jnp.cumsum(one_hot_RE, axis=0) - one_hot_RE
+  rank_R = jnp.sum(rank_RE * one_hot_RE, axis=1)
+  tiles_E = -(-jnp.sum(one_hot_RE, axis=0) // tile)
+  end_E = jnp.cumsum(tiles_E)
+  start_R = jnp.sum((end_E - tiles_E) * one_hot_RE, axis=1) * tile
+  slot_R = start_R + rank_R
+  row_T = jnp.full((num_tiles * tile,), num_rows, jnp.int32)
+  row_T = row_T.at[slot_R].set(
+    jnp.arange(num_rows, dtype=jnp.int32),
+    unique_indices=True,
+    mode='promise_in_bounds',
+  )
+  # Tiles past the last group are padding; they may meet any expert.
+  tile_index = jnp.arange(num_tiles)
+  expert_of_tile = jnp.sum(tile_index[:, None] >= end_E[None, :], axis=1)
+  expert_of_tile = jnp.minimum(expert_of_tile, num_experts - 1)
+  return Groups(slot_R, row_T, expert_of_tile.astype(jnp.int32), tile)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def scatter_to_tiles(x_MD: jax.Array, groups: Groups, k: int) -> jax.Array:
+  """Copies each token's row to the k tile rows of its choices: [T, D].
+
+  Padding rows are zero. The transpose is `gather_from_tiles` summed over k;
+  naming it keeps the gradient a gather, where XLA would emit a scatter-add.
+  """
+  x_padded = jnp.concatenate([x_MD, jnp.zeros_like(x_MD[:1])])
+  return jnp.take(x_padded, groups.row_T // k, axis=0, mode='clip')
+
+
+def _scatter_forward(x_MD, groups, k):
+  return scatter_to_tiles(x_MD, groups, k), groups
+
+
+def _scatter_backward(k, groups, d_TD):
+  d_RD = jnp.take(d_TD, groups.slot_R, axis=0, mode='clip')
+  return d_RD.reshape(-1, k, d_TD.shape[-1]).sum(axis=1), None
+
+
+scatter_to_tiles.defvjp(_scatter_forward, _scatter_backward)
+
+
+@jax.custom_vjp
+def gather_from_tiles(y_TD: jax.Array, groups: Groups) -> jax.Array:
+  """The routed rows back in their order: [R, D]."""
+  return jnp.take(y_TD, groups.slot_R, axis=0, mode='clip')
+
+
+def _gather_forward(y_TD, groups):
+  return gather_from_tiles(y_TD, groups), groups
+
+
+def _gather_backward(groups, d_RD):
+  d_padded = jnp.concatenate([d_RD, jnp.zeros_like(d_RD[:1])])
+  return jnp.take(d_padded, groups.row_T, axis=0, mode='clip'), None
+
+
+gather_from_tiles.defvjp(_gather_forward, _gather_backward)
+
+
+def grouped_matmul(
+  x_TD: jax.Array, weights_EFD: jax.Array, groups: Groups
+) -> jax.Array:
+  """Tile by tile product with the matrix of the tile's expert: [T, F].
+
+  Args:
+    x_TD: rows in the tiled layout of `groups`.
+    weights_EFD: one matrix [F, D] per expert, as Hugging Face stores them.
+    groups: the layout.
+  """
+  x_NMD = x_TD.reshape(-1, groups.tile, x_TD.shape[-1])
+  weights_NFD = weights_EFD[groups.expert_of_tile]
+  y_NMF = jnp.einsum('nmd,nfd->nmf', x_NMD, weights_NFD)
+  return y_NMF.reshape(x_TD.shape[0], -1)

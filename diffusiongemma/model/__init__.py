@@ -1,0 +1,1 @@
+"""The network: Linen modules that hold parameters and nothing else."""

@@ -1,0 +1,90 @@
+"""Grouped-query attention of both layer kinds; takes exactly one mask.
+
+  q = rotary(RMSNorm(x Wq)),  k = rotary(RMSNorm(x Wk)),  v = bare(x Wv)
+  out = softmax(q k^T, masked) v Wo          scale 1.0, softmax in float32
+
+Global layers have no Wv: v = bare RMSNorm of the raw x Wk, before its norm
+and rotary.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from diffusiongemma.config import ModelConfig
+from diffusiongemma.model import cache as kv_cache
+from diffusiongemma.model import layers
+
+
+def attend(
+  q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BLS: jax.Array
+) -> jax.Array:
+  """Softmax attention [B, L, N, H] with N = K * G query heads.
+
+  Args:
+    q_BLNH: queries; the scale is 1.0, the norms are the caller's.
+    k_BSKH: keys.
+    v_BSKH: values.
+    mask_BLS: bool, True where seen; its L may be 1 (the same for all).
+  """
+  B, L, N, H = q_BLNH.shape
+  K = k_BSKH.shape[2]
+  q_BLKGH = q_BLNH.reshape(B, L, K, N // K, H)
+  scores = jnp.einsum(
+    'blkgh,bskh->bkgls', q_BLKGH, k_BSKH, preferred_element_type=jnp.float32
+  )
+  lowest = jnp.finfo(jnp.float32).min
+  scores = jnp.where(mask_BLS[:, None, None, :, :], scores, lowest)
+  weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
+  out_BLKGH = jnp.einsum('bkgls,bskh->blkgh', weights, v_BSKH)
+  return out_BLKGH.reshape(B, L, N, H)
+
+
+class Attention(nn.Module):
+  """The projections of one layer; `kind` is 'local' or 'global'."""
+
+  config: ModelConfig
+  kind: str
+
+  def setup(self):
+    cfg = self.config
+    D, N = cfg.embed_dim, cfg.num_heads
+    K, H = kv_cache.kv_shape(cfg, self.kind)
+    dtype = jnp.dtype(cfg.param_dtype)
+    into, out = layers.linear_init(0, (1, 2)), layers.linear_init((0, 1), 2)
+    self.q_proj = self.param('q_proj', into, (D, N, H), dtype)
+    self.k_proj = self.param('k_proj', into, (D, K, H), dtype)
+    if self.kind == 'local':
+      self.v_proj = self.param('v_proj', into, (D, K, H), dtype)
+    self.o_proj = self.param('o_proj', out, (N, H, D), dtype)
+    # The scale of attention is 1.0 and normed heads have length sqrt(H): a
+    # fresh network starts with scores of variance one only from H^-1/4.
+    start = H**-0.25
+    self.q_norm = layers.RMSNorm(H, cfg.norm_epsilon, start)
+    self.k_norm = layers.RMSNorm(H, cfg.norm_epsilon, start)
+    if self.kind == 'local':
+      self.frequencies = layers.rotary_frequencies(H, cfg.local_rope_theta)
+    else:
+      self.frequencies = layers.rotary_frequencies(
+        H, cfg.global_rope_theta, cfg.global_rotary_fraction
+      )
+
+  def project(
+    self, x_BLD: jax.Array, positions_BL: jax.Array
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """q [B,L,N,H], k and v [B,L,K,H], normed and rotated."""
+    dtype = x_BLD.dtype
+    q = jnp.einsum('bld,dnh->blnh', x_BLD, self.q_proj.astype(dtype))
+    k = jnp.einsum('bld,dkh->blkh', x_BLD, self.k_proj.astype(dtype))
+    if self.kind == 'local':
+      v = jnp.einsum('bld,dkh->blkh', x_BLD, self.v_proj.astype(dtype))
+    else:
+      v = k
+    q = layers.rotary(self.q_norm(q), positions_BL, self.frequencies)
+    k = layers.rotary(self.k_norm(k), positions_BL, self.frequencies)
+    return q, k, layers.rms_norm(v, self.config.norm_epsilon)
+
+  def output(self, out_BLNH: jax.Array) -> jax.Array:
+    """Back to the residual width: [B, L, D]."""
+    o_proj = self.o_proj.astype(out_BLNH.dtype)
+    return jnp.einsum('blnh,nhd->bld', out_BLNH, o_proj)

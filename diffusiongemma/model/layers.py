@@ -1,0 +1,91 @@
+"""Norms, rotary positions and the gated MLP.
+
+  RMSNorm(x)  = x / sqrt(mean(x^2) + eps) * w        float32; bare: without w
+  rotary(x)   = x * cos(p f) + rotate_half(x) * sin(p f)
+  GeGLU(x)    = down(gelu_tanh(gate(x)) * up(x))
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from diffusiongemma.config import ModelConfig
+
+
+def rms_norm(x: jax.Array, epsilon: float) -> jax.Array:
+  """Bare RMSNorm over the last axis, in float32; the result keeps x's type."""
+  x32 = x.astype(jnp.float32)
+  variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+  return (x32 * jax.lax.rsqrt(variance + epsilon)).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+  """RMSNorm with a plain learned scale (not 1 + w)."""
+
+  dim: int
+  epsilon: float
+  initial_scale: float = 1.0
+
+  def setup(self):
+    init = nn.initializers.constant(self.initial_scale)
+    self.scale = self.param('scale', init, (self.dim,), jnp.float32)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x32 = x.astype(jnp.float32)
+    variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+    normed = x32 * jax.lax.rsqrt(variance + self.epsilon)
+    return (normed * self.scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def rotary_frequencies(
+  head_dim: int, theta: float, fraction: float = 1.0
+) -> jax.Array:
+  """Angular frequencies [H/2] in radians a position, float32.
+
+  Only the first `fraction` of the pairs turn; the others have frequency zero
+  ("proportional" partial rotary: exponents are those of the full head).
+  """
+  num_pairs = head_dim // 2
+  exponents = jnp.arange(num_pairs, dtype=jnp.float32) * 2 / head_dim
+  frequencies = theta**-exponents
+  turning = jnp.arange(num_pairs) < int(fraction * num_pairs)
+  return jnp.where(turning, frequencies, 0.0).astype(jnp.float32)
+
+
+def rotary(
+  x_BLNH: jax.Array, positions_BL: jax.Array, frequencies: jax.Array
+) -> jax.Array:
+  """Rotates each head by its position (rotate-half), angles in float32."""
+  angles_BLF = positions_BL[..., None].astype(jnp.float32) * frequencies
+  cos = jnp.cos(angles_BLF)[:, :, None, :]
+  sin = jnp.sin(angles_BLF)[:, :, None, :]
+  first, second = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
+  rotated = [first * cos - second * sin, second * cos + first * sin]
+  return jnp.concatenate(rotated, axis=-1).astype(x_BLNH.dtype)
+
+
+def linear_init(in_axis, out_axis, batch_axis=()):
+  """Variance 1 / fan-in."""
+  return nn.initializers.variance_scaling(
+    1.0, 'fan_in', 'normal', in_axis, out_axis, batch_axis
+  )
+
+
+class GatedMLP(nn.Module):
+  """GeGLU with tanh-gelu, [..., D] -> [..., D]."""
+
+  config: ModelConfig
+
+  def setup(self):
+    cfg = self.config
+    shape, init = (cfg.embed_dim, cfg.mlp_dim), linear_init(0, 1)
+    dtype = jnp.dtype(cfg.param_dtype)
+    self.gate = self.param('gate', init, shape, dtype)
+    self.up = self.param('up', init, shape, dtype)
+    self.down = self.param('down', init, shape[::-1], dtype)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    gate = jnp.einsum('...d,df->...f', x, self.gate.astype(x.dtype))
+    up = jnp.einsum('...d,df->...f', x, self.up.astype(x.dtype))
+    hidden = nn.gelu(gate, approximate=True) * up
+    return jnp.einsum('...f,fd->...d', hidden, self.down.astype(x.dtype))

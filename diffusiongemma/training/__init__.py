@@ -1,0 +1,1 @@
+"""Data, loss and optimiser put together into a training run."""
