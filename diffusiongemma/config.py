@@ -43,6 +43,7 @@ class ModelConfig:
   num_experts: int = 128
   experts_per_token: int = 8
   expert_dim: int = 704
+  context_length: int = 262144
   logit_softcap: float = 30.0
   norm_epsilon: float = 1e-6
   dtype: Literal['float32', 'bfloat16'] = 'bfloat16'
@@ -210,12 +211,14 @@ def validate(config: Config) -> None:
     )
   if diffusion.t_min > diffusion.t_max:
     raise ConfigError('config.diffusion.t_min is above config.diffusion.t_max.')
-  for name in ('pad_token_id', 'bos_token_id'):
-    if getattr(diffusion, name) >= model.vocab_size:
-      raise ConfigError(
-        f'config.diffusion.{name} is outside the vocabulary of '
-        f'{model.vocab_size}.'
-      )
+  for name in ('pad_token_id', 'bos_token_id', 'stop_token_ids'):
+    ids = getattr(diffusion, name)
+    for token in ids if isinstance(ids, tuple) else (ids,):
+      if not 0 <= token < model.vocab_size:
+        raise ConfigError(
+          f'config.diffusion.{name}: {token} is outside the vocabulary of '
+          f'{model.vocab_size}.'
+        )
   if data.sequence_length < diffusion.canvas_length + 1:
     raise ConfigError(
       f'config.data.sequence_length = {data.sequence_length} must be longer '

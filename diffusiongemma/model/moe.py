@@ -95,3 +95,24 @@ class Experts(nn.Module):
     )
     weights_Mk = routing.weights_Mk.astype(x_MD.dtype)
     return jnp.einsum('mkd,mk->md', y_MkD, weights_Mk)
+
+
+def routing_statistics(routings: tuple[Routing, ...]) -> dict[str, jax.Array]:
+  """How evenly tokens are spread, the mean over layers.
+
+  `router_entropy` is in nats (log E when the router has no preference);
+  `expert_load_max` is the busiest expert's share of the choices times E (1
+  when all are equally busy, E when one gets everything).
+  """
+  entropies, loads = [], []
+  for routing in routings:
+    p_ME = routing.probabilities_ME
+    num_experts = p_ME.shape[-1]
+    entropy_M = -jnp.sum(p_ME * jnp.log(p_ME + 1e-30), axis=-1)
+    entropies.append(jnp.mean(entropy_M))
+    chosen = jax.nn.one_hot(routing.experts_Mk, num_experts)
+    loads.append(jnp.max(jnp.mean(chosen, axis=(0, 1))) * num_experts)
+  return {
+    'router_entropy': jnp.mean(jnp.stack(entropies)),
+    'expert_load_max': jnp.mean(jnp.stack(loads)),
+  }

@@ -1,0 +1,48 @@
+# The two commands of a newcomer, and those of a developer.
+#
+#   make demo     from nothing to text: installs, trains ~5 minutes, writes
+#   make test     installs what the tests need and runs them
+#   make lint     ruff
+#
+# PYTHON chooses the interpreter: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN := $(BIN)/python -m diffusiongemma.main
+DEMO_WORKDIR ?= runs/tiny
+
+.PHONY: demo install test lint clean
+
+demo: install
+	$(RUN) --config=configs/tiny.py --workdir=$(DEMO_WORKDIR)
+	$(RUN) --mode=sample --workdir=$(DEMO_WORKDIR) --max_new_tokens=192 \
+	  --prompt="ROMEO."
+
+install: $(VENV)/installed
+test-install: $(VENV)/installed-test
+
+$(VENV)/installed: setup.cfg pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	  "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+# torch comes first and by itself: a CPU build, where the index has one.
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+test: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax \
+	JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3 \
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) .cache build *.egg-info

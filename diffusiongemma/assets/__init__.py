@@ -1,0 +1,1 @@
+"""Shipped data: the Shakespeare corpus and its tokenizer."""

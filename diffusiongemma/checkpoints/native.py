@@ -1,0 +1,171 @@
+"""Checkpoints of a run, with Orbax; every array is verified when restored.
+
+  WORKDIR/checkpoints/<step>/{params, opt_state, data, config, digests}
+
+Items are apart, so that sampling restores `params` alone. Orbax writes a step
+beside its place and renames it when complete, and notices neither a flipped
+bit nor a missing chunk: `digests` has a BLAKE2 of every array, and restoring
+goes back to the newest step whose arrays all agree.
+"""
+
+import hashlib
+from typing import Any, NamedTuple
+
+from absl import logging
+import jax
+import numpy as np
+from orbax import checkpoint as ocp
+
+from diffusiongemma import config as configs
+
+
+class CheckpointError(RuntimeError):
+  """A checkpoint that can't be written or read; the message says which."""
+
+
+class Restored(NamedTuple):
+  """One step read back.
+
+  Attributes:
+    step: training steps done.
+    params: nested dict of arrays.
+    opt_state: the optimiser's, or None where it was not asked for.
+    data: state of the data iterator, or None.
+  """
+
+  step: int
+  params: Any
+  opt_state: Any = None
+  data: dict | None = None
+
+
+def open_checkpoints(
+  directory: str, keep: int = 1, create: bool = True
+) -> ocp.CheckpointManager:
+  """The checkpoints in `directory` (an absolute path); newest `keep` stay."""
+  options = ocp.CheckpointManagerOptions(
+    max_to_keep=keep, create=create, enable_async_checkpointing=False
+  )
+  return ocp.CheckpointManager(directory, options=options)
+
+
+def digest(array: Any) -> str:
+  """BLAKE2 of an array's type, shape and bytes."""
+  array = np.ascontiguousarray(array)
+  head = f'{array.dtype} {array.shape}'.encode()
+  hasher = hashlib.blake2b(head, digest_size=16)
+  hasher.update(array.view(np.uint8).reshape(-1))
+  return hasher.hexdigest()
+
+
+def digests(tree: Any) -> dict[str, str]:
+  """`{path of array: digest}`."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path): digest(leaf) for path, leaf in leaves}
+
+
+def save(
+  manager: ocp.CheckpointManager,
+  step: int,
+  params: Any,
+  opt_state: Any,
+  data: dict,
+  config: configs.Config,
+) -> None:
+  """Writes a step; older ones stay until it is complete.
+
+  Raises:
+    CheckpointError: the disk is full, read-only or gone. What was saved
+      before is as it was.
+  """
+  if step in manager.all_steps():
+    return
+  try:
+    manager.save(
+      step,
+      args=ocp.args.Composite(
+        params=ocp.args.StandardSave(params),
+        opt_state=ocp.args.StandardSave(opt_state),
+        data=ocp.args.JsonSave(data),
+        config=ocp.args.JsonSave(configs.to_dict(config)),
+        digests=ocp.args.JsonSave({
+          'params': digests(params), 'opt_state': digests(opt_state)
+        }),
+      ),
+    )
+    manager.wait_until_finished()
+  except Exception as error:  # Orbax and TensorStore raise many kinds.
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    raise CheckpointError(
+      f'Step {step} could not be saved in {manager.directory}: {reason[0]}'
+    ) from error
+
+
+def restore_newest(
+  manager: ocp.CheckpointManager, params: Any, opt_state: Any = None
+) -> Restored | None:
+  """The newest step that is whole, or None where there is no step at all.
+
+  Args:
+    manager: where to look.
+    params: arrays or `jax.ShapeDtypeStruct` of the shapes to expect.
+    opt_state: the same; None restores the parameters alone.
+
+  Raises:
+    CheckpointError: there are steps, but none of them is whole.
+  """
+  manager.reload()
+  steps = sorted(manager.all_steps(), reverse=True)
+  problems = []
+  for step in steps:
+    try:
+      restored = restore_step(manager, step, params, opt_state)
+    except CheckpointError as error:
+      logging.warning('%s Going back to the step before.', error)
+      problems.append(str(error))
+      continue
+    return restored
+  if problems:
+    raise CheckpointError(
+      f'No checkpoint in {manager.directory} is whole:\n' + '\n'.join(problems)
+    )
+  return None
+
+
+def restore_step(
+  manager: ocp.CheckpointManager, step: int, params: Any, opt_state: Any = None
+) -> Restored:
+  """One step, verified array by array. Raises `CheckpointError`."""
+  wanted = {'params': params}
+  if opt_state is not None:
+    wanted['opt_state'] = opt_state
+  wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
+  arguments = {name: ocp.args.StandardRestore(v) for name, v in wanted.items()}
+  arguments['digests'] = ocp.args.JsonRestore()
+  if opt_state is not None:
+    arguments['data'] = ocp.args.JsonRestore()
+  try:
+    items = manager.restore(step, args=ocp.args.Composite(**arguments))
+  except Exception as error:  # Orbax and TensorStore raise many kinds.
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    raise CheckpointError(
+      f'Checkpoint {step} cannot be read: {reason[0]}'
+    ) from error
+  for name in wanted:
+    expected, found = items.digests[name], digests(items[name])
+    wrong = sorted(k for k in found if expected.get(k) != found[k])
+    if wrong:
+      raise CheckpointError(
+        f'Checkpoint {step} is damaged: {name} {", ".join(wrong[:4])} '
+        f'{"and more " if len(wrong) > 4 else ""}differ from what was saved.'
+      )
+  return Restored(
+    step, items.params, items.get('opt_state'), items.get('data')
+  )
+
+
+def remove_after(manager: ocp.CheckpointManager, step: int) -> None:
+  """Deletes steps newer than `step`: damaged ones, whose number is needed."""
+  for newer in manager.all_steps():
+    if newer > step:
+      manager.delete(newer)

@@ -1,0 +1,305 @@
+"""The reverse process: a canvas of random tokens becomes text.
+
+Step n of N..1, at temperature T = t_min + (t_max - t_min) n / N:
+  p = softmax(logits / T),   sample ~ p,   draft = argmax p,   H = entropy(p)
+  accept the k positions of lowest H with  sum_{i<k} H_(i) <= entropy_bound
+  next canvas: the sample where accepted, new uniform tokens elsewhere
+A row has converged when its draft has not changed for `stability_threshold`
+steps and its mean H is below `confidence_threshold`; it is then frozen. The
+result is the draft of the last step, not the renoised canvas.
+
+The network is a function (tokens_BL, sc_BLD, temperature, uniforms_BL2) ->
+Prediction; nothing else of it is known here. Entropy bound: Ben-Hamu et al.,
+https://arxiv.org/abs/2505.24857.
+"""
+
+from collections.abc import Callable
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from diffusiongemma.config import DiffusionConfig
+from diffusiongemma.diffusion import noise
+
+
+@flax.struct.dataclass
+class Prediction:
+  """What the sampler asks of a network.
+
+  Attributes:
+    sample_BL: int32, one draw from softmax(logits / T) at every position.
+    argmax_BL: int32, its most probable token.
+    entropy_BL: float32, its entropy in nats.
+    sc_BLD: its mean embedding, the next step's self-conditioning.
+    logits_BLV: the logits before temperature, where they exist at all.
+  """
+
+  sample_BL: jax.Array
+  argmax_BL: jax.Array
+  entropy_BL: jax.Array
+  sc_BLD: jax.Array
+  logits_BLV: jax.Array | None = None
+
+
+DenoiseFn = Callable[
+  [jax.Array, jax.Array, jax.Array, jax.Array], Prediction
+]
+
+
+@flax.struct.dataclass
+class StepNoise:
+  """The random numbers of one step.
+
+  Attributes:
+    uniforms_BL2: float32 in [0, 1), two a position: what `sample` is drawn by.
+    tokens_BL: int32, what rejected positions are renoised with.
+  """
+
+  uniforms_BL2: jax.Array
+  tokens_BL: jax.Array
+
+
+@flax.struct.dataclass
+class SamplerState:
+  """What goes from step to step.
+
+  Attributes:
+    canvas_BL: int32, the tokens that the network sees next.
+    draft_BL: int32, argmax of the last step: the result so far.
+    accepted_BL: bool, positions of `canvas_BL` that were accepted.
+    entropy_BL: float32, nats, of the last step.
+    sc_BLD: float32, self-conditioning for the next step.
+    unchanged_B: int32, steps since the draft last changed.
+    converged_B: bool, rows that are frozen.
+    steps_B: int32, denoising passes each row has used.
+  """
+
+  canvas_BL: jax.Array
+  draft_BL: jax.Array
+  accepted_BL: jax.Array
+  entropy_BL: jax.Array
+  sc_BLD: jax.Array
+  unchanged_B: jax.Array
+  converged_B: jax.Array
+  steps_B: jax.Array
+
+
+def init_state(canvas_BL: jax.Array, embed_dim: int) -> SamplerState:
+  """The state before the first step, from a noise canvas."""
+  B, L = canvas_BL.shape
+  return SamplerState(
+    canvas_BL=canvas_BL,
+    draft_BL=jnp.full_like(canvas_BL, -1),
+    accepted_BL=jnp.zeros((B, L), bool),
+    entropy_BL=jnp.zeros((B, L), jnp.float32),
+    sc_BLD=jnp.zeros((B, L, embed_dim), jnp.float32),
+    unchanged_B=jnp.zeros((B,), jnp.int32),
+    converged_B=jnp.zeros((B,), bool),
+    steps_B=jnp.zeros((B,), jnp.int32),
+  )
+
+
+def temperature_at(config: DiffusionConfig, step: jax.Array) -> jax.Array:
+  """T of step n = N..1 (steps that remain), linear from t_max to t_min."""
+  share = step / config.max_denoising_steps
+  return config.t_min + (config.t_max - config.t_min) * share
+
+
+def entropy_bound(entropy_BL: jax.Array, bound: float) -> jax.Array:
+  """Accepts the most certain positions: bool [B, L].
+
+  The k lowest entropies for which the sum of all but the largest stays within
+  `bound` (nats), a bound on how much the accepted tokens can depend on each
+  other. One position is always accepted.
+  """
+  order_BL = jnp.argsort(entropy_BL, axis=-1)
+  sorted_BL = jnp.take_along_axis(entropy_BL, order_BL, axis=-1)
+  kept_BL = jnp.cumsum(sorted_BL, axis=-1) - sorted_BL <= bound
+  rank_BL = jnp.argsort(order_BL, axis=-1)
+  return jnp.take_along_axis(kept_BL, rank_BL, axis=-1)
+
+
+def denoise_step(
+  denoise_fn: DenoiseFn,
+  config: DiffusionConfig,
+  state: SamplerState,
+  step: jax.Array,
+  drawn: StepNoise,
+) -> SamplerState:
+  """The one transition of the reverse process; `step` counts down to 1."""
+  prediction = denoise_fn(
+    state.canvas_BL,
+    state.sc_BLD,
+    temperature_at(config, step),
+    drawn.uniforms_BL2,
+  )
+  accepted_BL = entropy_bound(prediction.entropy_BL, config.entropy_bound)
+  canvas_BL = jnp.where(accepted_BL, prediction.sample_BL, drawn.tokens_BL)
+  same_B = jnp.all(prediction.argmax_BL == state.draft_BL, axis=-1)
+  unchanged_B = jnp.where(same_B, state.unchanged_B + 1, 0)
+  confident_B = (
+    jnp.mean(prediction.entropy_BL, axis=-1) < config.confidence_threshold
+  )
+  stable_B = unchanged_B >= config.stability_threshold
+  moved = SamplerState(
+    canvas_BL=canvas_BL,
+    draft_BL=prediction.argmax_BL,
+    accepted_BL=accepted_BL,
+    entropy_BL=prediction.entropy_BL,
+    sc_BLD=prediction.sc_BLD.astype(state.sc_BLD.dtype),
+    unchanged_B=unchanged_B,
+    converged_B=stable_B & confident_B,
+    steps_B=state.steps_B + 1,
+  )
+
+  def freeze(old, new):
+    frozen = state.converged_B.reshape((-1,) + (1,) * (new.ndim - 1))
+    return jnp.where(frozen, old, new)
+
+  return jax.tree.map(freeze, state, moved)
+
+
+def sample_canvas(
+  denoise_fn: DenoiseFn,
+  key: jax.Array,
+  config: DiffusionConfig,
+  *,
+  batch_size: int,
+  vocab_size: int,
+  embed_dim: int,
+  trajectory: bool = False,
+) -> tuple[SamplerState, SamplerState | None]:
+  """Denoises one canvas per row; pure, for use inside `jax.jit`.
+
+  Args:
+    denoise_fn: the network (see the top of the file).
+    key: a key, or one key a row [B]: a row's noise follows from its own key
+      alone, so that it does not depend on what else is in the batch.
+    config: the sampler's settings; L is `config.canvas_length`.
+    batch_size: B.
+    vocab_size: V.
+    embed_dim: D of the self-conditioning.
+    trajectory: run all N steps and return every state, instead of stopping
+      when all rows have converged. The result is the same.
+
+  Returns:
+    (last state, its `draft_BL` is the text; states after each step stacked
+    along a first axis of N, or None).
+  """
+  keys_B = row_keys(key, batch_size)
+  state = init_state(draw_canvas(keys_B, config, vocab_size), embed_dim)
+
+  def transition(state, step):
+    drawn = draw_step_noise(keys_B, step, config, vocab_size)
+    return denoise_step(denoise_fn, config, state, step, drawn)
+
+  last_step = config.max_denoising_steps
+  if trajectory:
+    def scan_body(state, step):
+      state = transition(state, step)
+      return state, state
+
+    steps = jnp.arange(last_step, 0, -1)
+    return jax.lax.scan(scan_body, state, steps)
+
+  def unfinished(carry):
+    state, step = carry
+    return (step > 0) & ~jnp.all(state.converged_B)
+
+  def loop_body(carry):
+    state, step = carry
+    return transition(state, step), step - 1
+
+  start = (state, jnp.asarray(last_step, jnp.int32))
+  state, _ = jax.lax.while_loop(unfinished, loop_body, start)
+  return state, None
+
+
+def row_keys(key: jax.Array, batch_size: int) -> jax.Array:
+  """One key a row: the keys given, or split from a single one."""
+  return key if key.ndim else jax.random.split(key, batch_size)
+
+
+def draw_canvas(
+  keys_B: jax.Array, config: DiffusionConfig, vocab_size: int
+) -> jax.Array:
+  """The noise that denoising starts from: int32 [B, L]."""
+  return jax.vmap(
+    lambda key: noise.prior_canvas(
+      jax.random.fold_in(key, 0), (config.canvas_length,), vocab_size
+    )
+  )(keys_B)
+
+
+def draw_step_noise(
+  keys_B: jax.Array,
+  step: jax.Array,
+  config: DiffusionConfig,
+  vocab_size: int,
+) -> StepNoise:
+  """The random numbers of step n >= 1, each row from its own key."""
+
+  def draw(key):
+    uniform_key, token_key = jax.random.split(jax.random.fold_in(key, step))
+    L = config.canvas_length
+    uniforms_L2 = jax.random.uniform(uniform_key, (L, 2))
+    return uniforms_L2, noise.prior_canvas(token_key, (L,), vocab_size)
+
+  return StepNoise(*jax.vmap(draw)(keys_B))
+
+
+def predict(
+  logits_BLV: jax.Array,
+  temperature: jax.Array,
+  uniforms_BL2: jax.Array,
+  soft_embedding: Callable[[jax.Array], jax.Array],
+) -> Prediction:
+  """A `Prediction` from whole logits, in float32.
+
+  Args:
+    logits_BLV: unscaled logits.
+    temperature: a scalar > 0.
+    uniforms_BL2: float32 in [0, 1).
+    soft_embedding: probabilities [B, L, V] -> [B, L, D].
+  """
+  scaled_BLV = logits_BLV.astype(jnp.float32) / temperature
+  log_p_BLV = jax.nn.log_softmax(scaled_BLV, axis=-1)
+  p_BLV = jnp.exp(log_p_BLV)
+  # A forbidden token has log p = -inf and adds nothing.
+  terms_BLV = jnp.where(p_BLV > 0, p_BLV * log_p_BLV, 0.0)
+  return Prediction(
+    sample_BL=sample_categorical(p_BLV, uniforms_BL2),
+    argmax_BL=jnp.argmax(scaled_BLV, axis=-1).astype(jnp.int32),
+    entropy_BL=-jnp.sum(terms_BLV, axis=-1),
+    sc_BLD=soft_embedding(p_BLV),
+    logits_BLV=logits_BLV,
+  )
+
+
+def sample_categorical(
+  p_BLV: jax.Array, uniforms_BL2: jax.Array, chunk: int = 128
+) -> jax.Array:
+  """An exact draw by inverting the distribution function in two levels.
+
+  The first uniform chooses a chunk of the vocabulary by its mass, the second
+  a token within it: two numbers a position instead of one a token. A token
+  of probability zero is never drawn.
+  """
+  V = p_BLV.shape[-1]
+  padding = -V % chunk
+  p_BLV = jnp.pad(p_BLV, ((0, 0), (0, 0), (0, padding)))
+  p_BLXc = p_BLV.reshape(*p_BLV.shape[:2], -1, chunk)
+  chosen_BL = _invert(jnp.sum(p_BLXc, axis=-1), uniforms_BL2[..., 0])
+  inside_BLc = jnp.take_along_axis(
+    p_BLXc, chosen_BL[..., None, None], axis=2
+  )[:, :, 0]
+  token_BL = _invert(inside_BLc, uniforms_BL2[..., 1])
+  return chosen_BL * chunk + token_BL
+
+
+def _invert(mass_BLX: jax.Array, uniform_BL: jax.Array) -> jax.Array:
+  """First index whose cumulative mass is above `uniform` of the total."""
+  cumulative_BLX = jnp.cumsum(mass_BLX, axis=-1)
+  target_BL1 = uniform_BL[..., None] * cumulative_BLX[..., -1:]
+  return jnp.sum(cumulative_BLX <= target_BL1, axis=-1, dtype=jnp.int32)

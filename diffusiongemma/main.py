@@ -1,0 +1,232 @@
+"""The command line.
+
+  python -m diffusiongemma.main --config=configs/tiny.py
+  python -m diffusiongemma.main --mode=sample --workdir=runs/tiny \\
+      --prompt="ROMEO."
+
+`--mode=train` trains, and goes on with a run that was stopped; `evaluate`
+measures a run on held-out text; `sample` writes text. Single fields of the
+config: `--config.train.steps=100`.
+
+Exit codes: 0 done, 1 failed (the message says why), 2 wrong usage, 128 + n
+stopped by signal n after saving (130 Ctrl-C, 143 SIGTERM).
+"""
+
+import json
+import os
+import pathlib
+import sys
+
+from absl import app
+from absl import flags
+from absl import logging
+import jax
+from rich import console as rich_console
+from rich import table as rich_table
+
+from diffusiongemma import config as configs
+from diffusiongemma.checkpoints import native
+from diffusiongemma.text import generate
+from diffusiongemma.text import terminal
+from diffusiongemma.text import tokenizer as tokenizers
+from diffusiongemma.training import data
+from diffusiongemma.training import evaluate as evaluation
+from diffusiongemma.training import train
+from diffusiongemma.training import workdir as workdirs
+
+_CONFIG = flags.DEFINE_string(
+  'config', None, 'Python file with get_config(); see configs/.'
+)
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Folder of the run. Default: runs/<name of the config>.'
+)
+_MODE = flags.DEFINE_enum(
+  'mode', 'train', ['train', 'evaluate', 'sample'], 'What to do.'
+)
+_PROMPT = flags.DEFINE_string('prompt', None, 'sample: the text to go on from.')
+_SEED = flags.DEFINE_integer('seed', 0, 'sample: of the noise.', lower_bound=0)
+_MAX_NEW_TOKENS = flags.DEFINE_integer(
+  'max_new_tokens', 128, 'sample: upper limit of tokens to write.'
+)
+_FORMAT = flags.DEFINE_enum(
+  'format', 'text', ['text', 'json'], 'sample, evaluate: what to print.'
+)
+
+# Errors that are the user's to mend: a message, no stack trace.
+EXPECTED_ERRORS = (
+  configs.ConfigError,
+  data.DataError,
+  generate.PromptError,
+  native.CheckpointError,
+  tokenizers.TokenizerError,
+  train.TrainingError,
+  workdirs.WorkdirError,
+)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+  """Parses known flags; `--config.field=value` and leftovers stay in argv."""
+  try:
+    return flags.FLAGS(argv, known_only=True)
+  except flags.Error as error:
+    _fail_usage(str(error))
+
+
+def main(argv: list[str]) -> None:
+  if flags.FLAGS['verbosity'].using_default_value:
+    logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save.
+  _keep_compilations()
+  try:
+    overrides = _overrides(argv[1:])
+    run = {'train': _train, 'evaluate': _evaluate, 'sample': _sample}
+    code = run[_MODE.value](overrides)
+  except configs.ConfigError as error:
+    _fail_usage(str(error))
+  except EXPECTED_ERRORS as error:
+    print(f'Error: {error}', file=sys.stderr)
+    sys.exit(1)
+  sys.exit(code)
+
+
+def _keep_compilations() -> None:
+  """Compiles once a machine, not once a start; see JAX's own variable."""
+  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+    cache = os.environ.get('XDG_CACHE_HOME', os.path.expanduser('~/.cache'))
+    jax.config.update(
+      'jax_compilation_cache_dir', os.path.join(cache, 'diffusiongemma')
+    )
+
+
+def _fail_usage(message: str) -> None:
+  print(f'Error: {message}', file=sys.stderr)
+  sys.exit(2)
+
+
+def _overrides(arguments: list[str]) -> dict[str, str]:
+  """`{'train.steps': '100'}` of the arguments that absl did not know."""
+  overrides, rest = {}, list(arguments)
+  while rest:
+    argument = rest.pop(0)
+    name, equals, value = argument.lstrip('-').partition('=')
+    if not argument.startswith('--config.'):
+      known = [f'--{flag}' for flag in flags.FLAGS]
+      if argument.startswith('-'):
+        name = configs.unknown_name(argument.partition('=')[0], known)
+        raise configs.ConfigError(name)
+      raise configs.ConfigError(
+        f'{argument!r} stands alone; flags look like --name=value.'
+      )
+    if not equals:
+      if not rest:
+        raise configs.ConfigError(f'{argument} needs a value: {argument}=...')
+      value = rest.pop(0)
+    overrides[name.removeprefix('config.')] = value
+  return overrides
+
+
+def _load_config(overrides: dict[str, str]) -> configs.Config:
+  if not _CONFIG.value:
+    raise configs.ConfigError(
+      'Say what to train: --config=configs/tiny.py, or another config file.'
+    )
+  config = configs.load_config(_CONFIG.value)
+  for field, text in overrides.items():
+    config = configs.override(config, field, text)
+  configs.validate(config)
+  return config
+
+
+def _workdir() -> str:
+  if _WORKDIR.value:
+    return _WORKDIR.value
+  if not _CONFIG.value:
+    raise configs.ConfigError('Name the run: --workdir=runs/tiny.')
+  return os.path.join('runs', pathlib.Path(_CONFIG.value).stem)
+
+
+def _load_run(overrides: dict[str, str]):
+  """(config, tokenizer, step, params) of the run in the workdir."""
+  workdir = _workdir()
+  config = workdirs.read_config(workdir)
+  for field, text in overrides.items():
+    config = configs.override(config, field, text)
+  configs.validate(config)
+  tokenizer = workdirs.load_tokenizer(config, workdir)
+  step, params = workdirs.load_params(workdir, config)
+  return config, tokenizer, step, params
+
+
+def _train(overrides: dict[str, str]) -> int:
+  config = _load_config(overrides)
+  workdir = _workdir()
+  code = train.train(config, workdir)
+  if code == 0:
+    print(
+      f'Done; the checkpoint is in {workdir}. Write with it:\n'
+      f'  python -m diffusiongemma.main --mode=sample --workdir={workdir} '
+      f'--prompt="ROMEO."'
+    )
+  elif code > 128:
+    print(f'Stopped and saved in {workdir}; the same command goes on from here.')
+  return code
+
+
+def _evaluate(overrides: dict[str, str]) -> int:
+  config, tokenizer, step, params = _load_run(overrides)
+  corpus = data.load_corpus(
+    config.data, tokenizer, config.diffusion.canvas_length
+  )
+  numbers = {'step': step, **evaluation.evaluate(config, params, corpus)}
+  if _FORMAT.value == 'json':
+    print(json.dumps(numbers))
+    return 0
+  table = rich_table.Table(
+    title=f'{_workdir()}, step {step}, held-out text of '
+    f'{numbers["heldout_bytes"]:,} bytes'
+  )
+  table.add_column('measure')
+  table.add_column('value', justify='right')
+  for name, value in numbers.items():
+    if isinstance(value, float):
+      table.add_row(name.replace('_', ' '), f'{value:.3f}')
+  rich_console.Console().print(table)
+  return 0
+
+
+def _sample(overrides: dict[str, str]) -> int:
+  config, tokenizer, _, params = _load_run(overrides)
+  prompt = _PROMPT.value or ''
+  tokens = [tokenizer.bos_id] + tokenizer.encode(prompt)
+  generate.check_prompt(config, tokens, _MAX_NEW_TOKENS.value)
+  write = lambda **callbacks: generate.generate(
+    config,
+    params,
+    tokens,
+    jax.random.key(_SEED.value),
+    _MAX_NEW_TOKENS.value,
+    **callbacks,
+  )
+  canvas = terminal.LiveCanvas(
+    tokenizer, prompt, config.diffusion.max_denoising_steps
+  )
+  if _FORMAT.value == 'json':
+    written = write()
+    print(json.dumps({
+      'text': tokenizer.decode(written.tokens), **written._asdict()
+    }))
+  elif canvas.is_terminal:
+    with canvas:
+      written = write(on_step=canvas.on_step, on_canvas=canvas.on_canvas)
+      canvas.finish()
+    print(
+      f'\n{len(written.tokens)} tokens in {written.steps} steps '
+      f'({written.tokens_per_forward:.1f} a step), stopped by '
+      f'{written.stopped_by.replace("_", " ")}'
+    )
+  else:
+    print(prompt + tokenizer.decode(write().tokens))
+  return 0
+
+
+if __name__ == '__main__':
+  app.run(main, flags_parser=parse_flags)

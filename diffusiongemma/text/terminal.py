@@ -1,0 +1,103 @@
+"""The live canvas: text that settles out of noise, step by step.
+
+Accepted tokens stand still in full colour, noise is dimmed and changes; the
+prompt and finished canvases stay above.
+"""
+
+import sys
+
+import numpy as np
+from rich import console as rich_console
+from rich import live as rich_live
+from rich import text as rich_text
+
+from diffusiongemma.diffusion import sampler
+from diffusiongemma.text.tokenizer import Tokenizer
+
+PROMPT, ACCEPTED, NOISE, STATUS = 'bold', 'default', 'bright_black', 'cyan'
+
+
+def canvas_text(
+  tokenizer: Tokenizer, tokens_L: np.ndarray, accepted_L: np.ndarray
+) -> rich_text.Text:
+  """One canvas in two styles.
+
+  Line breaks among the noise are shown as `↵`, so that the picture does not
+  jump; accepted ones are line breaks.
+  """
+  text = rich_text.Text()
+  start = 0
+  while start < len(tokens_L):
+    end = start
+    while end < len(tokens_L) and accepted_L[end] == accepted_L[start]:
+      end += 1
+    piece = tokenizer.decode(tokens_L[start:end])
+    if accepted_L[start]:
+      text.append(piece, ACCEPTED)
+    else:
+      text.append(piece.replace('\n', '↵'), NOISE)
+    start = end
+  return text
+
+
+class LiveCanvas:
+  """Shows a generation as it goes; hand its methods to `generate`.
+
+  A context manager. `on_step` and `on_canvas` are the callbacks. Where the
+  output is no terminal, nothing is shown until the text is there.
+  """
+
+  def __init__(self, tokenizer: Tokenizer, prompt: str, max_steps: int):
+    self._tokenizer = tokenizer
+    self._max_steps = max_steps
+    self._written = rich_text.Text(prompt, PROMPT)
+    self._console = rich_console.Console(file=sys.stdout, highlight=False)
+    self._live = rich_live.Live(
+      console=self._console,
+      auto_refresh=False,
+      vertical_overflow='crop',
+      transient=True,
+    )
+
+  @property
+  def is_terminal(self) -> bool:
+    """Whether anyone is watching."""
+    return self._console.is_terminal
+
+  def __enter__(self):
+    self._live.start()
+    return self
+
+  def __exit__(self, *unused):
+    self._live.stop()
+
+  def on_step(self, step: int, state: sampler.SamplerState) -> None:
+    """Redraws the canvas after a denoising step."""
+    accepted_L = np.asarray(state.accepted_BL[0])
+    converged = bool(state.converged_B[0])
+    tokens_L = state.draft_BL[0] if converged else state.canvas_BL[0]
+    shown = canvas_text(
+      self._tokenizer, np.asarray(tokens_L), accepted_L | converged
+    )
+    status = rich_text.Text(
+      f'\n\nstep {step} of at most {self._max_steps}, '
+      f'{accepted_L.sum()} of {accepted_L.size} accepted, '
+      f'mean entropy {float(state.entropy_BL[0].mean()):.3f} nats',
+      STATUS,
+    )
+    self._live.update(self._fit(self._written + shown, status), refresh=True)
+
+  def on_canvas(self, tokens: list[int]) -> None:
+    """Keeps a finished canvas."""
+    self._written.append(self._tokenizer.decode(tokens), ACCEPTED)
+
+  def finish(self) -> None:
+    """Leaves the whole text on the screen."""
+    self._live.stop()
+    self._console.print(self._written, soft_wrap=True)
+
+  def _fit(self, body: rich_text.Text, status: rich_text.Text):
+    """The end of the text, as many lines as the terminal has."""
+    lines = body.wrap(self._console, self._console.width)
+    room = max(1, self._console.height - 4)
+    return rich_text.Text('\n').join(lines[-room:]) + status

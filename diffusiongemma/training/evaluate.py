@@ -1,0 +1,189 @@
+"""What a network is worth on held-out text.
+
+  AR bits per byte = sum_i -log2 p(x_i | x_<i) / bytes     (prefill pass, exact)
+  denoising loss at noise level t = mean CE over corrupted (and kept) positions
+
+The first is a likelihood, comparable with a compressor. The second is a loss:
+it bounds nothing, but a network that ignored the context could not get below
+the unigram entropy on corrupted positions.
+"""
+
+import bz2
+import functools
+import gzip
+import lzma
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusiongemma.config import Config
+from diffusiongemma.diffusion import loss
+from diffusiongemma.diffusion import noise
+from diffusiongemma.model import denoiser
+from diffusiongemma.training import data
+
+NOISE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+class DenoiseLoss(NamedTuple):
+  """Cross entropy in nats a token, apart for both kinds of positions."""
+
+  corrupted: float
+  kept: float
+
+
+def bind_network(config: Config, params: dict) -> loss.Network:
+  """The loss's view of a network: its functions with parameters bound."""
+  model = denoiser.Denoiser(config.model)
+  apply = functools.partial(model.apply, {'params': params})
+  return loss.Network(
+    *(functools.partial(apply, method=name) for name in loss.Network._fields)
+  )
+
+
+@functools.partial(jax.jit, static_argnames='config')
+def _ar_nats(config, params, tokens_BS, length_B, mask_BS):
+  """Sum of -log p over the targets of a batch."""
+  network = bind_network(config, params)
+  h_BSD, _, _ = network.prefill(tokens_BS, length_B)
+  targets_BS = jnp.roll(tokens_BS, -1, axis=1)
+  nats_BS, _ = loss.cross_entropy(network.logits, h_BSD, targets_BS)
+  return jnp.sum(jnp.where(jnp.roll(mask_BS, -1, axis=1), nats_BS, 0.0))
+
+
+def ar_nats_per_token(
+  config: Config, params: dict, windows: data.Windows
+) -> float:
+  """Exact autoregressive loss over all targets of the windows."""
+  total = 0.0
+  for batch in _batches(windows, config.data.batch_size):
+    total += float(_ar_nats(config, params, *batch))
+  return total / windows.target_mask_MS.sum()
+
+
+@functools.partial(jax.jit, static_argnames='config')
+def _denoise_sums(config, params, tokens_BS, length_B, key, t):
+  """[(CE sum, count) of corrupted, of kept positions] of last canvases."""
+  network = bind_network(config, params)
+  C, (B, _) = config.diffusion.canvas_length, tokens_BS.shape
+  start_B = jnp.maximum(length_B - C, 0)
+  _, cache, _ = network.prefill(tokens_BS, length_B)
+  cache = cache.replace(length_B=start_B)
+  clean_BL = loss.slice_rows(tokens_BS, start_B, C)
+  canvas_BL, corrupted_BL = noise.corrupt(
+    key, clean_BL, jnp.full((B,), t), config.model.vocab_size
+  )
+  sc_BLD = jnp.zeros((B, C, config.model.embed_dim))
+  h_BLD = network.denoise(canvas_BL, sc_BLD, cache)
+  nats_BL, _ = loss.cross_entropy(network.logits, h_BLD, clean_BL)
+  real_B1 = (length_B > C)[:, None]
+
+  def sums(mask_BL):
+    return jnp.sum(jnp.where(mask_BL, nats_BL, 0.0)), jnp.sum(mask_BL)
+
+  return sums(corrupted_BL & real_B1), sums(~corrupted_BL & real_B1)
+
+
+def denoise_nats_per_token(
+  config: Config, params: dict, windows: data.Windows, t: float
+) -> DenoiseLoss:
+  """Loss at noise level t in the last canvas of every window, first pass.
+
+  The noise is the same at every call. Windows of a canvas or less are left
+  out.
+  """
+  totals = np.zeros((2, 2))
+  for index, batch in enumerate(_batches(windows, config.data.batch_size)):
+    key = jax.random.fold_in(jax.random.key(0), index)
+    totals += np.array(_denoise_sums(config, params, *batch[:2], key, t))
+  sums, counts = totals.T
+  return DenoiseLoss(*(sums / np.maximum(counts, 1)).tolist())
+
+
+def _batches(windows: data.Windows, size: int):
+  """Batches of one shape, the last filled up with empty rows."""
+  for start in range(0, len(windows.length_M), size):
+    batch = windows.take(slice(start, start + size))
+    missing = size - len(batch.length_M)
+    yield data.Windows(
+      *(np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) for x in batch)
+    )
+
+
+def unigram_bits(documents: list[np.ndarray], vocab_size: int) -> float:
+  """Entropy of single tokens in bits: what is left to know without context."""
+  counts = np.bincount(np.concatenate(documents), minlength=vocab_size)
+  p = counts[counts > 0] / counts.sum()
+  return float(-np.sum(p * np.log2(p)))
+
+
+def compressors_bits_per_byte(texts: list[str]) -> dict[str, float]:
+  """Each text compressed alone by three well-known programs."""
+  raw = [text.encode() for text in texts]
+  extreme = 9 | lzma.PRESET_EXTREME
+  sizes = {
+    'bzip2 -9': [len(bz2.compress(b, 9)) for b in raw],
+    'xz -9e': [len(lzma.compress(b, preset=extreme)) for b in raw],
+    'gzip -9': [len(gzip.compress(b, 9)) for b in raw],
+  }
+  return {
+    name: 8 * sum(size) / sum(map(len, raw)) for name, size in sizes.items()
+  }
+
+
+def quick(
+  config: Config,
+  params: dict,
+  corpus: data.Corpus,
+  batches: int,
+  t: float,
+) -> dict[str, float]:
+  """Losses in nats a token on a few windows spread over the held-out text."""
+  windows = _heldout_windows(config, corpus)
+  count, size = len(windows.length_M), batches * config.data.batch_size
+  chosen = np.unique(np.linspace(0, count - 1, size).astype(int))
+  windows = windows.take(chosen)
+  denoise = denoise_nats_per_token(config, params, windows, t)
+  return {
+    'heldout_loss_ar': ar_nats_per_token(config, params, windows),
+    'heldout_loss_corrupted': denoise.corrupted,
+    'heldout_loss_kept': denoise.kept,
+  }
+
+
+def _heldout_windows(config, corpus):
+  return data.heldout_windows(
+    corpus.heldout,
+    config.data.sequence_length,
+    config.diffusion.bos_token_id,
+    config.diffusion.pad_token_id,
+  )
+
+
+def evaluate(
+  config: Config, params: dict, corpus: data.Corpus
+) -> dict[str, float]:
+  """Every number on all of the held-out text; names say the unit."""
+  windows = _heldout_windows(config, corpus)
+  num_bytes = sum(len(text.encode()) for text in corpus.heldout_texts)
+  num_tokens = int(windows.target_mask_MS.sum())
+  bits = ar_nats_per_token(config, params, windows) / math.log(2)
+  numbers = {
+    'heldout_bytes': num_bytes,
+    'heldout_tokens': num_tokens,
+    'ar_bits_per_token': bits,
+    'ar_bits_per_byte': bits * num_tokens / num_bytes,
+  }
+  for name, value in compressors_bits_per_byte(corpus.heldout_texts).items():
+    numbers[f'{name}_bits_per_byte'] = value
+  numbers['unigram_bits_per_token'] = unigram_bits(
+    corpus.train, config.model.vocab_size
+  )
+  for t in NOISE_LEVELS:
+    at_t = denoise_nats_per_token(config, params, windows, t)
+    numbers[f'denoise_loss_t{t}_corrupted_bits'] = at_t.corrupted / math.log(2)
+    numbers[f'denoise_loss_t{t}_kept_bits'] = at_t.kept / math.log(2)
+  return numbers

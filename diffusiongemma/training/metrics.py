@@ -1,0 +1,130 @@
+"""Where the numbers of a run go: a file, TensorBoard and the terminal.
+
+`metrics.jsonl` has one JSON object a line, `{"step": 10, "loss": ...}`; the
+same numbers go to TensorBoard. The terminal gets a progress bar, or one line
+at a time where it is not a terminal. A full disk costs metrics, not the run.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+
+from absl import logging
+import numpy as np
+from rich import console as rich_console
+from rich import progress as rich_progress
+import tensorboardX
+
+
+class MetricsWriter:
+  """Appends to `metrics.jsonl` and to TensorBoard events in `workdir`."""
+
+  def __init__(self, workdir: str, first_step: int):
+    self._path = pathlib.Path(workdir) / 'metrics.jsonl'
+    self._failed = False
+    _drop_lines_after(self._path, first_step)
+    self._events = tensorboardX.SummaryWriter(
+      str(workdir), purge_step=first_step + 1 if first_step else None
+    )
+
+  def write(self, step: int, numbers: Mapping[str, float]) -> None:
+    """Records the numbers of one step under their names."""
+    numbers = {name: float(value) for name, value in numbers.items()}
+    try:
+      with self._path.open('a') as stream:
+        stream.write(json.dumps({'step': step, **numbers}) + '\n')
+      for name, value in numbers.items():
+        self._events.add_scalar(name, value, step)
+    except OSError as error:
+      if not self._failed:
+        logging.error('Metrics are not recorded: %s.', error)
+      self._failed = True
+
+  def close(self) -> None:
+    """Flushes the events."""
+    try:
+      self._events.close()
+    except OSError as error:
+      logging.error('TensorBoard events are incomplete: %s.', error)
+
+
+def _drop_lines_after(path: pathlib.Path, step: int) -> None:
+  """Forgets steps that a killed run had recorded but not saved, and the half
+  line it may have ended with."""
+  if not path.exists():
+    return
+  kept = []
+  for line in path.read_text().splitlines():
+    try:
+      if json.loads(line)['step'] <= step:
+        kept.append(line + '\n')
+    except (ValueError, KeyError, TypeError):
+      continue
+  temporary = path.with_suffix('.tmp')
+  temporary.write_text(''.join(kept))
+  os.replace(temporary, path)
+
+
+class Progress:
+  """The terminal's view of a run: a bar, or plain lines.
+
+  Use as a context manager; `print` writes above the bar.
+  """
+
+  def __init__(self, total_steps: int, first_step: int):
+    self._console = rich_console.Console()
+    self._total = total_steps
+    self._bar = None
+    if self._console.is_terminal:
+      self._bar = rich_progress.Progress(
+        rich_progress.TextColumn('step {task.completed:.0f}/{task.total:.0f}'),
+        rich_progress.BarColumn(bar_width=None),
+        rich_progress.TextColumn('{task.fields[numbers]}'),
+        rich_progress.TimeRemainingColumn(),
+        console=self._console,
+      )
+      self._task = self._bar.add_task(
+        'train', total=total_steps, completed=first_step, numbers='compiling'
+      )
+
+  def __enter__(self):
+    if self._bar is not None:
+      self._bar.start()
+    return self
+
+  def __exit__(self, *unused):
+    if self._bar is not None:
+      self._bar.stop()
+
+  def advance(self, step: int) -> None:
+    """Moves the bar."""
+    if self._bar is not None:
+      self._bar.update(self._task, completed=step)
+
+  def show(self, step: int, numbers: Mapping[str, float], eta: float) -> None:
+    """Shows losses (nats a token), tokens/s and, in lines, the ETA in s."""
+    text = (
+      f'loss {numbers["loss"]:.3f} (denoise {numbers["loss_denoise"]:.3f}, '
+      f'AR {numbers["loss_ar"]:.3f})  '
+      f'{numbers["tokens_per_second"]:,.0f} tokens/s'
+    )
+    if self._bar is not None:
+      self._bar.update(self._task, completed=step, numbers=text)
+    else:
+      minutes, seconds = divmod(int(eta), 60)
+      self.print(
+        f'step {step}/{self._total}  {text}  {minutes}:{seconds:02d} left'
+      )
+
+  def print(self, text: str) -> None:
+    """Writes lines above the bar."""
+    self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def average(collected: list[Mapping[str, np.ndarray]]) -> dict[str, float]:
+  """Mean of each number over the steps collected."""
+  return {
+    name: float(np.mean([np.asarray(numbers[name]) for numbers in collected]))
+    for name in collected[0]
+  }
