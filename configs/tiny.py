@@ -11,28 +11,31 @@ def get_config() -> config.Config:
   return config.Config(
     model=config.ModelConfig(
       vocab_size=2048,
-      embed_dim=192,
+      embed_dim=128,
       attention_pattern=('local',) * 5 + ('global',),
-      num_heads=4,
-      num_kv_heads=2,
-      head_dim=48,
+      num_heads=2,
+      num_kv_heads=1,
+      head_dim=64,
       num_global_kv_heads=1,
-      global_head_dim=96,
+      global_head_dim=64,
       sliding_window=64,
-      mlp_dim=384,
+      mlp_dim=256,
       num_experts=8,
       experts_per_token=2,
-      expert_dim=128,
+      expert_dim=64,
       context_length=1024,
       dtype='float32',
     ),
-    diffusion=config.DiffusionConfig(
-      canvas_length=64, stop_token_ids=(1,)
-    ),
+    diffusion=config.DiffusionConfig(canvas_length=64, stop_token_ids=(1,)),
     data=config.DataConfig(sequence_length=256, batch_size=8),
     optimizer=config.OptimizerConfig(
-      peak_learning_rate=3e-3, warmup_steps=60, final_rate_fraction=0.02,
+      peak_learning_rate=4e-3,
+      warmup_steps=60,
+      final_rate_fraction=0.02,
       b1=0.9,
+      weight_decay=0.0,
     ),
-    train=config.TrainConfig(steps=600),
+    train=config.TrainConfig(
+      steps=900, evaluate_every=300, sample_every=300, checkpoint_every=300
+    ),
   )

@@ -12,6 +12,7 @@ Exit codes: 0 done, 1 failed (the message says why), 2 wrong usage, 128 + n
 stopped by signal n after saving (130 Ctrl-C, 143 SIGTERM).
 """
 
+import ctypes
 import json
 import os
 import pathlib
@@ -67,14 +68,16 @@ EXPECTED_ERRORS = (
 def parse_flags(argv: list[str]) -> list[str]:
   """Parses known flags; `--config.field=value` and leftovers stay in argv."""
   try:
-    return flags.FLAGS(argv, known_only=True)
+    rest = flags.FLAGS(argv, known_only=True)
   except flags.Error as error:
     _fail_usage(str(error))
+  if flags.FLAGS['verbosity'].using_default_value:
+    flags.FLAGS.verbosity = logging.WARNING  # At INFO, Orbax tells every file.
+  return rest
 
 
 def main(argv: list[str]) -> None:
-  if flags.FLAGS['verbosity'].using_default_value:
-    logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save.
+  _reuse_memory()
   _keep_compilations()
   try:
     overrides = _overrides(argv[1:])
@@ -86,6 +89,21 @@ def main(argv: list[str]) -> None:
     print(f'Error: {error}', file=sys.stderr)
     sys.exit(1)
   sys.exit(code)
+
+
+def _reuse_memory() -> None:
+  """Lets glibc keep what XLA frees, instead of mapping it anew each step.
+
+  A training step on the CPU works in hundreds of megabytes that would come
+  back from the kernel page by page; keeping them is worth a quarter of the
+  time. Elsewhere than on Linux with glibc, nothing happens.
+  """
+  M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+  mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
+  if sys.platform == 'linux' and mallopt is not None:
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(M_ARENA_MAX, 1)
 
 
 def _keep_compilations() -> None:

@@ -44,7 +44,10 @@ def open_checkpoints(
 ) -> ocp.CheckpointManager:
   """The checkpoints in `directory` (an absolute path); newest `keep` stay."""
   options = ocp.CheckpointManagerOptions(
-    max_to_keep=keep, create=create, enable_async_checkpointing=False
+    max_to_keep=keep,
+    create=create,
+    cleanup_tmp_directories=create,
+    enable_async_checkpointing=False,
   )
   return ocp.CheckpointManager(directory, options=options)
 

@@ -1,0 +1,226 @@
+"""The training loss: what it sees, what it must not see, and its pieces."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusiongemma.diffusion import loss
+from diffusiongemma.model import denoiser
+
+B, S, C = 2, 30, 6
+PROMPT_B = jnp.array([4, 9])
+
+
+def make_network(model_config, params):
+  model = denoiser.Denoiser(model_config)
+  apply = functools.partial(model.apply, {'params': params})
+  return loss.Network(
+    *(functools.partial(apply, method=name) for name in loss.Network._fields)
+  )
+
+
+@pytest.fixture(scope='module')
+def batch(model_config):
+  tokens = jax.random.randint(
+    jax.random.key(0), (B, S), 0, model_config.vocab_size
+  )
+  length_B = jnp.array([S, 25])
+  position = jnp.arange(S)[None]
+  return {
+    'tokens_BS': tokens,
+    'length_B': length_B,
+    'prompt_length_B': PROMPT_B,
+    'target_mask_BS': (position > 0) & (position < length_B[:, None]),
+  }
+
+
+def drawn_for(batch, selected, self_condition=True):
+  """Noise for canvas number `selected` of both rows."""
+  start_B = PROMPT_B + selected * C
+  clean_BL = loss.slice_rows(batch['tokens_BS'], start_B, C)
+  corrupted_BL = jnp.arange(C)[None] % 2 == jnp.array([[0], [1]])
+  canvas_BL = jnp.where(corrupted_BL, (clean_BL + 5) % 97, clean_BL)
+  return loss.Noise(
+    start_B, jnp.full(B, 0.5), canvas_BL, corrupted_BL,
+    jnp.full(B, self_condition),
+  )
+
+
+def test_the_canvas_sees_what_is_before_it_and_nothing_else(
+  model_config, params, batch
+):
+  """By gradient: perturb the embeddings of clean tokens. A `<=` where `<`
+  belongs would let the canvas read its own answer out of the cache."""
+  network = make_network(model_config, params)
+  drawn = drawn_for(batch, 1)
+
+  def denoising_loss(nudge_BSD):
+    """The loss as a function of what the prefill pass embeds."""
+    model = denoiser.Denoiser(model_config)
+
+    def prefill(tokens_BS, length_B):
+      def nudged(module, tokens):
+        return denoiser.Denoiser.embed(module, tokens) + nudge_BSD
+
+      def method(module, tokens, length):
+        original = module.embed
+        object.__setattr__(module, 'embed', functools.partial(nudged, module))
+        try:
+          return module.prefill(tokens, length)
+        finally:
+          object.__setattr__(module, 'embed', original)
+
+      return model.apply({'params': params}, tokens_BS, length_B, method=method)
+
+    value, metrics = loss.diffusion_loss(
+      network._replace(prefill=prefill), batch, drawn, 0.0
+    )
+    return value
+
+  zero = jnp.zeros((B, S, model_config.embed_dim))
+  gradient = jax.jit(jax.grad(denoising_loss))(zero)
+  felt_BS = np.abs(np.asarray(gradient)).sum(-1) > 0
+  for b in range(B):
+    start = int(drawn.start_B[b])
+    assert felt_BS[b, 1:start].all(), 'the text before the canvas is read'
+    assert not felt_BS[b, start:].any(), 'the canvas itself must not be'
+
+
+def test_later_text_does_not_change_the_denoising_loss(
+  model_config, params, batch
+):
+  """By perturbation: other tokens after the canvas, the same loss."""
+  network, drawn = make_network(model_config, params), drawn_for(batch, 0)
+  run = jax.jit(lambda b: loss.diffusion_loss(network, b, drawn, 1.0)[1])
+  position = jnp.arange(S)[None]
+  after = position >= (drawn.start_B + C)[:, None]
+  other = jnp.where(after, (batch['tokens_BS'] + 11) % 97, batch['tokens_BS'])
+  before, changed = run(batch), run({**batch, 'tokens_BS': other})
+  assert before['loss_denoise'] == changed['loss_denoise']
+  assert abs(before['loss_ar'] - changed['loss_ar']) > 1e-3
+
+
+def test_content_of_padding_is_irrelevant(model_config, params, batch):
+  network, drawn = make_network(model_config, params), drawn_for(batch, 1)
+  run = jax.jit(lambda b: loss.diffusion_loss(network, b, drawn, 1.0)[0])
+  padding = jnp.arange(S)[None] >= batch['length_B'][:, None]
+  other = jnp.where(padding, 50, batch['tokens_BS'])
+  assert run(batch) == run({**batch, 'tokens_BS': other})
+
+
+def test_self_conditioning_off_in_one_row_of_a_mixed_batch(
+  model_config, params, batch
+):
+  """Bit for bit what a batch without any self-conditioning gives the row."""
+  network = make_network(model_config, params)
+  _, cache, _ = network.prefill(batch['tokens_BS'], batch['length_B'])
+  zeros = jnp.zeros((B, C, model_config.embed_dim))
+
+  @jax.jit
+  def run(self_condition_B):
+    drawn = drawn_for(batch, 1)._replace(self_condition_B=self_condition_B)
+    return loss.denoise_twice(network, cache, drawn, zeros)
+
+  off, mixed = run(jnp.array([False, False])), run(jnp.array([False, True]))
+  np.testing.assert_array_equal(off[0], mixed[0])
+  assert np.abs(off[1] - mixed[1]).max() > 1e-3
+
+
+def test_no_gradient_through_the_first_pass(model_config, params, batch):
+  """The gradient is that of a constant self-conditioning signal."""
+  drawn = drawn_for(batch, 1)
+  zeros = jnp.zeros((B, C, model_config.embed_dim))
+  fixed = make_network(model_config, params)
+  _, cache, _ = fixed.prefill(batch['tokens_BS'], batch['length_B'])
+  cut = cache.replace(length_B=drawn.start_B)
+  first = fixed.denoise(drawn.canvas_BL, zeros, cut)
+  signal = loss.soft_embedding(fixed, first)
+
+  def twice(params):
+    network = make_network(model_config, params)
+    return jnp.sum(loss.denoise_twice(network, cache, drawn, zeros) ** 2)
+
+  def constant(params):
+    network = make_network(model_config, params)
+    return jnp.sum(network.denoise(drawn.canvas_BL, signal, cut) ** 2)
+
+  got, wanted = jax.jit(jax.grad(twice))(params), jax.jit(jax.grad(constant))(params)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-4 * (1 + np.abs(b).max()))
+
+
+def test_losses_are_means_over_the_right_places(model_config, params, batch):
+  network, drawn = make_network(model_config, params), drawn_for(batch, 1, False)
+  _, metrics = loss.diffusion_loss(network, batch, drawn, 1.0)
+  h_BSD, cache, _ = network.prefill(batch['tokens_BS'], batch['length_B'])
+  log_p = jax.nn.log_softmax(network.logits(h_BSD), axis=-1)
+  nats = [
+    -log_p[b, s, batch['tokens_BS'][b, s + 1]]
+    for b in range(B)
+    for s in range(int(batch['length_B'][b]) - 1)
+  ]
+  np.testing.assert_allclose(metrics['loss_ar'], np.mean(nats), rtol=1e-5)
+  zeros = jnp.zeros((B, C, model_config.embed_dim))
+  cut = cache.replace(length_B=drawn.start_B)
+  log_p = jax.nn.log_softmax(
+    network.logits(network.denoise(drawn.canvas_BL, zeros, cut)), axis=-1
+  )
+  nats = [
+    -log_p[b, i, batch['tokens_BS'][b, int(drawn.start_B[b]) + i]]
+    for b in range(B)
+    for i in range(C)
+  ]
+  np.testing.assert_allclose(metrics['loss_denoise'], np.mean(nats), rtol=1e-5)
+  np.testing.assert_allclose(
+    metrics['loss'], metrics['loss_ar'] + metrics['loss_denoise'], rtol=1e-6
+  )
+
+
+@pytest.mark.parametrize('chunk_rows', [1, 7, 60])
+def test_chunked_cross_entropy_equals_the_full_one(
+  model_config, params, monkeypatch, chunk_rows
+):
+  V = model_config.vocab_size
+  network = make_network(model_config, params)
+  h = jax.random.normal(jax.random.key(0), (B, S, model_config.embed_dim))
+  targets = jax.random.randint(jax.random.key(1), (B, S), 0, V)
+
+  def mean(h):
+    return jnp.mean(loss.cross_entropy(network.logits, h, targets)[0])
+
+  whole = jax.value_and_grad(mean)(h)
+  soft = loss.soft_embedding(network, h)
+  monkeypatch.setattr(loss, 'CHUNK_LOGITS', chunk_rows * V)
+  chunked = jax.value_and_grad(mean)(h)
+  np.testing.assert_allclose(chunked[0], whole[0], rtol=1e-6)
+  np.testing.assert_allclose(chunked[1], whole[1], atol=1e-7)
+  np.testing.assert_allclose(
+    loss.soft_embedding(network, h), soft, rtol=1e-5, atol=1e-6
+  )
+
+
+def test_noise_covers_all_canvases_and_no_more(model_config, batch):
+  many = jax.tree.map(lambda x: jnp.repeat(x, 400, axis=0), batch)
+  drawn = jax.jit(
+    lambda: loss.draw_noise(jax.random.key(0), many, C, 97, 0.5)
+  )()
+  for b, prompt, length in ((0, 4, S), (1, 9, 25)):
+    starts = set(drawn.start_B[b * 400 : (b + 1) * 400].tolist())
+    expected = range(prompt, length - C + 1, C)
+    assert starts == set(expected)
+  assert 0 < drawn.t_B.min() < 0.02 and 0.98 < drawn.t_B.max() < 1
+  np.testing.assert_allclose(drawn.self_condition_B.mean(), 0.5, atol=0.08)
+  assert len(np.unique(np.asarray(drawn.canvas_BL), axis=0)) > 790
+
+
+def test_unknown_and_missing_batch_keys_are_errors(batch):
+  with pytest.raises(ValueError, match='labels'):
+    loss.check_batch({**batch, 'labels': 0}, C)
+  missing = {k: v for k, v in batch.items() if k != 'length_B'}
+  with pytest.raises(ValueError, match='length_B'):
+    loss.check_batch(missing, C)
+  with pytest.raises(ValueError, match='no room'):
+    loss.check_batch(batch, S)

@@ -1,0 +1,217 @@
+"""The sampler, driven by denoisers that know the answer.
+
+No network is needed: an oracle returns logits that favour a target.
+"""
+
+import dataclasses
+import functools
+
+import hypothesis
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusiongemma.config import DiffusionConfig
+from diffusiongemma.diffusion import sampler
+
+B, L, V, D = 3, 16, 31, 5
+CONFIG = DiffusionConfig(
+  canvas_length=L, max_denoising_steps=12, stop_token_ids=(1,)
+)
+TARGET_BL = jax.random.randint(jax.random.key(9), (B, L), 0, V)
+TABLE_VD = jax.random.normal(jax.random.key(8), (V, D))
+
+
+def oracle(tokens_BL, sc_BLD, temperature, uniforms_BL2, target=TARGET_BL):
+  """Surer of the target the more of it is on the canvas already, and of its
+  later rows than of its first; looks at its self-conditioning too."""
+  right_BL = tokens_BL == target
+  share_B1 = right_BL.mean(1, keepdims=True)
+  row_B1 = jnp.arange(1, len(target) + 1)[:, None]
+  wave_BL = 1 + jnp.sin(jnp.arange(L) * 1.0)
+  peak_BL = row_B1 * (1 + 4 * share_B1) * wave_BL + 3 * right_BL
+  logits_BLV = peak_BL[..., None] * jax.nn.one_hot(target, V)
+  logits_BLV += 0.01 * (sc_BLD @ TABLE_VD.T)
+  return sampler.predict(
+    logits_BLV, temperature, uniforms_BL2, lambda p_BLV: p_BLV @ TABLE_VD
+  )
+
+
+def sample(key=None, denoise_fn=oracle, config=CONFIG, batch=B, **options):
+  return sampler.sample_canvas(
+    denoise_fn,
+    jax.random.key(0) if key is None else key,
+    config,
+    batch_size=batch,
+    vocab_size=V,
+    embed_dim=D,
+    **options,
+  )
+
+
+def test_ten_line_oracle_is_sampled():
+  """A sure denoiser is followed exactly, in two steps: say it, confirm it."""
+
+  def sure(tokens_BL, sc_BLD, temperature, uniforms_BL2):
+    del tokens_BL, sc_BLD
+    logits_BLV = 99.0 * jax.nn.one_hot(TARGET_BL, V)
+    embed = lambda p_BLV: p_BLV @ TABLE_VD
+    return sampler.predict(logits_BLV, temperature, uniforms_BL2, embed)
+
+  state, _ = jax.jit(lambda: sample(denoise_fn=sure))()
+  np.testing.assert_array_equal(state.draft_BL, TARGET_BL)
+  assert state.converged_B.all() and state.steps_B.tolist() == [2] * B
+
+
+def test_scan_equals_while_equals_python():
+  last, _ = jax.jit(functools.partial(sample, trajectory=False))()
+  scanned, states = jax.jit(functools.partial(sample, trajectory=True))()
+  keys_B = sampler.row_keys(jax.random.key(0), B)
+  step_fn = jax.jit(functools.partial(sampler.denoise_step, oracle, CONFIG))
+  state = sampler.init_state(sampler.draw_canvas(keys_B, CONFIG, V), D)
+  for n in range(CONFIG.max_denoising_steps, 0, -1):
+    drawn = sampler.draw_step_noise(keys_B, n, CONFIG, V)
+    state = step_fn(state, n, drawn)
+    index = CONFIG.max_denoising_steps - n
+    np.testing.assert_array_equal(state.canvas_BL, states.canvas_BL[index])
+    np.testing.assert_array_equal(state.accepted_BL, states.accepted_BL[index])
+  assert 1 < int(last.steps_B.max()) < CONFIG.max_denoising_steps
+  assert len(set(last.steps_B.tolist())) > 1, 'rows should differ'
+  for name in ('draft_BL', 'canvas_BL', 'steps_B', 'converged_B', 'entropy_BL'):
+    np.testing.assert_array_equal(getattr(scanned, name), getattr(last, name))
+    np.testing.assert_array_equal(getattr(state, name), getattr(last, name))
+
+
+def test_converged_row_never_changes():
+  _, states = jax.jit(functools.partial(sample, trajectory=True))()
+  for b in range(B):
+    (frozen,) = np.nonzero(np.asarray(states.converged_B[:, b]))
+    assert frozen.size, f'row {b} should converge'
+    for leaf in jax.tree.leaves(states):
+      rows = np.asarray(leaf)[frozen[0] :, b]
+      np.testing.assert_array_equal(rows, np.broadcast_to(rows[:1], rows.shape))
+
+
+def test_rows_do_not_depend_on_the_batch():
+  keys_B = jax.random.split(jax.random.key(7), B)
+  together, _ = sample(keys_B)
+  # Row 2 alone, with the oracle of its own target.
+  alone_fn = lambda *arguments: jax.tree.map(
+    lambda x: x[2:],
+    oracle(*(
+      jnp.concatenate([x, x, x]) if jnp.ndim(x) else x for x in arguments
+    )),
+  )
+  alone, _ = sample(keys_B[2:], alone_fn, batch=1)
+  np.testing.assert_array_equal(alone.draft_BL[0], together.draft_BL[2])
+  assert alone.steps_B[0] == together.steps_B[2]
+
+
+def test_same_key_same_tokens_other_key_other_tokens():
+  one, again = sample(jax.random.key(1))[0], sample(jax.random.key(1))[0]
+  np.testing.assert_array_equal(one.canvas_BL, again.canvas_BL)
+  first = [
+    sampler.draw_canvas(sampler.row_keys(jax.random.key(k), B), CONFIG, V)
+    for k in (1, 2)
+  ]
+  assert (first[0] != first[1]).any()
+  assert (first[0][0] != first[0][1]).any()
+
+
+def test_temperature_falls_from_t_max_to_t_min():
+  config = dataclasses.replace(CONFIG, max_denoising_steps=48)
+  np.testing.assert_allclose(sampler.temperature_at(config, 48), 0.8)
+  np.testing.assert_allclose(sampler.temperature_at(config, 24), 0.6)
+  np.testing.assert_allclose(
+    sampler.temperature_at(config, 1), 0.4 + 0.4 / 48, rtol=1e-6
+  )
+
+
+@pytest.mark.parametrize('threshold', [0, 1, 3])
+def test_stability_counts_unchanged_drafts(threshold):
+  """The draft settles at once; a row then waits `threshold` more steps."""
+  config = dataclasses.replace(CONFIG, stability_threshold=threshold)
+
+  def sure(tokens_BL, sc_BLD, temperature, uniforms_BL2):
+    del tokens_BL, temperature, uniforms_BL2
+    zero = jnp.zeros((B, L))
+    return sampler.Prediction(TARGET_BL, TARGET_BL, zero, sc_BLD)
+
+  state, _ = sample(denoise_fn=sure, config=config)
+  assert state.steps_B.tolist() == [threshold + 1] * B
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(
+  st.lists(
+    st.floats(0, 3, width=32), min_size=1, max_size=12
+  ),
+  st.floats(0, 4, width=32),
+)
+def test_entropy_bound_against_its_definition(entropies, bound):
+  accepted = sampler.entropy_bound(jnp.array([entropies]), bound)[0]
+  order = np.argsort(np.float32(entropies), kind='stable')
+  before, expected = np.float32(0), []
+  for position in order:
+    total = before + np.float32(entropies[position])
+    if total - np.float32(entropies[position]) <= np.float32(bound):
+      expected.append(position)
+    before = total
+  # The sums are rounded in another order: leave out what hangs on the last bit.
+  sums = np.cumsum(np.sort(np.float64(entropies))) - np.sort(entropies)
+  hypothesis.assume(np.abs(sums - bound).min() > 1e-5)
+  assert np.nonzero(np.asarray(accepted))[0].tolist() == sorted(expected)
+  assert accepted.any()
+
+
+def test_rejected_positions_are_renoised_accepted_ones_sampled():
+  keys_B = sampler.row_keys(jax.random.key(0), B)
+  state = sampler.init_state(sampler.draw_canvas(keys_B, CONFIG, V), D)
+  drawn = sampler.draw_step_noise(keys_B, 12, CONFIG, V)
+  new = sampler.denoise_step(oracle, CONFIG, state, 12, drawn)
+  prediction = oracle(state.canvas_BL, state.sc_BLD, 0.8, drawn.uniforms_BL2)
+  accepted = np.asarray(new.accepted_BL)
+  assert accepted.any() and not accepted.all()
+  np.testing.assert_array_equal(
+    new.canvas_BL, np.where(accepted, prediction.sample_BL, drawn.tokens_BL)
+  )
+  np.testing.assert_array_equal(new.draft_BL, prediction.argmax_BL)
+
+
+def test_two_level_draw_has_the_right_distribution():
+  """Chi-square against p over 300 tokens, three chunks, many of them zero."""
+  V, draws = 300, 40_000
+  weights = jax.random.exponential(jax.random.key(0), (V,))
+  weights = jnp.where(jnp.arange(V) % 3 == 0, weights, 0.0)
+  p = weights / weights.sum()
+  tokens = sampler.sample_categorical(
+    jnp.broadcast_to(p, (1, draws, V)),
+    jax.random.uniform(jax.random.key(1), (1, draws, 2)),
+  )[0]
+  counts = np.bincount(tokens, minlength=V)
+  assert counts[np.asarray(p) == 0].sum() == 0
+  expected = np.asarray(p, np.float64)[::3] * draws
+  statistic = ((counts[::3] - expected) ** 2 / expected).sum()
+  assert statistic < 148.2  # the 0.999 quantile for 99 degrees of freedom
+
+
+def test_draw_at_the_ends_of_the_unit_interval():
+  p = jnp.zeros((1, 2, 260)).at[..., 3].set(0.5).at[..., 257].set(0.5)
+  ends = jnp.array([[[0.0, 0.0], [1 - 2**-24, 1 - 2**-24]]])
+  assert sampler.sample_categorical(p, ends).tolist() == [[3, 257]]
+
+
+def test_predict_scales_by_temperature_and_forbids():
+  logits = jnp.array([[[1.0, 2.0, -jnp.inf, 0.0]]])
+  prediction = sampler.predict(
+    logits, 0.5, jnp.full((1, 1, 2), 0.3), lambda p: p
+  )
+  p = np.exp([2.0, 4.0, -np.inf, 0.0])
+  p /= p.sum()
+  np.testing.assert_allclose(prediction.sc_BLD[0, 0], p, rtol=1e-5)
+  kept = p[p > 0]
+  entropy = -(kept * np.log(kept)).sum()
+  np.testing.assert_allclose(prediction.entropy_BL[0, 0], entropy, rtol=1e-5)
+  assert prediction.argmax_BL[0, 0] == 1

@@ -1,0 +1,70 @@
+"""The tiled product against one product per row, for any routing."""
+
+import hypothesis
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusiongemma.kernels import grouped_matmul as grouped
+
+
+@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.given(
+  st.lists(st.integers(0, 4), min_size=1, max_size=60),
+  st.sampled_from([1, 4, 8]),
+)
+def test_layout(experts, tile):
+  """Every row has a slot of its own, in a tile of its own expert."""
+  groups = grouped.make_groups(jnp.array(experts, jnp.int32), 5, tile)
+  slots = np.asarray(groups.slot_R)
+  assert len(set(slots.tolist())) == len(experts)
+  assert (np.asarray(groups.row_T)[slots] == np.arange(len(experts))).all()
+  assert (np.asarray(groups.expert_of_tile)[slots // tile] == experts).all()
+  padding = np.delete(np.asarray(groups.row_T), slots)
+  assert (padding == len(experts)).all()
+
+
+def run_tiled(x_MD, weights_EFD, experts_Mk, tile):
+  k = experts_Mk.shape[1]
+  groups = grouped.make_groups(
+    experts_Mk.reshape(-1), weights_EFD.shape[0], tile
+  )
+  x_TD = grouped.scatter_to_tiles(x_MD, groups, k)
+  y_TF = grouped.grouped_matmul(x_TD, weights_EFD, groups)
+  y_RF = grouped.gather_from_tiles(y_TF, groups)
+  return y_RF.reshape(*experts_Mk.shape, -1)
+
+
+def run_dense(x_MD, weights_EFD, experts_Mk):
+  return jnp.einsum('md,mkfd->mkf', x_MD, weights_EFD[experts_Mk])
+
+
+def check(experts_Mk, tile):
+  key_x, key_w, key_g = jax.random.split(jax.random.key(0), 3)
+  x_MD = jax.random.normal(key_x, (experts_Mk.shape[0], 12))
+  weights_EFD = jax.random.normal(key_w, (6, 10, 12))
+  cotangent = jax.random.normal(key_g, (*experts_Mk.shape, 10))
+  ours, pull_ours = jax.vjp(
+    lambda x, w: run_tiled(x, w, experts_Mk, tile), x_MD, weights_EFD
+  )
+  dense, pull_dense = jax.vjp(
+    lambda x, w: run_dense(x, w, experts_Mk), x_MD, weights_EFD
+  )
+  np.testing.assert_allclose(ours, dense, atol=1e-5)
+  for got, wanted in zip(pull_ours(cotangent), pull_dense(cotangent)):
+    np.testing.assert_allclose(got, wanted, atol=2e-5)
+
+
+def test_values_and_gradients_for_mixed_routing():
+  check(jax.random.randint(jax.random.key(3), (50, 2), 0, 6), 8)
+
+
+def test_values_and_gradients_when_one_expert_gets_all():
+  check(jnp.full((33, 2), 4), 8)
+
+
+def test_tile_follows_the_mean_group():
+  assert grouped.default_tile(1, 128) == 8
+  assert grouped.default_tile(2048, 128) == 8
+  assert grouped.default_tile(4096, 8) == 128

@@ -1,0 +1,67 @@
+"""Router and experts against the formula, one token at a time."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusiongemma.model import moe
+
+
+def make(model_config, params):
+  layer = params['layer_00']
+  x_MD = jax.random.normal(jax.random.key(5), (17, model_config.embed_dim))
+  routing = moe.Router(model_config).apply({'params': layer['router']}, 3 * x_MD)
+  return layer, x_MD, routing
+
+
+def test_router_formula(model_config, params):
+  layer, x_MD, routing = make(model_config, params)
+  router, k = layer['router'], model_config.experts_per_token
+  for m, x in enumerate(3 * np.asarray(x_MD, np.float64)):
+    x = x / np.sqrt(np.mean(x**2) + model_config.norm_epsilon)
+    x = x * router['scale'] * model_config.embed_dim**-0.5
+    logits = x @ router['proj']
+    p = np.exp(logits) / np.exp(logits).sum()
+    chosen = np.argsort(-p)[:k]
+    weights = p[chosen] / p[chosen].sum() * router['per_expert_scale'][chosen]
+    assert routing.experts_Mk[m].tolist() == chosen.tolist()
+    np.testing.assert_allclose(routing.weights_Mk[m], weights, rtol=1e-5)
+
+
+def test_router_ignores_the_length_of_the_residual(model_config, params):
+  layer, x_MD, routing = make(model_config, params)
+  router = moe.Router(model_config)
+  other = router.apply({'params': layer['router']}, 300 * x_MD)
+  np.testing.assert_allclose(other.weights_Mk, routing.weights_Mk, rtol=1e-4)
+
+
+def test_experts_formula(model_config, params):
+  layer, x_MD, routing = make(model_config, params)
+  experts = layer['experts']
+  out = moe.Experts(model_config).apply({'params': experts}, x_MD, routing)
+  for m, x in enumerate(x_MD):
+    expected = 0
+    for e, w in zip(routing.experts_Mk[m], routing.weights_Mk[m], strict=True):
+      gate, up = jnp.split(experts['gate_up'][e] @ x, 2)
+      hidden = nn.gelu(gate, approximate=True) * up
+      expected += w * (experts['down'][e] @ hidden)
+    np.testing.assert_allclose(out[m], expected, atol=1e-5)
+
+
+def test_statistics_tell_even_from_collapsed():
+  M, E = 12, 4
+  even = moe.Routing(
+    jnp.full((M, 2), 0.5),
+    jnp.stack([jnp.arange(M) % E, (jnp.arange(M) + 1) % E], 1),
+    jnp.full((M, E), 1 / E),
+  )
+  one = moe.Routing(
+    jnp.ones((M, 1)), jnp.zeros((M, 1), int), jax.nn.one_hot(jnp.zeros(M), E)
+  )
+  statistics = moe.routing_statistics((even,))
+  np.testing.assert_allclose(statistics['router_entropy'], np.log(E), rtol=1e-5)
+  np.testing.assert_allclose(statistics['expert_load_max'], 1.0)
+  statistics = moe.routing_statistics((one,))
+  np.testing.assert_allclose(statistics['router_entropy'], 0.0, atol=1e-5)
+  np.testing.assert_allclose(statistics['expert_load_max'], E)
