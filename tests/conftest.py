@@ -17,7 +17,7 @@ def model_config() -> configs.ModelConfig:
   return configs.ModelConfig(
     vocab_size=97,
     embed_dim=24,
-    attention_pattern=('local', 'global', 'local'),
+    attention_pattern=('local', 'global', 'local', 'global'),
     num_heads=4,
     num_kv_heads=2,
     head_dim=8,

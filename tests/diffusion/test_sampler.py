@@ -18,7 +18,7 @@ from diffusiongemma.diffusion import sampler
 
 B, L, V, D = 3, 16, 31, 5
 CONFIG = DiffusionConfig(
-  canvas_length=L, max_denoising_steps=12, stop_token_ids=(1,)
+  canvas_length=L, max_denoising_steps=16, stop_token_ids=(1,)
 )
 TARGET_BL = jax.random.randint(jax.random.key(9), (B, L), 0, V)
 TABLE_VD = jax.random.normal(jax.random.key(8), (V, D))
@@ -30,8 +30,8 @@ def oracle(tokens_BL, sc_BLD, temperature, uniforms_BL2, target=TARGET_BL):
   right_BL = tokens_BL == target
   share_B1 = right_BL.mean(1, keepdims=True)
   row_B1 = jnp.arange(1, len(target) + 1)[:, None]
-  wave_BL = 1 + jnp.sin(jnp.arange(L) * 1.0)
-  peak_BL = row_B1 * (1 + 4 * share_B1) * wave_BL + 3 * right_BL
+  wave_L = 1.2 + jnp.sin(jnp.arange(L) * 1.0)
+  peak_BL = (row_B1 + 12 * share_B1) * wave_L + 3 * right_BL
   logits_BLV = peak_BL[..., None] * jax.nn.one_hot(target, V)
   logits_BLV += 0.01 * (sc_BLD @ TABLE_VD.T)
   return sampler.predict(
@@ -169,8 +169,8 @@ def test_entropy_bound_against_its_definition(entropies, bound):
 def test_rejected_positions_are_renoised_accepted_ones_sampled():
   keys_B = sampler.row_keys(jax.random.key(0), B)
   state = sampler.init_state(sampler.draw_canvas(keys_B, CONFIG, V), D)
-  drawn = sampler.draw_step_noise(keys_B, 12, CONFIG, V)
-  new = sampler.denoise_step(oracle, CONFIG, state, 12, drawn)
+  drawn = sampler.draw_step_noise(keys_B, 16, CONFIG, V)
+  new = sampler.denoise_step(oracle, CONFIG, state, 16, drawn)
   prediction = oracle(state.canvas_BL, state.sc_BLD, 0.8, drawn.uniforms_BL2)
   accepted = np.asarray(new.accepted_BL)
   assert accepted.any() and not accepted.all()
