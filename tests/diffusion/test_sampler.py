@@ -79,9 +79,11 @@ def test_scan_equals_while_equals_python():
     np.testing.assert_array_equal(state.accepted_BL, states.accepted_BL[index])
   assert 1 < int(last.steps_B.max()) < CONFIG.max_denoising_steps
   assert len(set(last.steps_B.tolist())) > 1, 'rows should differ'
-  for name in ('draft_BL', 'canvas_BL', 'steps_B', 'converged_B', 'entropy_BL'):
-    np.testing.assert_array_equal(getattr(scanned, name), getattr(last, name))
-    np.testing.assert_array_equal(getattr(state, name), getattr(last, name))
+  for other in (scanned, state):
+    for name in ('draft_BL', 'canvas_BL', 'steps_B', 'converged_B'):
+      np.testing.assert_array_equal(getattr(other, name), getattr(last, name))
+    # Three programs, fused in three ways: equal up to rounding.
+    np.testing.assert_allclose(other.entropy_BL, last.entropy_BL, atol=1e-5)
 
 
 def test_converged_row_never_changes():

@@ -1,0 +1,38 @@
+"""What the live canvas shows."""
+
+import io
+
+import numpy as np
+from rich import console as rich_console
+
+from diffusiongemma.text import terminal
+from diffusiongemma.text import tokenizer as tokenizers
+
+TOKENIZER = tokenizers.load_tokenizer()
+
+
+def test_accepted_tokens_stand_out_and_noise_is_dim():
+  ids = np.array(TOKENIZER.encode('To be,\nor not'))
+  accepted = np.arange(len(ids)) >= len(ids) - 2
+  text = terminal.canvas_text(TOKENIZER, ids, accepted)
+  assert text.plain == 'To be,↵or not'
+  styles = {text.plain[s.start : s.end]: s.style for s in text.spans}
+  assert set(styles.values()) == {terminal.NOISE, terminal.ACCEPTED}
+  steady = TOKENIZER.decode(ids[accepted])
+  assert styles[steady] == terminal.ACCEPTED
+
+
+def test_accepted_line_breaks_are_line_breaks():
+  ids = np.array(TOKENIZER.encode('a\nb'))
+  everything = np.ones(len(ids), bool)
+  assert terminal.canvas_text(TOKENIZER, ids, everything).plain == 'a\nb'
+
+
+def test_text_longer_than_the_screen_shows_its_end():
+  canvas = terminal.LiveCanvas(TOKENIZER, 'line\n' * 100 + 'last', 4)
+  canvas._console = rich_console.Console(
+    file=io.StringIO(), width=40, height=12, force_terminal=True
+  )
+  shown = canvas._fit(canvas._written, terminal.rich_text.Text('\nstatus'))
+  lines = shown.plain.split('\n')
+  assert len(lines) <= 10 and lines[-1] == 'status' and lines[-2] == 'last'
