@@ -1,0 +1,41 @@
+"""DiffusionGemma in JAX/Flax: text by discrete diffusion.
+
+Every array's name ends in its axes:
+
+  B batch   L canvas   P prompt   S keys or a whole sequence   D model width
+  F hidden width of an MLP   N query heads   K kv heads   G = N / K   H head
+  E experts   V vocabulary   M tokens in a row   R routed rows   T tile rows
+  k experts of a token   C canvas length
+
+Public names: `Config` and its parts, `Denoiser` and `init_params` (the
+network), `init_cache`, `prefill` and `make_denoise_fn` (a network that has
+read a text, as the sampler sees it), `sample_canvas` (the sampler, for use
+inside `jax.jit`), `generate` (prompt to tokens) and `load` (a trained run).
+"""
+
+from diffusiongemma.config import Config, DiffusionConfig, ModelConfig
+from diffusiongemma.diffusion.sampler import Prediction, sample_canvas
+from diffusiongemma.model.cache import KVCache, init_cache
+from diffusiongemma.model.denoiser import Denoiser, init_params
+from diffusiongemma.text.generate import generate, make_denoise_fn, prefill
+from diffusiongemma.text.tokenizer import Tokenizer
+from diffusiongemma.training.workdir import load
+from diffusiongemma.version import __version__
+
+__all__ = [
+  'Config',
+  'Denoiser',
+  'DiffusionConfig',
+  'KVCache',
+  'ModelConfig',
+  'Prediction',
+  'Tokenizer',
+  '__version__',
+  'generate',
+  'init_cache',
+  'init_params',
+  'load',
+  'make_denoise_fn',
+  'prefill',
+  'sample_canvas',
+]

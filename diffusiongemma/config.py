@@ -79,7 +79,7 @@ class DataConfig:
   heldout_path: str = ''
   heldout_every: int = 20
   tokenizer: str = ''
-  sequence_length: int = 256
+  sequence_length: int = 1024
   batch_size: int = 8
   seed: int = 0
 
@@ -325,7 +325,7 @@ def _with_nearest_field(message: str) -> str:
 
 
 def _parse(text: str, hint: Any, name: str) -> Any:
-  """The value that a command line's `text` spells for a field of type `hint`."""
+  """The value that `text` spells for a field of type `hint`."""
   if hint is str or typing.get_origin(hint) is Literal:
     value = text
   elif hint is bool:
@@ -376,9 +376,11 @@ def _check_type(value: Any, hint: Any, name: str) -> None:
     raise ConfigError(f'{name} must be {wanted}, it is {value!r}.')
 
 
-_ARTICLE = types.MappingProxyType({
-  int: 'a whole number',
-  float: 'a number',
-  bool: 'true or false',
-  str: 'a text',
-})
+_ARTICLE = types.MappingProxyType(
+  {
+    int: 'a whole number',
+    float: 'a number',
+    bool: 'true or false',
+    str: 'a text',
+  }
+)

@@ -18,21 +18,17 @@ import os
 import pathlib
 import sys
 
-from absl import app
-from absl import flags
-from absl import logging
+from absl import app, flags, logging
 import jax
 from rich import console as rich_console
 from rich import table as rich_table
 
 from diffusiongemma import config as configs
 from diffusiongemma.checkpoints import native
-from diffusiongemma.text import generate
-from diffusiongemma.text import terminal
+from diffusiongemma.text import generate, terminal
 from diffusiongemma.text import tokenizer as tokenizers
-from diffusiongemma.training import data
+from diffusiongemma.training import data, train
 from diffusiongemma.training import evaluate as evaluation
-from diffusiongemma.training import train
 from diffusiongemma.training import workdir as workdirs
 
 _CONFIG = flags.DEFINE_string(
@@ -77,6 +73,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def main(argv: list[str]) -> None:
+  """Runs one mode and exits with its code; expected errors are one message."""
   _reuse_memory()
   _keep_compilations()
   try:
@@ -162,16 +159,13 @@ def _workdir() -> str:
   return os.path.join('runs', pathlib.Path(_CONFIG.value).stem)
 
 
-def _load_run(overrides: dict[str, str]):
-  """(config, tokenizer, step, params) of the run in the workdir."""
-  workdir = _workdir()
-  config = workdirs.read_config(workdir)
+def _load_run(overrides: dict[str, str]) -> workdirs.Run:
+  """The run in the workdir, with single fields of its config changed."""
+  config = workdirs.read_config(_workdir())
   for field, text in overrides.items():
     config = configs.override(config, field, text)
   configs.validate(config)
-  tokenizer = workdirs.load_tokenizer(config, workdir)
-  step, params = workdirs.load_params(workdir, config)
-  return config, tokenizer, step, params
+  return workdirs.load(_workdir(), config)
 
 
 def _train(overrides: dict[str, str]) -> int:
@@ -185,7 +179,13 @@ def _train(overrides: dict[str, str]) -> int:
       f'--prompt="ROMEO."'
     )
   elif code > 128:
-    print(f'Stopped and saved in {workdir}; the same command goes on from here.')
+    print(f'Stopped and saved in {workdir}; the same command goes on.')
+  else:
+    print(
+      f'Error: the end of the run is not saved in {workdir}. The same command '
+      'goes on from the newest checkpoint there.',
+      file=sys.stderr,
+    )
   return code
 
 
@@ -229,9 +229,11 @@ def _sample(overrides: dict[str, str]) -> int:
   )
   if _FORMAT.value == 'json':
     written = write()
-    print(json.dumps({
-      'text': tokenizer.decode(written.tokens), **written._asdict()
-    }))
+    print(
+      json.dumps(
+        {'text': tokenizer.decode(written.tokens), **written._asdict()}
+      )
+    )
   elif canvas.is_terminal:
     with canvas:
       written = write(on_step=canvas.on_step, on_canvas=canvas.on_canvas)

@@ -26,9 +26,7 @@ def get_config() -> config.Config:
       canvas_length=8, max_denoising_steps=4, stop_token_ids=(1,)
     ),
     data=config.DataConfig(sequence_length=32, batch_size=2),
-    optimizer=config.OptimizerConfig(
-      peak_learning_rate=1e-2, warmup_steps=5
-    ),
+    optimizer=config.OptimizerConfig(peak_learning_rate=1e-2, warmup_steps=5),
     train=config.TrainConfig(
       steps=60,
       log_every=5,

@@ -9,6 +9,10 @@ goes back to the newest step whose arrays all agree.
 """
 
 import hashlib
+import os
+import re
+import shutil
+import tempfile
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -83,7 +87,9 @@ def save(
   """
   if step in manager.all_steps():
     return
+  num_bytes = sum(x.nbytes for x in jax.tree.leaves((params, opt_state)))
   try:
+    _check_room(str(manager.directory), num_bytes)
     manager.save(
       step,
       args=ocp.args.Composite(
@@ -91,17 +97,51 @@ def save(
         opt_state=ocp.args.StandardSave(opt_state),
         data=ocp.args.JsonSave(data),
         config=ocp.args.JsonSave(configs.to_dict(config)),
-        digests=ocp.args.JsonSave({
-          'params': digests(params), 'opt_state': digests(opt_state)
-        }),
+        digests=ocp.args.JsonSave(
+          {'params': digests(params), 'opt_state': digests(opt_state)}
+        ),
       ),
     )
     manager.wait_until_finished()
   except Exception as error:  # Orbax and TensorStore raise many kinds.
-    reason = str(error).strip().splitlines() or [type(error).__name__]
+    _remove_unfinished(manager, step)
     raise CheckpointError(
-      f'Step {step} could not be saved in {manager.directory}: {reason[0]}'
+      f'Step {step} could not be saved in {manager.directory}: '
+      f'{_reason(error)}.'
     ) from error
+
+
+def _reason(error: Exception) -> str:
+  """One line of what went wrong."""
+  if isinstance(error, OSError) and error.strerror:
+    return error.strerror
+  from_system = re.search(r'OS error \d+: ([^\]]+)', str(error))
+  if from_system:
+    return from_system[1].split(' (')[0]
+  lines = str(error).strip().splitlines() or [type(error).__name__]
+  return lines[0].rstrip('.')
+
+
+def _remove_unfinished(manager: ocp.CheckpointManager, step: int) -> None:
+  """Frees the room that a failed save has taken."""
+  for folder in manager.directory.glob(f'{step}.orbax-checkpoint-tmp*'):
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_room(directory: str, num_bytes: int) -> None:
+  """Raises `OSError` where `num_bytes` can't be written, and leaves nothing.
+
+  Asked before saving because TensorStore, once under way, answers a full disk
+  with a page of stack traces from its threads.
+  """
+  if not hasattr(os, 'posix_fallocate') or not os.path.isdir(directory):
+    return  # Not Linux, or not a local folder.
+  descriptor, path = tempfile.mkstemp(prefix='room-', dir=directory)
+  try:
+    os.posix_fallocate(descriptor, 0, max(1, num_bytes))
+  finally:
+    os.close(descriptor)
+    os.remove(path)
 
 
 def restore_newest(
@@ -150,9 +190,8 @@ def restore_step(
   try:
     items = manager.restore(step, args=ocp.args.Composite(**arguments))
   except Exception as error:  # Orbax and TensorStore raise many kinds.
-    reason = str(error).strip().splitlines() or [type(error).__name__]
     raise CheckpointError(
-      f'Checkpoint {step} cannot be read: {reason[0]}'
+      f'Checkpoint {step} cannot be read: {_reason(error)}.'
     ) from error
   for name in wanted:
     expected, found = items.digests[name], digests(items[name])
@@ -162,9 +201,7 @@ def restore_step(
         f'Checkpoint {step} is damaged: {name} {", ".join(wrong[:4])} '
         f'{"and more " if len(wrong) > 4 else ""}differ from what was saved.'
       )
-  return Restored(
-    step, items.params, items.get('opt_state'), items.get('data')
-  )
+  return Restored(step, items.params, items.get('opt_state'), items.get('data'))
 
 
 def remove_after(manager: ocp.CheckpointManager, step: int) -> None:

@@ -95,9 +95,7 @@ def draw_noise(
   count_B = (batch['length_B'] - prompt_B) // canvas_length
   selected_B = jax.random.randint(select_key, (B,), 0, jnp.maximum(count_B, 1))
   start_B = prompt_B + selected_B * canvas_length
-  t_B = jax.random.uniform(
-    time_key, (B,), minval=T_MARGIN, maxval=1 - T_MARGIN
-  )
+  t_B = jax.random.uniform(time_key, (B,), minval=T_MARGIN, maxval=1 - T_MARGIN)
   clean_BL = slice_rows(batch['tokens_BS'], start_B, canvas_length)
   canvas_BL, corrupted_BL = noise.corrupt(
     corrupt_key, clean_BL, t_B, vocab_size
@@ -204,7 +202,7 @@ def _in_chunks(logits_fn: Callable, chunk: Callable, h_BLD, *others_BL):
   V = jax.eval_shape(logits_fn, row).shape[-1]
   arrays = [x.reshape(B * L, *x.shape[2:]) for x in (h_BLD, *others_BL)]
   size = max(1, CHUNK_LOGITS // V)
-  if B * L <= size:
+  if size >= B * L:
     out = chunk(*arrays)
   else:
     count = -(-B * L // size)
@@ -216,9 +214,7 @@ def _in_chunks(logits_fn: Callable, chunk: Callable, h_BLD, *others_BL):
 
     chunks = [split(x) for x in arrays]
     out = jax.lax.map(lambda c: jax.checkpoint(chunk)(*c), chunks)
-    out = jax.tree.map(
-      lambda x: x.reshape(-1, *x.shape[2:])[: B * L], out
-    )
+    out = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: B * L], out)
   return jax.tree.map(lambda x: x.reshape(B, L, *x.shape[1:]), out)
 
 

@@ -42,9 +42,7 @@ class Prediction:
   logits_BLV: jax.Array | None = None
 
 
-DenoiseFn = Callable[
-  [jax.Array, jax.Array, jax.Array, jax.Array], Prediction
-]
+DenoiseFn = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], Prediction]
 
 
 @flax.struct.dataclass
@@ -196,6 +194,7 @@ def sample_canvas(
 
   last_step = config.max_denoising_steps
   if trajectory:
+
     def scan_body(state, step):
       state = transition(state, step)
       return state, state
@@ -291,9 +290,9 @@ def sample_categorical(
   p_BLV = jnp.pad(p_BLV, ((0, 0), (0, 0), (0, padding)))
   p_BLXc = p_BLV.reshape(*p_BLV.shape[:2], -1, chunk)
   chosen_BL = _invert(jnp.sum(p_BLXc, axis=-1), uniforms_BL2[..., 0])
-  inside_BLc = jnp.take_along_axis(
-    p_BLXc, chosen_BL[..., None, None], axis=2
-  )[:, :, 0]
+  inside_BLc = jnp.take_along_axis(p_BLXc, chosen_BL[..., None, None], axis=2)[
+    :, :, 0
+  ]
   token_BL = _invert(inside_BLc, uniforms_BL2[..., 1])
   return chosen_BL * chunk + token_BL
 

@@ -32,9 +32,7 @@ class KVCache:
     return self.k[0].shape[1]
 
 
-def init_cache(
-  config: ModelConfig, batch_size: int, capacity: int
-) -> KVCache:
+def init_cache(config: ModelConfig, batch_size: int, capacity: int) -> KVCache:
   """An empty cache of `capacity` token slots a row."""
 
   def empty(kind):

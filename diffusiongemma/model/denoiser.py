@@ -18,11 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from diffusiongemma.config import ModelConfig
-from diffusiongemma.model import attention
+from diffusiongemma.model import attention, layers, masks, moe
 from diffusiongemma.model import cache as kv_cache
-from diffusiongemma.model import layers
-from diffusiongemma.model import masks
-from diffusiongemma.model import moe
 
 
 class Layer(nn.Module):
@@ -33,9 +30,7 @@ class Layer(nn.Module):
 
   def setup(self):
     cfg = self.config
-    norm = functools.partial(
-      layers.RMSNorm, cfg.embed_dim, cfg.norm_epsilon
-    )
+    norm = functools.partial(layers.RMSNorm, cfg.embed_dim, cfg.norm_epsilon)
     self.norm_in = norm()
     self.attention = attention.Attention(cfg, self.kind)
     self.norm_post_attn = norm()

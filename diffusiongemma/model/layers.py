@@ -1,8 +1,8 @@
 """Norms, rotary positions and the gated MLP.
 
-  RMSNorm(x)  = x / sqrt(mean(x^2) + eps) * w        float32; bare: without w
-  rotary(x)   = x * cos(p f) + rotate_half(x) * sin(p f)
-  GeGLU(x)    = down(gelu_tanh(gate(x)) * up(x))
+RMSNorm(x)  = x / sqrt(mean(x^2) + eps) * w        float32; bare: without w
+rotary(x)   = x * cos(p f) + rotate_half(x) * sin(p f)
+GeGLU(x)    = down(gelu_tanh(gate(x)) * up(x))
 """
 
 import flax.linen as nn

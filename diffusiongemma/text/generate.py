@@ -8,16 +8,15 @@ This is where the network and the sampler meet: `make_denoise_fn` binds
 parameters and cache into the function that the sampler calls.
 """
 
-import functools
 from collections.abc import Callable
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusiongemma.config import Config
-from diffusiongemma.config import ModelConfig
+from diffusiongemma.config import Config, ModelConfig
 from diffusiongemma.diffusion import sampler
 from diffusiongemma.model import cache as kv_cache
 from diffusiongemma.model import denoiser
@@ -107,9 +106,7 @@ def write_step(
     keys_B, step, config.diffusion, config.model.vocab_size
   )
   denoise_fn = make_denoise_fn(config.model, params, cache)
-  return sampler.denoise_step(
-    denoise_fn, config.diffusion, state, step, drawn
-  )
+  return sampler.denoise_step(denoise_fn, config.diffusion, state, step, drawn)
 
 
 def watch_canvas(
@@ -209,9 +206,7 @@ def check_prompt(
   canvases = -(-max_new_tokens // C)
   if len(prompt) + canvases * C > context:
     room = (context - len(prompt)) // C * C
-    remedy = (
-      f'ask for at most {room} new tokens' if room > 0 else 'shorten it'
-    )
+    remedy = f'ask for at most {room} new tokens' if room > 0 else 'shorten it'
     raise PromptError(
       f'The prompt has {len(prompt)} tokens; with {canvases} canvases of {C} '
       f'that is more than the context of {context}: {remedy}.'

@@ -50,9 +50,7 @@ class Tokenizer:
 
   def pieces(self, ids: list[int]) -> list[str]:
     """What each id alone looks like, a space for SentencePiece's `▁`."""
-    return [
-      self._processor.id_to_piece(int(i)).replace('▁', ' ') for i in ids
-    ]
+    return [self._processor.id_to_piece(int(i)).replace('▁', ' ') for i in ids]
 
 
 def load_tokenizer(path: str = '') -> Tokenizer:

@@ -10,7 +10,6 @@ iterator's state is one number and a resumed run reads on where it stopped.
 import glob
 import json
 import lzma
-import os
 import pathlib
 from typing import NamedTuple
 
@@ -66,7 +65,8 @@ def find_files(path: str) -> list[pathlib.Path]:
   else:
     candidates = map(pathlib.Path, glob.glob(path, recursive=True))
   files = sorted(
-    file for file in candidates
+    file
+    for file in candidates
     if file.is_file() and file.name.endswith(SUFFIXES)
   )
   if not files and not given.exists() and not glob.has_magic(path):
@@ -187,7 +187,7 @@ def load_corpus(
 def make_row(
   document: np.ndarray, start: int, length: int, bos_id: int, pad_id: int
 ) -> tuple[np.ndarray, int]:
-  """bos and up to `length` - 1 tokens from `start`: (padded row, its length)."""
+  """(bos and up to `length` - 1 tokens from `start`, padded; its length)."""
   tokens = document[start : start + length - 1]
   row = np.full(length, pad_id, np.int32)
   row[0] = bos_id

@@ -20,8 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusiongemma.config import Config
-from diffusiongemma.diffusion import loss
-from diffusiongemma.diffusion import noise
+from diffusiongemma.diffusion import loss, noise
 from diffusiongemma.model import denoiser
 from diffusiongemma.training import data
 

@@ -5,10 +5,10 @@ same numbers go to TensorBoard. The terminal gets a progress bar, or one line
 at a time where it is not a terminal. A full disk costs metrics, not the run.
 """
 
+from collections.abc import Mapping
 import json
 import os
 import pathlib
-from collections.abc import Mapping
 
 from absl import logging
 import numpy as np

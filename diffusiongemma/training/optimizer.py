@@ -1,7 +1,7 @@
 """Adam with decoupled weight decay behind a clip of the global norm.
 
-  rate(n): linear from 0 over `warmup_steps`, then a cosine from the peak down
-  to `final_rate_fraction` of it at the last step, or constant.
+rate(n): linear from 0 over `warmup_steps`, then a cosine from the peak down
+to `final_rate_fraction` of it at the last step, or constant.
 """
 
 import jax

@@ -21,15 +21,12 @@ import optax
 from diffusiongemma.checkpoints import native
 from diffusiongemma.config import Config
 from diffusiongemma.diffusion import loss
-from diffusiongemma.model import denoiser
-from diffusiongemma.model import moe
+from diffusiongemma.model import denoiser, moe
 from diffusiongemma.text import generate
 from diffusiongemma.text.tokenizer import Tokenizer
-from diffusiongemma.training import data
-from diffusiongemma.training import evaluate
+from diffusiongemma.training import data, evaluate, train_state
 from diffusiongemma.training import metrics as metrics_lib
 from diffusiongemma.training import optimizer as optimizers
-from diffusiongemma.training import train_state
 from diffusiongemma.training import workdir as workdirs
 
 EVALUATION_NOISE = 0.3
@@ -91,7 +88,8 @@ def stop_signals():
     received.append(number)
     signal.signal(number, signal.SIG_DFL)
 
-  before = {n: signal.signal(n, receive) for n in (signal.SIGINT, signal.SIGTERM)}
+  numbers = (signal.SIGINT, signal.SIGTERM)
+  before = {number: signal.signal(number, receive) for number in numbers}
   try:
     yield received
   finally:
@@ -156,9 +154,7 @@ def start_or_resume(
   )
   iterator = iter(dataset)
   abstract = workdirs.abstract_state(config)
-  restored = native.restore_newest(
-    manager, abstract.params, abstract.opt_state
-  )
+  restored = native.restore_newest(manager, abstract.params, abstract.opt_state)
   if restored is None:
     model = denoiser.Denoiser(config.model)
     optimizer = optimizers.make_optimizer(config.optimizer, config.train.steps)
@@ -199,8 +195,8 @@ def run_steps(
     metrics = jax.device_get(metrics)
     if not np.isfinite(metrics['loss']):
       raise TrainingError(
-        f'The loss of step {done} is {metrics["loss"]}. The last checkpoint, '
-        f'step {manager.latest_step()}, is from before. Lower '
+        f'The loss of step {done} is {metrics["loss"]}; the newest checkpoint '
+        f'is that of step {manager.latest_step() or 0}. Lower '
         'config.optimizer.peak_learning_rate or config.optimizer.clip_norm.'
       )
     collected.append(metrics)
@@ -220,10 +216,9 @@ def run_steps(
       place = iterator.get_state()
       native.save(manager, step, state.params, state.opt_state, place, config)
     except native.CheckpointError as error:
-      progress.print(
-        f'{error}\nThe last good checkpoint is step {manager.latest_step()}; '
-        'training goes on and tries again at the next one.'
-      )
+      newest = manager.latest_step()
+      kept = 'There is none yet' if newest is None else f'Step {newest} is kept'
+      progress.print(f'{error} {kept}. Make room, and the next save may work.')
       return False
     return True
 

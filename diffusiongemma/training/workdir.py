@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import pathlib
+from typing import NamedTuple
 
 import jax
 
@@ -68,7 +69,8 @@ def claim(
     differences.append('  the contents of the tokenizer file')
   if differences:
     raise WorkdirError(
-      f'{workdir} holds a run of another config:\n' + '\n'.join(differences)
+      f'{workdir} holds a run of another config:\n'
+      + '\n'.join(differences)
       + '\nGive another --workdir, or the same values to go on with that run.'
     )
 
@@ -121,6 +123,38 @@ def abstract_state(config: Config) -> train_state.TrainState:
   return jax.eval_shape(
     lambda: train_state.init_train_state(model, optimizer, config.train.seed)
   )
+
+
+class Run(NamedTuple):
+  """A trained run.
+
+  Attributes:
+    config: all of its settings.
+    tokenizer: the one it was trained with.
+    step: training steps done.
+    params: parameters of the network, a nested dict of arrays.
+  """
+
+  config: Config
+  tokenizer: tokenizers.Tokenizer
+  step: int
+  params: dict
+
+
+def load(workdir: str, config: Config | None = None) -> Run:
+  """Reads the newest whole checkpoint of the run in `workdir`.
+
+  Args:
+    workdir: what training was given as `--workdir`.
+    config: settings to use instead of the run's own, for another sampler.
+
+  Raises:
+    WorkdirError: there is no run, or no finished checkpoint of it.
+    CheckpointError: all of its checkpoints are damaged.
+  """
+  config = config or read_config(workdir)
+  tokenizer = load_tokenizer(config, workdir)
+  return Run(config, tokenizer, *load_params(workdir, config))
 
 
 def load_params(workdir: str, config: Config) -> tuple[int, dict]:

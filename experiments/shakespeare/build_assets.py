@@ -18,8 +18,7 @@ import json
 import lzma
 import pathlib
 
-from absl import app
-from absl import flags
+from absl import app, flags
 import sentencepiece
 
 _SOURCE = flags.DEFINE_string('source', None, 'Folder of *_gut.txt files.')
@@ -35,11 +34,13 @@ def read_works(source: pathlib.Path) -> list[dict[str, str]]:
   records = []
   for path in sorted(source.glob('*_gut.txt')):
     title = path.name.removesuffix('_gut.txt')
-    records.append({
-      'title': title,
-      'split': 'heldout' if title in HELDOUT else 'train',
-      'text': path.read_text(encoding='utf-8'),
-    })
+    records.append(
+      {
+        'title': title,
+        'split': 'heldout' if title in HELDOUT else 'train',
+        'text': path.read_text(encoding='utf-8'),
+      }
+    )
   missing = set(HELDOUT) - {record['title'] for record in records}
   if missing:
     raise app.UsageError(f'{source} lacks {sorted(missing)}.')
@@ -86,8 +87,10 @@ def main(argv: list[str]) -> None:
   ASSETS.mkdir(exist_ok=True)
   (ASSETS / 'shakespeare.jsonl.xz').write_bytes(archive)
   (ASSETS / 'shakespeare.model').write_bytes(model)
-  print(f'{len(records)} works, {len(archive):,} bytes of corpus archive, '
-        f'{len(model):,} bytes of tokenizer')
+  print(
+    f'{len(records)} works, {len(archive):,} bytes of corpus archive, '
+    f'{len(model):,} bytes of tokenizer'
+  )
 
 
 if __name__ == '__main__':

@@ -44,7 +44,10 @@ def drawn_for(batch, selected, self_condition=True):
   corrupted_BL = jnp.arange(C)[None] % 2 == jnp.array([[0], [1]])
   canvas_BL = jnp.where(corrupted_BL, (clean_BL + 5) % 97, clean_BL)
   return loss.Noise(
-    start_B, jnp.full(B, 0.5), canvas_BL, corrupted_BL,
+    start_B,
+    jnp.full(B, 0.5),
+    canvas_BL,
+    corrupted_BL,
     jnp.full(B, self_condition),
   )
 
@@ -147,13 +150,19 @@ def test_no_gradient_through_the_first_pass(model_config, params, batch):
     network = make_network(model_config, params)
     return jnp.sum(network.denoise(drawn.canvas_BL, signal, cut) ** 2)
 
-  got, wanted = jax.jit(jax.grad(twice))(params), jax.jit(jax.grad(constant))(params)
+  got, wanted = (
+    jax.jit(jax.grad(twice))(params),
+    jax.jit(jax.grad(constant))(params),
+  )
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-4 * (1 + np.abs(b).max()))
 
 
 def test_losses_are_means_over_the_right_places(model_config, params, batch):
-  network, drawn = make_network(model_config, params), drawn_for(batch, 1, False)
+  network, drawn = (
+    make_network(model_config, params),
+    drawn_for(batch, 1, False),
+  )
   _, metrics = loss.diffusion_loss(network, batch, drawn, 1.0)
   h_BSD, cache, _ = network.prefill(batch['tokens_BS'], batch['length_B'])
   log_p = jax.nn.log_softmax(network.logits(h_BSD), axis=-1)

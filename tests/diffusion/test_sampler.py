@@ -102,9 +102,9 @@ def test_rows_do_not_depend_on_the_batch():
   # Row 2 alone, with the oracle of its own target.
   alone_fn = lambda *arguments: jax.tree.map(
     lambda x: x[2:],
-    oracle(*(
-      jnp.concatenate([x, x, x]) if jnp.ndim(x) else x for x in arguments
-    )),
+    oracle(
+      *(jnp.concatenate([x, x, x]) if jnp.ndim(x) else x for x in arguments)
+    ),
   )
   alone, _ = sample(keys_B[2:], alone_fn, batch=1)
   np.testing.assert_array_equal(alone.draft_BL[0], together.draft_BL[2])
@@ -147,9 +147,7 @@ def test_stability_counts_unchanged_drafts(threshold):
 
 @hypothesis.settings(max_examples=60, deadline=None)
 @hypothesis.given(
-  st.lists(
-    st.floats(0, 3, width=32), min_size=1, max_size=12
-  ),
+  st.lists(st.floats(0, 3, width=32), min_size=1, max_size=12),
   st.floats(0, 4, width=32),
 )
 def test_entropy_bound_against_its_definition(entropies, bound):

@@ -52,7 +52,8 @@ def check(experts_Mk, tile):
     lambda x, w: run_dense(x, w, experts_Mk), x_MD, weights_EFD
   )
   np.testing.assert_allclose(ours, dense, atol=1e-5)
-  for got, wanted in zip(pull_ours(cotangent), pull_dense(cotangent)):
+  gradients = zip(pull_ours(cotangent), pull_dense(cotangent), strict=True)
+  for got, wanted in gradients:
     np.testing.assert_allclose(got, wanted, atol=2e-5)
 
 

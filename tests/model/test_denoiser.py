@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from diffusiongemma.model import cache as kv_cache
-from diffusiongemma.model import denoiser
-from diffusiongemma.model import layers
+from diffusiongemma.model import denoiser, layers
 
 P, L = 12, 6
 
@@ -29,12 +28,16 @@ def run(model_config, params):
 
 @pytest.fixture(scope='module')
 def tokens_BP(model_config):
-  return jax.random.randint(jax.random.key(2), (2, P), 0, model_config.vocab_size)
+  return jax.random.randint(
+    jax.random.key(2), (2, P), 0, model_config.vocab_size
+  )
 
 
 @pytest.fixture(scope='module')
 def canvas_BL(model_config):
-  return jax.random.randint(jax.random.key(3), (2, L), 0, model_config.vocab_size)
+  return jax.random.randint(
+    jax.random.key(3), (2, L), 0, model_config.vocab_size
+  )
 
 
 @pytest.fixture(scope='module')
@@ -76,7 +79,9 @@ def test_prefill_in_pieces_equals_prefill_at_once(
   cache = kv_cache.init_cache(model_config, 2, P + 4)
   first = jnp.concatenate([tokens_BP[:, :5], jnp.zeros((2, 3), int)], axis=1)
   _, cache, _ = run(first, jnp.array([5, 5]), cache, method='prefill')
-  h, cache, _ = run(tokens_BP[:, 5:], jnp.array([7, 7]), cache, method='prefill')
+  h, cache, _ = run(
+    tokens_BP[:, 5:], jnp.array([7, 7]), cache, method='prefill'
+  )
   expected, _, _ = run(tokens_BP, jnp.array([P, P]), method='prefill')
   np.testing.assert_allclose(h, expected[:, 5:], atol=1e-5)
   np.testing.assert_array_equal(cache.length_B, whole.length_B)
@@ -120,7 +125,11 @@ def test_information_flow(model_config, kind):
 
   def denoise(x, canvas):
     return layer.apply(
-      params, canvas, P + jnp.arange(L)[None], zero + P, prefill(x)[1],
+      params,
+      canvas,
+      P + jnp.arange(L)[None],
+      zero + P,
+      prefill(x)[1],
       method='denoise',
     )
 

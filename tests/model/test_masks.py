@@ -15,9 +15,7 @@ def test_prefill_mask(window):
     for query in range(5):
       for key in range(13):
         position = start + query
-        seen = key <= position and (
-          window is None or position - key < window
-        )
+        seen = key <= position and (window is None or position - key < window)
         assert mask[b, query, key] == seen
 
 

@@ -11,7 +11,9 @@ from diffusiongemma.model import moe
 def make(model_config, params):
   layer = params['layer_00']
   x_MD = jax.random.normal(jax.random.key(5), (17, model_config.embed_dim))
-  routing = moe.Router(model_config).apply({'params': layer['router']}, 3 * x_MD)
+  routing = moe.Router(model_config).apply(
+    {'params': layer['router']}, 3 * x_MD
+  )
   return layer, x_MD, routing
 
 

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusiongemma.config import Config
-from diffusiongemma.config import DiffusionConfig
+from diffusiongemma.config import Config, DiffusionConfig
 from diffusiongemma.model import cache as kv_cache
 from diffusiongemma.text import generate
 
@@ -35,7 +34,9 @@ def test_watching_changes_nothing(config, params):
   steps, canvases = [], []
   quiet = run(config, params, 2 * C)
   watched = run(
-    config, params, 2 * C,
+    config,
+    params,
+    2 * C,
     on_step=lambda step, state: steps.append(step),
     on_canvas=canvases.append,
   )
@@ -100,9 +101,7 @@ def test_prompts_that_cannot_be_continued(
   config, params, prompt, new_tokens, message
 ):
   with pytest.raises(generate.PromptError, match=message):
-    generate.generate(
-      config, params, prompt, jax.random.key(0), new_tokens
-    )
+    generate.generate(config, params, prompt, jax.random.key(0), new_tokens)
 
 
 def test_cut_at_stop():

@@ -14,8 +14,10 @@ from diffusiongemma.training import data
 TOKENIZER = tokenizers.load_tokenizer()
 C = 8
 # Token i of document d is 10 + 1000 d + i: a row tells where it is from.
-DOCUMENTS = [10 + 1000 * d + np.arange(n, dtype=np.int32)
-             for d, n in enumerate((100, 431, 40))]
+DOCUMENTS = [
+  10 + 1000 * d + np.arange(n, dtype=np.int32)
+  for d, n in enumerate((100, 431, 40))
+]
 CONFIG = DataConfig(sequence_length=32, batch_size=4)
 
 
@@ -33,8 +35,11 @@ def same(a, b):
 def test_rows_are_windows_of_one_document():
   for batch in batches(20):
     for tokens, length, prompt, mask in zip(
-      batch['tokens_BS'], batch['length_B'], batch['prompt_length_B'],
-      batch['target_mask_BS'], strict=True,
+      batch['tokens_BS'],
+      batch['length_B'],
+      batch['prompt_length_B'],
+      batch['target_mask_BS'],
+      strict=True,
     ):
       text = tokens[1:length]
       assert tokens[0] == TOKENIZER.bos_id
@@ -46,9 +51,9 @@ def test_rows_are_windows_of_one_document():
 
 def test_an_epoch_visits_every_window_once():
   """571 tokens are 4 + 14 + 2 windows of 31, five batches of four."""
-  for epoch in np.split(np.array(
-    [batch['tokens_BS'][:, 1] for batch in batches(15)]
-  ), 3):
+  for epoch in np.split(
+    np.array([batch['tokens_BS'][:, 1] for batch in batches(15)]), 3
+  ):
     documents, counts = np.unique((epoch - 10) // 1000, return_counts=True)
     assert documents.tolist() == [0, 1, 2] and counts.tolist() == [4, 14, 2]
 
@@ -167,9 +172,9 @@ def test_splits():
 
 
 def test_nothing_to_hold_out_is_an_error(tmp_path):
-  path = write(tmp_path / 'a.jsonl', json.dumps(
-    {'text': 'word ' * 50, 'split': 'train'}
-  ))
+  path = write(
+    tmp_path / 'a.jsonl', json.dumps({'text': 'word ' * 50, 'split': 'train'})
+  )
   with pytest.raises(data.DataError, match='nothing to hold out'):
     data.load_corpus(DataConfig(path=str(path)), TOKENIZER, C)
 

@@ -1,0 +1,172 @@
+"""Nothing damaged is restored, and nothing good is lost."""
+
+import contextlib
+import pathlib
+import resource
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusiongemma import config as configs
+from diffusiongemma.checkpoints import native
+
+
+def make(seed):
+  key = jax.random.key(seed)
+  params = {
+    'layer': {'w': jax.random.normal(key, (300, 40))},
+    'b': jnp.arange(5, dtype=jnp.bfloat16),
+  }
+  opt_state = ({'mu': params['layer']['w'] * 2}, jnp.int32(seed))
+  return params, opt_state
+
+
+@pytest.fixture
+def manager(tmp_path):
+  with contextlib.closing(
+    native.open_checkpoints(str(tmp_path / 'checkpoints'), keep=2)
+  ) as manager:
+    yield manager
+
+
+def save(manager, step):
+  params, opt_state = make(step)
+  place = {'next_index': 10 * step}
+  native.save(manager, step, params, opt_state, place, configs.Config())
+
+
+def equal(a, b):
+  return all(
+    x.dtype == y.dtype and (np.asarray(x) == np.asarray(y)).all()
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  )
+
+
+def test_round_trip(manager):
+  save(manager, 3)
+  restored = native.restore_newest(manager, *make(0))
+  params, opt_state = make(3)
+  assert restored.step == 3 and restored.data == {'next_index': 30}
+  assert equal(restored.params, params)
+  assert equal(restored.opt_state, opt_state)
+  alone = native.restore_newest(manager, make(0)[0])
+  assert equal(alone.params, params) and alone.opt_state is None
+
+
+def test_nothing_there(manager):
+  assert native.restore_newest(manager, make(0)[0]) is None
+
+
+def test_only_the_newest_are_kept(manager):
+  for step in (1, 2, 3):
+    save(manager, step)
+  assert sorted(manager.all_steps()) == [2, 3]
+
+
+def largest_file(folder):
+  files = [f for f in pathlib.Path(folder).rglob('*') if f.is_file()]
+  return max(files, key=lambda f: f.stat().st_size)
+
+
+def test_a_flipped_bit_is_found_wherever_it_is(manager, tmp_path):
+  """Bits of the largest data file are flipped in turn: each one is noticed,
+  and the step before is restored instead."""
+  save(manager, 1)
+  save(manager, 2)
+  file = largest_file(tmp_path / 'checkpoints' / '2' / 'params')
+  good = file.read_bytes()
+  for place in np.linspace(0, len(good) - 1, 12).astype(int):
+    bad = bytearray(good)
+    bad[place] ^= 0x10
+    file.write_bytes(bytes(bad))
+    restored = native.restore_newest(manager, *make(0))
+    whole = restored.step == 2 and equal(restored.params, make(2)[0])
+    before = restored.step == 1 and equal(restored.params, make(1)[0])
+    assert whole or before
+  file.write_bytes(good)
+  assert native.restore_newest(manager, *make(0)).step == 2
+
+
+def test_damage_is_named(manager, monkeypatch):
+  save(manager, 4)
+  monkeypatch.setattr(
+    native, 'digest', lambda array: 'x' if array.ndim == 2 else 'y'
+  )
+  with pytest.raises(native.CheckpointError) as caught:
+    native.restore_newest(manager, make(0)[0])
+  assert 'No checkpoint' in str(caught.value)
+  assert "params ['b'], ['layer']['w'] differ" in str(caught.value)
+
+
+def test_truncated_and_missing_files(manager, tmp_path):
+  save(manager, 1)
+  save(manager, 2)
+  file = largest_file(tmp_path / 'checkpoints' / '2' / 'params')
+  file.write_bytes(file.read_bytes()[:100])
+  assert native.restore_newest(manager, *make(0)).step == 1
+  file.unlink()
+  assert native.restore_newest(manager, *make(0)).step == 1
+
+
+def test_another_shape_is_refused(manager):
+  save(manager, 1)
+  params, opt_state = make(0)
+  params['b'] = jnp.zeros((6,), jnp.bfloat16)
+  with pytest.raises(native.CheckpointError, match='No checkpoint'):
+    native.restore_newest(manager, params, opt_state)
+
+
+@contextlib.contextmanager
+def full_disk(room):
+  """No file of this process may grow past `room` bytes."""
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(manager):
+  save(manager, 1)
+  failure = pytest.raises(native.CheckpointError, match='Step 2 could not be')
+  with full_disk(4000), failure:
+    save(manager, 2)
+  restored = native.restore_newest(manager, *make(0))
+  assert restored.step == 1 and equal(restored.params, make(1)[0])
+  save(manager, 3)
+  assert native.restore_newest(manager, *make(0)).step == 3
+
+
+def test_half_a_save_is_ignored(manager, tmp_path):
+  """What a killed process leaves behind: a folder that was never renamed."""
+  save(manager, 1)
+  folder = tmp_path / 'checkpoints'
+  (folder / '2.orbax-checkpoint-tmp' / 'params').mkdir(parents=True)
+  with contextlib.closing(native.open_checkpoints(str(folder))) as again:
+    assert native.restore_newest(again, *make(0)).step == 1
+    save(again, 2)
+    assert native.restore_newest(again, *make(0)).step == 2
+
+
+def test_remove_after(manager):
+  save(manager, 1)
+  save(manager, 2)
+  native.remove_after(manager, 1)
+  assert manager.all_steps() == [1]
+  save(manager, 2)
+  assert native.restore_newest(manager, *make(0)).step == 2
+
+
+def test_digest_sees_type_and_shape():
+  zeros = np.zeros((2, 3), np.float32)
+  others = (
+    zeros.T,
+    zeros.view(np.int32),
+    np.zeros((6,), np.float32),
+    zeros + 1,
+  )
+  assert native.digest(zeros) == native.digest(jnp.zeros((2, 3)))
+  assert native.digest(zeros) not in map(native.digest, others)

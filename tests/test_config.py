@@ -1,0 +1,118 @@
+"""Configs: every name and type is checked, and the nearest name is offered."""
+
+import dataclasses
+import json
+import pathlib
+
+import pytest
+
+from diffusiongemma import config as configs
+
+CONFIGS = sorted((pathlib.Path(__file__).parents[1] / 'configs').glob('*.py'))
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_are_valid(path):
+  config = configs.load_config(str(path))
+  configs.validate(config)
+  assert 'Hardware:' in path.read_text() and 'Command:' in path.read_text()
+
+
+@pytest.mark.parametrize(
+  'field, text, value',
+  [
+    ('train.steps', '7', 7),
+    ('optimizer.peak_learning_rate', '1e-3', 1e-3),
+    ('optimizer.clip_norm', '2', 2.0),
+    ('model.dtype', 'bfloat16', 'bfloat16'),
+    ('data.path', '17', '17'),
+    ('model.attention_pattern', 'local,global', ('local', 'global')),
+    ('model.attention_pattern', "('global',)", ('global',)),
+    ('diffusion.stop_token_ids', '1', (1,)),
+    ('diffusion.stop_token_ids', '1,106,50', (1, 106, 50)),
+  ],
+)
+def test_override(field, text, value):
+  config = configs.override(configs.Config(), field, text)
+  assert configs.flatten(config)[f'config.{field}'] == value
+  configs.validate(config)
+
+
+@pytest.mark.parametrize(
+  'field, text, message',
+  [
+    ('train.step', '7', r"Did you mean 'config\.train\.steps'"),
+    ('steps', '7', r"Did you mean 'config\.train\.steps'"),
+    ('trian.steps', '7', r"Did you mean 'config\.train"),
+    ('model.batch_size', '7', r"Did you mean 'config\.data\.batch_size'"),
+    ('train.steps', 'many', 'train.steps must be a whole number'),
+    ('train.steps', '1.5', 'train.steps must be a whole number'),
+    ('train.steps', 'True', 'train.steps must be a whole number'),
+    ('optimizer.b1', 'x', 'optimizer.b1 must be a number'),
+    ('model.dtype', 'float16', "must be 'float32' or 'bfloat16'"),
+    ('diffusion.stop_token_ids', 'a,b', 'must be a tuple of int'),
+    ('train', '7', 'is a group of fields; set one of them: steps'),
+    ('train.steps.x', '7', 'config.train.steps is a value'),
+  ],
+)
+def test_bad_override(field, text, message):
+  with pytest.raises(configs.ConfigError, match=message):
+    configs.override(configs.Config(), field, text)
+
+
+@pytest.mark.parametrize(
+  'group, changes, message',
+  [
+    ('train', {'steps': 0}, 'config.train.steps must be positive'),
+    ('train', {'seed': -1}, 'config.train.seed must be zero or more'),
+    ('train', {'steps': '9'}, 'config.train.steps must be a whole number'),
+    ('optimizer', {'peak_learning_rate': float('nan')}, 'must be positive'),
+    ('model', {'attention_pattern': ()}, 'names no layer'),
+    ('model', {'attention_pattern': ('lokal',)}, 'neither local nor global'),
+    ('model', {'num_kv_heads': 3}, 'must divide config.model.num_heads'),
+    ('model', {'head_dim': 7}, 'must be even'),
+    ('model', {'experts_per_token': 200}, 'is more than'),
+    ('model', {'vocab_size': 60}, 'stop_token_ids: 106 is outside'),
+    ('diffusion', {'t_min': 0.9}, 't_min is above'),
+    ('data', {'sequence_length': 256}, 'must be longer than'),
+    ('train', {'self_conditioning_probability': 1.5}, 'at most 1'),
+  ],
+)
+def test_invalid_values(group, changes, message):
+  config = configs.Config()
+  part = dataclasses.replace(getattr(config, group), **changes)
+  with pytest.raises(configs.ConfigError, match=message):
+    configs.validate(dataclasses.replace(config, **{group: part}))
+
+
+def test_json_round_trip():
+  config = configs.load_config(str(CONFIGS[0]))
+  text = json.dumps(configs.to_dict(config))
+  again = configs.from_dict(json.loads(text))
+  assert again == config and hash(again) == hash(config)
+  with pytest.raises(configs.ConfigError, match=r"mean 'steps'|config\.train"):
+    configs.from_dict({'train': {'stepz': 1}})
+
+
+@pytest.mark.parametrize(
+  'source, message',
+  [
+    ('TrainConfig(step=3)', r"Did you mean 'config\.train\.steps'"),
+    ('TrainConfg()', 'TrainConf'),
+    ('Config(', 'was never closed|invalid syntax'),
+    ('TrainConfig()', 'returned a TrainConfig, not a Config'),
+  ],
+)
+def test_config_files_with_mistakes(tmp_path, source, message):
+  path = tmp_path / 'mine.py'
+  path.write_text(
+    'from diffusiongemma import config\n\n'
+    f'def get_config():\n  return config.{source}\n'
+  )
+  with pytest.raises(configs.ConfigError, match=message):
+    configs.load_config(str(path))
+
+
+def test_config_file_that_is_not_there():
+  with pytest.raises(configs.ConfigError, match='No config file at'):
+    configs.load_config('configs/none.py')

@@ -1,0 +1,183 @@
+"""The command line as a person meets it: results, mistakes, exit codes."""
+
+import contextlib
+import io
+import json
+import pathlib
+
+from absl.testing import flagsaver
+import pytest
+
+from diffusiongemma import main
+
+MICRO = str(pathlib.Path(__file__).parent / 'micro_config.py')
+
+
+def run(*arguments):
+  """(exit code, stdout, stderr) of the command line, in this process."""
+  output, errors = io.StringIO(), io.StringIO()
+  with (
+    flagsaver.flagsaver(),
+    contextlib.redirect_stdout(output),
+    contextlib.redirect_stderr(errors),
+    pytest.raises(SystemExit) as stopped,
+  ):
+    main.main(main.parse_flags(['main', *arguments]))
+  return stopped.value.code, output.getvalue(), errors.getvalue()
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+  """A run of a few steps."""
+  path = str(tmp_path_factory.mktemp('run'))
+  code, _, errors = run(
+    f'--config={MICRO}', f'--workdir={path}', '--config.train.steps=10'
+  )
+  assert code == 0, errors
+  return path
+
+
+def sample(workdir, *arguments):
+  return run('--mode=sample', f'--workdir={workdir}', *arguments)
+
+
+def test_sample_as_text(workdir):
+  code, output, _ = sample(workdir, '--prompt=To be or', '--max_new_tokens=10')
+  assert code == 0 and output.startswith('To be or')
+
+
+def test_sample_as_json_follows_the_seed(workdir):
+  arguments = ('--prompt=To be', '--max_new_tokens=12', '--format=json')
+  results = []
+  for seed in (0, 0, 1):
+    code, output, _ = sample(workdir, *arguments, f'--seed={seed}')
+    assert code == 0
+    results.append(json.loads(output))
+  assert results[0] == results[1] != results[2]
+  result = results[0]
+  assert set(result) == {
+    'text',
+    'tokens',
+    'steps',
+    'tokens_per_forward',
+    'stopped_by',
+  }
+  assert result['stopped_by'] in ('stop_token', 'max_new_tokens')
+  assert len(result['tokens']) <= 12 and 1 <= result['steps'] <= 8
+  ratio = len(result['tokens']) / result['steps']
+  assert result['tokens_per_forward'] == ratio
+
+
+def test_evaluate(workdir):
+  code, output, _ = run(
+    '--mode=evaluate',
+    f'--workdir={workdir}',
+    '--format=json',
+    '--config.data.batch_size=64',
+  )
+  numbers = json.loads(output)
+  assert code == 0 and numbers['step'] == 10
+  # Facts of the held-out plays that no run can change.
+  assert numbers['heldout_bytes'] == 316742
+  assert round(numbers['bzip2 -9_bits_per_byte'], 2) == 2.67
+  assert round(numbers['xz -9e_bits_per_byte'], 2) == 3.0
+  assert round(numbers['gzip -9_bits_per_byte'], 2) == 3.26
+  assert 8 < numbers['unigram_bits_per_token'] < 9.5
+  # Untrained: no better than single tokens, no worse than guessing.
+  assert 2.5 < numbers['ar_bits_per_byte'] < 4.5
+  code, table, _ = run(
+    '--mode=evaluate', f'--workdir={workdir}', '--config.data.batch_size=64'
+  )
+  assert code == 0 and f'{numbers["ar_bits_per_byte"]:.3f}' in table
+
+
+MISTAKES = {
+  'no config': ([], 'Say what to train'),
+  'no such config': (['--config=none.py'], 'No config file at'),
+  'misspelt field': (
+    [f'--config={MICRO}', '--config.train.step=1'],
+    "Did you mean 'config.train.steps'?",
+  ),
+  'wrong type': (
+    [f'--config={MICRO}', '--config.train.steps=many'],
+    'config.train.steps must be a whole number',
+  ),
+  'field without value': (
+    [f'--config={MICRO}', '--config.train.steps'],
+    'needs a value',
+  ),
+  'misspelt flag': (
+    [f'--config={MICRO}', '--wrokdir=x'],
+    "Did you mean '--workdir'?",
+  ),
+  'stray word': ([f'--config={MICRO}', 'train'], "'train' stands alone"),
+  'unknown mode': (['--mode=dance'], 'mode'),
+  'sample without workdir': (['--mode=sample'], 'Name the run'),
+}
+
+
+@pytest.mark.parametrize('name', MISTAKES)
+def test_wrong_usage(name):
+  arguments, message = MISTAKES[name]
+  code, output, errors = run(*arguments)
+  assert code == 2 and message in errors and not output
+  assert 'Traceback' not in errors
+
+
+def test_no_run_there(tmp_path):
+  code, _, errors = sample(tmp_path / 'none', '--prompt=x')
+  assert code == 1 and 'holds no run' in errors
+  assert 'Traceback' not in errors
+
+
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
+    ([], 'The prompt is empty'),
+    (['--prompt='], 'The prompt is empty'),
+    (['--prompt=' + 'word ' * 70], 'more than the context of 64'),
+    (['--prompt=x', '--max_new_tokens=900'], 'ask for at most'),
+    (['--prompt=x', '--max_new_tokens=0'], 'must be positive'),
+  ],
+)
+def test_prompts_that_cannot_be_continued(workdir, arguments, message):
+  code, output, errors = sample(workdir, *arguments)
+  assert code == 1 and message in errors and not output
+  assert 'Traceback' not in errors
+
+
+def test_bad_data_leaves_nothing_behind(tmp_path):
+  (tmp_path / 'text').mkdir()
+  (tmp_path / 'text' / 'latin.txt').write_bytes(b'caf\xe9 ' * 500)
+  workdir = tmp_path / 'run'
+  code, _, errors = run(
+    f'--config={MICRO}',
+    f'--workdir={workdir}',
+    f'--config.data.path={tmp_path / "text"}',
+  )
+  assert code == 1 and 'latin.txt is not UTF-8: byte 3' in errors
+  assert 'Traceback' not in errors and not workdir.exists()
+
+
+def test_another_config_is_refused_and_nothing_changes(workdir):
+  code, _, errors = run(
+    f'--config={MICRO}', f'--workdir={workdir}', '--config.train.steps=11'
+  )
+  assert code == 1
+  assert 'config.train.steps: 10 there, 11 here' in errors
+
+
+def test_own_text(tmp_path):
+  """Any folder of text, from the command line alone."""
+  folder = tmp_path / 'text'
+  folder.mkdir()
+  for name in 'abc':
+    (folder / f'{name}.txt').write_text(f'{name} sentence of its own. ' * 60)
+  code, output, errors = run(
+    f'--config={MICRO}',
+    f'--workdir={tmp_path / "run"}',
+    f'--config.data.path={folder}',
+    '--config.train.steps=10',
+  )
+  assert code == 0, errors
+  assert 'step 10/10' in output

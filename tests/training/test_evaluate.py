@@ -1,0 +1,92 @@
+"""The numbers of an evaluation, against their definitions."""
+
+import bz2
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from diffusiongemma.config import Config, DataConfig, DiffusionConfig
+from diffusiongemma.training import data, evaluate
+
+C = 6
+
+
+@pytest.fixture(scope='module')
+def config(model_config):
+  return Config(
+    model=model_config,
+    diffusion=DiffusionConfig(canvas_length=C, stop_token_ids=(1,)),
+    data=DataConfig(sequence_length=16, batch_size=4),
+  )
+
+
+@pytest.fixture(scope='module')
+def document():
+  return np.random.default_rng(0).integers(3, 97, 41).astype(np.int32)
+
+
+def test_ar_loss_is_that_of_one_token_after_the_other(config, params, document):
+  """A document that fits one window, token by token from longer prefixes."""
+  short = document[:12]
+  windows = data.heldout_windows([short], 16, 2, 0)
+  network = evaluate.bind_network(config, params)
+  nats = []
+  for end in range(len(short)):
+    prefix = np.concatenate([[2], short[:end]])[None]
+    h, _, _ = network.prefill(prefix, np.array([end + 1]))
+    log_p = jax.nn.log_softmax(network.logits(h[0, -1]))
+    nats.append(-float(log_p[short[end]]))
+  got = evaluate.ar_nats_per_token(config, params, windows)
+  np.testing.assert_allclose(got, np.mean(nats), rtol=1e-5)
+
+
+def test_batching_does_not_matter(config, params, document):
+  windows = data.heldout_windows([document, document[:20]], 16, 2, 0)
+  other = dataclasses.replace(
+    config, data=dataclasses.replace(config.data, batch_size=3)
+  )
+  assert len(windows.length_M) % 3 and len(windows.length_M) % 4
+  np.testing.assert_allclose(
+    evaluate.ar_nats_per_token(config, params, windows),
+    evaluate.ar_nats_per_token(other, params, windows),
+    rtol=1e-5,
+  )
+
+
+def test_denoising_loss_by_noise_level(config, params, document):
+  """All kept at t = 0, all corrupted at t = 1: the other mean is empty."""
+  windows = data.heldout_windows([document], 16, 2, 0)
+  clean = evaluate.denoise_nats_per_token(config, params, windows, 0.0)
+  noisy = evaluate.denoise_nats_per_token(config, params, windows, 1.0)
+  assert clean.corrupted == 0 and noisy.kept == 0
+  # An untrained network copies a kept token and can't guess a lost one.
+  assert clean.kept < noisy.corrupted
+  again = evaluate.denoise_nats_per_token(config, params, windows, 1.0)
+  assert again == noisy
+
+
+def test_unigram_entropy():
+  documents = [np.array([3, 3, 4]), np.array([5])]
+  assert evaluate.unigram_bits(documents, 8) == 1.5
+
+
+def test_compressors_compress_each_text_alone():
+  texts = ['to be or not to be ' * 50, 'that is the question']
+  numbers = evaluate.compressors_bits_per_byte(texts)
+  size = sum(len(bz2.compress(t.encode(), 9)) for t in texts)
+  assert numbers['bzip2 -9'] == 8 * size / sum(map(len, texts))
+  assert set(numbers) == {'bzip2 -9', 'xz -9e', 'gzip -9'}
+
+
+def test_bits_per_byte_ties_tokens_to_bytes(config, params, document):
+  corpus = data.Corpus([document], [document], ['x' * 100])
+  numbers = evaluate.evaluate(config, params, corpus)
+  windows = data.heldout_windows([document], 16, 2, 0)
+  nats = evaluate.ar_nats_per_token(config, params, windows)
+  np.testing.assert_allclose(
+    numbers['ar_bits_per_byte'], nats / math.log(2) * 41 / 100, rtol=1e-6
+  )
+  assert numbers['heldout_bytes'] == 100 and numbers['heldout_tokens'] == 41

@@ -1,0 +1,344 @@
+"""The loop: learning, stopping anywhere, and going on to the bit."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusiongemma import config as configs
+from diffusiongemma.checkpoints import native
+from diffusiongemma.model import denoiser
+from diffusiongemma.text import generate
+from diffusiongemma.training import metrics, train, train_state
+from diffusiongemma.training import optimizer as optimizers
+from diffusiongemma.training import workdir as workdirs
+
+MICRO = str(pathlib.Path(__file__).parents[1] / 'micro_config.py')
+
+
+def start(workdir, *arguments):
+  """The command line in a process of its own."""
+  return subprocess.Popen(
+    [
+      sys.executable,
+      '-m',
+      'diffusiongemma.main',
+      f'--config={MICRO}',
+      f'--workdir={workdir}',
+      *arguments,
+    ],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+def wait_for(path, process):
+  """Until the path is there; the process must not end before."""
+  limit = time.monotonic() + 120
+  while not path.exists():
+    assert process.poll() is None, process.communicate()[0]
+    assert time.monotonic() < limit, f'{path} did not come'
+    time.sleep(0.005)
+
+
+def finish(process, code=0):
+  output, _ = process.communicate(timeout=240)
+  assert process.returncode == code, output
+  return output
+
+
+@pytest.fixture(scope='module')
+def straight(tmp_path_factory):
+  """A run from start to end."""
+  workdir = tmp_path_factory.mktemp('straight')
+  output = finish(start(workdir))
+  return workdir, output
+
+
+def read_state(workdir):
+  config = workdirs.read_config(workdir)
+  abstract = workdirs.abstract_state(config)
+  with contextlib.closing(
+    native.open_checkpoints(workdirs.checkpoint_dir(workdir), keep=9)
+  ) as manager:
+    return native.restore_newest(manager, abstract.params, abstract.opt_state)
+
+
+def read_losses(workdir):
+  lines = (pathlib.Path(workdir) / 'metrics.jsonl').read_text().splitlines()
+  return [
+    {k: v for k, v in json.loads(line).items() if k != 'tokens_per_second'}
+    for line in lines
+  ]
+
+
+def assert_bit_equal(workdir, other):
+  one, two = read_state(workdir), read_state(other)
+  assert one.step == two.step and one.data == two.data
+  for name in ('params', 'opt_state'):
+    assert native.digests(getattr(one, name)) == native.digests(
+      getattr(two, name)
+    )
+
+
+def test_killed_and_resumed_ends_bit_equal(straight, tmp_path):
+  """SIGKILL twice in the middle, between and right after saves."""
+  for step in (20, 40):
+    process = start(tmp_path)
+    wait_for(tmp_path / 'checkpoints' / str(step), process)
+    process.kill()
+    process.communicate()
+    assert read_state(tmp_path).step < 60
+  output = finish(start(tmp_path))
+  assert 'Going on from step' in output
+  assert_bit_equal(straight[0], tmp_path)
+  # The mean of an interval that was interrupted lacks its first steps.
+  ours, theirs = read_losses(tmp_path), read_losses(straight[0])
+  assert [m['step'] for m in ours] == [m['step'] for m in theirs]
+  assert ours[-1] == theirs[-1]
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_first(straight, tmp_path, number):
+  process = start(tmp_path)
+  wait_for(tmp_path / 'checkpoints' / '10', process)
+  process.send_signal(number)
+  output = finish(process, 128 + number)
+  assert 'Stopped and saved' in output
+  stopped_at = read_state(tmp_path).step
+  assert 10 <= stopped_at < 60
+  finish(start(tmp_path))
+  assert_bit_equal(straight[0], tmp_path)
+
+
+def test_damaged_newest_checkpoint_is_not_resumed_from(straight, tmp_path):
+  process = start(tmp_path, '--config.train.checkpoint_every=20')
+  wait_for(tmp_path / 'checkpoints' / '40', process)
+  process.kill()
+  process.communicate()
+  newest = max(
+    (tmp_path / 'checkpoints').glob('[0-9]*0'), key=lambda p: int(p.name)
+  )
+  files = [f for f in (newest / 'params').rglob('*') if f.is_file()]
+  largest = max(files, key=lambda f: f.stat().st_size)
+  content = bytearray(largest.read_bytes())
+  content[len(content) // 2] ^= 1
+  largest.write_bytes(bytes(content))
+  output = finish(start(tmp_path))
+  assert f'Going on from step {int(newest.name) - 20}' in output
+  assert f'Checkpoint {newest.name}' in output, 'the damage is told'
+  assert_bit_equal(straight[0], tmp_path)
+
+
+def test_what_a_run_leaves_and_says(straight):
+  workdir, output = straight
+  for text in (
+    'step 5/60',
+    'tokens/s',
+    'left',
+    'held out: AR',
+    'sample:\nROMEO',
+    'Done; the checkpoint is in',
+  ):
+    assert text in output
+  assert 'Traceback' not in output and 'I1' not in output.split('step 5/60')[0]
+  names = {path.name for path in workdir.iterdir()}
+  assert {'config.json', 'tokenizer.model', 'metrics.jsonl'} <= names
+  assert any(name.startswith('events.out.tfevents') for name in names)
+  losses = read_losses(workdir)
+  assert losses[-1]['step'] == 60 and 'heldout_loss_ar' in losses[-1]
+  trained = [m for m in losses if 'loss' in m]
+  assert [m['step'] for m in trained] == list(range(5, 61, 5))
+  assert trained[-1]['loss'] < trained[0]['loss'] - 1
+  for name in ('router_entropy', 'expert_load_max', 'gradient_norm'):
+    assert np.isfinite(trained[-1][name])
+
+
+def test_finished_run_is_left_alone(straight):
+  before = read_state(straight[0])
+  output = finish(start(straight[0]))
+  assert 'Going on from step 60' in output
+  assert read_state(straight[0]).step == before.step == 60
+
+
+def test_full_disk_during_a_save(tmp_path):
+  """A limit on the size of files stands in for the disk: small files pass,
+  checkpoints don't. Training goes on, the exit code tells."""
+  shell = 'ulimit -f 30; exec "$@"'
+  result = subprocess.run(
+    [
+      'bash',
+      '-c',
+      shell,
+      'bash',
+      sys.executable,
+      '-m',
+      'diffusiongemma.main',
+      f'--config={MICRO}',
+      f'--workdir={tmp_path}',
+    ],
+    capture_output=True,
+    text=True,
+    timeout=240,
+    env={**os.environ, 'JAX_COMPILATION_CACHE_DIR': ''},
+  )
+  output = result.stdout + result.stderr
+  assert result.returncode == 1, output
+  assert 'Step 10 could not be saved' in output
+  assert 'Step 60 could not be saved' in output
+  assert 'Traceback' not in output
+  # With room again, the same command starts over and finishes.
+  finish(start(tmp_path))
+  assert read_state(tmp_path).step == 60
+
+
+@pytest.fixture(scope='module')
+def config():
+  return configs.load_config(MICRO)
+
+
+def test_workdir_of_another_config_is_refused(config, straight):
+  tokenizer = workdirs.load_tokenizer(config)
+  free = dataclasses.replace(config.train, log_every=1, keep_checkpoints=9)
+  workdirs.claim(
+    straight[0], dataclasses.replace(config, train=free), tokenizer
+  )
+  other = configs.override(config, 'data.batch_size', '4')
+  other = configs.override(other, 'train.seed', '3')
+  with pytest.raises(workdirs.WorkdirError) as caught:
+    workdirs.claim(straight[0], other, tokenizer)
+  assert 'config.data.batch_size: 2 there, 4 here' in str(caught.value)
+  assert 'config.train.seed: 0 there, 3 here' in str(caught.value)
+  assert str(caught.value).count(' here') == 2
+
+
+def test_tokenizer_must_fit_the_network(config):
+  for field, value in (
+    ('model.vocab_size', '2000'),
+    ('diffusion.pad_token_id', '3'),
+    ('diffusion.stop_token_ids', '50'),
+  ):
+    with pytest.raises(configs.ConfigError, match=field.replace('.', r'\.')):
+      workdirs.load_tokenizer(configs.override(config, field, value))
+
+
+def test_loss_that_is_not_finite_stops_the_run(tmp_path):
+  output = finish(
+    start(
+      tmp_path,
+      '--config.optimizer.peak_learning_rate=1e30',
+      '--config.optimizer.clip_norm=1e30',
+    ),
+    1,
+  )
+  assert 'Error: The loss of step' in output
+  assert 'peak_learning_rate' in output and 'Traceback' not in output
+
+
+def test_step_donates_its_state_and_draws_anew(config):
+  model = denoiser.Denoiser(config.model)
+  optimizer = optimizers.make_optimizer(config.optimizer, 60)
+  state = train_state.init_train_state(model, optimizer, 0)
+  step = train.make_train_step(config)
+  batch = {
+    'tokens_BS': np.full((2, 32), 9, np.int32),
+    'length_B': np.full(2, 32, np.int32),
+    'prompt_length_B': np.full(2, 4, np.int32),
+    'target_mask_BS': np.ones((2, 32), bool),
+  }
+  old = state.params['embedding']
+  state, first = step(state, batch)
+  assert old.is_deleted()
+  # The rate of the very first step is zero: only the noise can differ.
+  state, second = step(state, batch)
+  assert int(state.step) == 2
+  assert first['loss_ar'] == second['loss_ar']
+  assert first['loss_denoise'] != second['loss_denoise']
+
+
+def test_overfits_one_batch_and_samples_it_back(model_config):
+  """Both halves of the network: what is learnt is what is written."""
+  C, length = 8, 20
+  text = np.random.default_rng(0).integers(3, 97, length)
+  row = np.concatenate([[2], text]).astype(np.int32)
+  batch = {
+    'tokens_BS': np.stack([row] * 8),
+    'length_B': np.full(8, len(row), np.int32),
+    'prompt_length_B': np.full(8, 5, np.int32),
+    'target_mask_BS': np.ones((8, len(row)), bool),
+  }
+  config = configs.Config(
+    model=model_config,
+    diffusion=configs.DiffusionConfig(canvas_length=C, stop_token_ids=(1,)),
+    data=configs.DataConfig(sequence_length=32, batch_size=8),
+    optimizer=configs.OptimizerConfig(
+      peak_learning_rate=1e-2, warmup_steps=10, weight_decay=0.0
+    ),
+    train=configs.TrainConfig(steps=250),
+  )
+  model = denoiser.Denoiser(config.model)
+  optimizer = optimizers.make_optimizer(config.optimizer, 250)
+  state = train_state.init_train_state(model, optimizer, 0)
+  step = train.make_train_step(config)
+  for _ in range(250):
+    state, numbers = step(state, batch)
+  assert numbers['loss_ar'] < 0.02 and numbers['loss_denoise'] < 0.05
+  written = generate.generate(
+    config, state.params, row[:5].tolist(), jax.random.key(0), 2 * C
+  )
+  assert written.tokens == row[5 : 5 + 2 * C].tolist()
+  assert written.steps < 30, 'a sure network stops early'
+
+
+def test_schedules():
+  config = configs.OptimizerConfig(
+    peak_learning_rate=1.0, warmup_steps=10, final_rate_fraction=0.1
+  )
+  cosine = optimizers.make_schedule(config, 110)
+  assert cosine(0) == 0 and cosine(5) == 0.5 and cosine(10) == 1
+  np.testing.assert_allclose(cosine(60), 0.55, rtol=1e-5)
+  np.testing.assert_allclose(cosine(110), 0.1, rtol=1e-5)
+  constant = optimizers.make_schedule(
+    dataclasses.replace(config, schedule='constant'), 110
+  )
+  assert constant(5) == 0.5 and constant(10) == constant(500) == 1
+
+
+def test_only_matrices_decay():
+  config = configs.OptimizerConfig(
+    peak_learning_rate=1.0,
+    warmup_steps=0,
+    schedule='constant',
+    weight_decay=0.1,
+  )
+  optimizer = optimizers.make_optimizer(config, 10)
+  params = {'w': jnp.ones((2, 2)), 'scale': jnp.ones((2,))}
+  zero = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = optimizer.update(zero, optimizer.init(params), params)
+  np.testing.assert_allclose(updates['w'], -0.1, rtol=1e-6)
+  np.testing.assert_array_equal(updates['scale'], 0.0)
+
+
+def test_metrics_of_unsaved_steps_are_dropped(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  path.write_text(
+    ''.join(json.dumps({'step': s, 'loss': 1.0}) + '\n' for s in (5, 10, 15))
+    + '{"step": 20, "lo'
+  )
+  writer = metrics.MetricsWriter(str(tmp_path), 10)
+  writer.write(15, {'loss': np.float32(2.0)})
+  writer.close()
+  lines = [json.loads(line) for line in path.read_text().splitlines()]
+  assert [line['step'] for line in lines] == [5, 10, 15]
+  assert lines[-1]['loss'] == 2.0
