@@ -5,6 +5,7 @@
 #   make lint     ruff
 #
 # PYTHON chooses the interpreter: make demo PYTHON=python3.12
+# PIP_TORCH chooses where the tests' torch comes from: BUILD.md.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,7 +21,6 @@ demo: install
 	  --prompt="ROMEO."
 
 install: $(VENV)/installed
-test-install: $(VENV)/installed-test
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
@@ -30,19 +30,19 @@ $(VENV)/installed: setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
-# torch comes first and by itself: a CPU build, where the index has one.
 $(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet $(PIP_TORCH) torch==2.13.0
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
 
-test: $(VENV)/installed-test
-	$(BIN)/ruff check .
+test: lint
 	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax \
 	JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3 \
 	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 clean:
 	rm -rf $(VENV) .cache build *.egg-info

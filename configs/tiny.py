@@ -1,7 +1,9 @@
-"""Shakespeare on a laptop: a few million parameters, minutes of training.
+"""Shakespeare on a laptop: 2.4 million parameters, five minutes of training.
 
-Hardware: 2 CPU cores and 4 GB of memory are enough.
+Hardware: 2 CPU cores and 4 GB of memory.
 Command:  python -m diffusiongemma.main --config=configs/tiny.py
+Expected: after 900 steps, held-out plays cost about 2.2 bits a byte in the
+  prefill pass (bzip2 -9: 2.67); README.md has the numbers and an hour's run.
 """
 
 from diffusiongemma import config
@@ -26,7 +28,17 @@ def get_config() -> config.Config:
       context_length=1024,
       dtype='float32',
     ),
-    diffusion=config.DiffusionConfig(canvas_length=64, stop_token_ids=(1,)),
+    # The released model's bound of 0.1 nats is for a network that is sure of
+    # most of a canvas; this one never is, and writes better when it may
+    # settle more in each of fewer steps.
+    diffusion=config.DiffusionConfig(
+      canvas_length=64,
+      max_denoising_steps=32,
+      t_min=0.6,
+      t_max=0.9,
+      entropy_bound=3.0,
+      stop_token_ids=(1,),
+    ),
     data=config.DataConfig(sequence_length=256, batch_size=8),
     optimizer=config.OptimizerConfig(
       peak_learning_rate=4e-3,
