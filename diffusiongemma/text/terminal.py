@@ -81,8 +81,7 @@ class LiveCanvas:
     )
     status = rich_text.Text(
       f'\n\nstep {step} of at most {self._max_steps}, '
-      f'{accepted_L.sum()} of {accepted_L.size} accepted, '
-      f'mean entropy {float(state.entropy_BL[0].mean()):.3f} nats',
+      f'{accepted_L.sum()} of {accepted_L.size} accepted',
       STATUS,
     )
     self._live.update(self._fit(self._written + shown, status), refresh=True)
