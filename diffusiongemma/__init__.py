@@ -13,11 +13,18 @@ read a text, as the sampler sees it), `sample_canvas` (the sampler, for use
 inside `jax.jit`), `generate` (prompt to tokens) and `load` (a trained run).
 """
 
-from diffusiongemma.config import Config, DiffusionConfig, ModelConfig
-from diffusiongemma.diffusion.sampler import Prediction, sample_canvas
-from diffusiongemma.model.cache import KVCache, init_cache
-from diffusiongemma.model.denoiser import Denoiser, init_params
-from diffusiongemma.text.generate import generate, make_denoise_fn, prefill
+from diffusiongemma.config import Config
+from diffusiongemma.config import DiffusionConfig
+from diffusiongemma.config import ModelConfig
+from diffusiongemma.diffusion.sampler import Prediction
+from diffusiongemma.diffusion.sampler import sample_canvas
+from diffusiongemma.model.cache import KVCache
+from diffusiongemma.model.cache import init_cache
+from diffusiongemma.model.denoiser import Denoiser
+from diffusiongemma.model.denoiser import init_params
+from diffusiongemma.text.generate import generate
+from diffusiongemma.text.generate import make_denoise_fn
+from diffusiongemma.text.generate import prefill
 from diffusiongemma.text.tokenizer import Tokenizer
 from diffusiongemma.training.workdir import load
 from diffusiongemma.version import __version__

@@ -15,7 +15,8 @@ import math
 import os
 import types
 import typing
-from typing import Any, Literal
+from typing import Any
+from typing import Literal
 
 
 class ConfigError(ValueError):

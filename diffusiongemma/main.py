@@ -18,17 +18,21 @@ import os
 import pathlib
 import sys
 
-from absl import app, flags, logging
+from absl import app
+from absl import flags
+from absl import logging
 import jax
 from rich import console as rich_console
 from rich import table as rich_table
 
 from diffusiongemma import config as configs
 from diffusiongemma.checkpoints import native
-from diffusiongemma.text import generate, terminal
+from diffusiongemma.text import generate
+from diffusiongemma.text import terminal
 from diffusiongemma.text import tokenizer as tokenizers
-from diffusiongemma.training import data, train
+from diffusiongemma.training import data
 from diffusiongemma.training import evaluate as evaluation
+from diffusiongemma.training import train
 from diffusiongemma.training import workdir as workdirs
 
 _CONFIG = flags.DEFINE_string(

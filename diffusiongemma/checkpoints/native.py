@@ -13,7 +13,8 @@ import os
 import re
 import shutil
 import tempfile
-from typing import Any, NamedTuple
+from typing import Any
+from typing import NamedTuple
 
 from absl import logging
 import jax

@@ -18,8 +18,11 @@ import jax
 import jax.numpy as jnp
 
 from diffusiongemma.config import ModelConfig
-from diffusiongemma.model import attention, layers, masks, moe
+from diffusiongemma.model import attention
 from diffusiongemma.model import cache as kv_cache
+from diffusiongemma.model import layers
+from diffusiongemma.model import masks
+from diffusiongemma.model import moe
 
 
 class Layer(nn.Module):

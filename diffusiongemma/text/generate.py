@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusiongemma.config import Config, ModelConfig
+from diffusiongemma.config import Config
+from diffusiongemma.config import ModelConfig
 from diffusiongemma.diffusion import sampler
 from diffusiongemma.model import cache as kv_cache
 from diffusiongemma.model import denoiser

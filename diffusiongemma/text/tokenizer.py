@@ -40,7 +40,18 @@ class Tokenizer:
         raise TokenizerError(f'The SentencePiece model has no {name} piece.')
 
   def encode(self, text: str) -> list[int]:
-    """Ids of the pieces of `text`, without bos or eos."""
+    """Ids of the pieces of `text`, without bos or eos.
+
+    Raises:
+      TokenizerError: `text` can't be UTF-8 (it holds half of a surrogate
+        pair, as from a command line in another encoding).
+    """
+    try:
+      text.encode()
+    except UnicodeEncodeError as error:
+      raise TokenizerError(
+        f'Character {error.start} of the text is no Unicode character.'
+      ) from error
     return self._processor.encode(text)
 
   def decode(self, ids: list[int]) -> str:

@@ -100,7 +100,7 @@ def _read_text(file: pathlib.Path) -> str:
   try:
     opener = lzma.open if file.suffix == '.xz' else open
     with opener(file, 'rb') as stream:
-      return stream.read().decode('utf-8')
+      return stream.read().decode('utf-8-sig')  # a byte order mark is no text
   except UnicodeDecodeError as error:
     raise DataError(
       f'{file} is not UTF-8: byte {error.start} is 0x'
@@ -167,8 +167,11 @@ def load_corpus(
       )
 
   def tokenize(document):
-    tokens = tokenizer.encode(document.text) + [tokenizer.eos_id]
-    # A row is bos, at least one token of prompt or none, and a canvas.
+    try:
+      tokens = tokenizer.encode(document.text) + [tokenizer.eos_id]
+    except tokenizers.TokenizerError as error:
+      raise DataError(f'{document.origin}: {error}') from error
+    # A row is bos and, at least, a canvas.
     if len(tokens) < canvas_length:
       raise DataError(
         f'{document.origin}: {len(tokens)} tokens are shorter than a canvas '

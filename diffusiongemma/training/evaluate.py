@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusiongemma.config import Config
-from diffusiongemma.diffusion import loss, noise
+from diffusiongemma.diffusion import loss
+from diffusiongemma.diffusion import noise
 from diffusiongemma.model import denoiser
 from diffusiongemma.training import data
 

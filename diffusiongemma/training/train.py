@@ -21,12 +21,15 @@ import optax
 from diffusiongemma.checkpoints import native
 from diffusiongemma.config import Config
 from diffusiongemma.diffusion import loss
-from diffusiongemma.model import denoiser, moe
+from diffusiongemma.model import denoiser
+from diffusiongemma.model import moe
 from diffusiongemma.text import generate
 from diffusiongemma.text.tokenizer import Tokenizer
-from diffusiongemma.training import data, evaluate, train_state
+from diffusiongemma.training import data
+from diffusiongemma.training import evaluate
 from diffusiongemma.training import metrics as metrics_lib
 from diffusiongemma.training import optimizer as optimizers
+from diffusiongemma.training import train_state
 from diffusiongemma.training import workdir as workdirs
 
 EVALUATION_NOISE = 0.3

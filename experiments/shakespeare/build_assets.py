@@ -18,7 +18,8 @@ import json
 import lzma
 import pathlib
 
-from absl import app, flags
+from absl import app
+from absl import flags
 import sentencepiece
 
 _SOURCE = flags.DEFINE_string('source', None, 'Folder of *_gut.txt files.')

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from diffusiongemma.model import cache as kv_cache
-from diffusiongemma.model import denoiser, layers
+from diffusiongemma.model import denoiser
+from diffusiongemma.model import layers
 
 P, L = 12, 6
 

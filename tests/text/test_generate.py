@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusiongemma.config import Config, DiffusionConfig
+from diffusiongemma.config import Config
+from diffusiongemma.config import DiffusionConfig
 from diffusiongemma.model import cache as kv_cache
 from diffusiongemma.text import generate
 

@@ -46,6 +46,11 @@ def test_special_ids():
   assert TOKENIZER.decode([2, *hello, 1, 0, 0]) == 'hello'
 
 
+def test_half_a_surrogate_pair_is_refused():
+  with pytest.raises(tokenizers.TokenizerError, match='Character 2 of the'):
+    TOKENIZER.encode('ab\udc80')
+
+
 def test_errors(tmp_path):
   with pytest.raises(tokenizers.TokenizerError, match='No tokenizer at'):
     tokenizers.load_tokenizer(str(tmp_path / 'none.model'))

@@ -137,6 +137,7 @@ def test_files_folders_globs_and_formats(tmp_path):
     ('a.jsonl', b'{"txt": "x"}', 'line 1 is not an object with a text'),
     ('a.jsonl', b'[' * 100_000, 'line 1 is not JSON'),
     ('a.jsonl', b'{"text": "x", "split": "dev"}', 'neither train nor heldout'),
+    ('a.jsonl', b'{"text": "\\ud800"}', 'line 1.*: Character 0 of the text'),
     ('a.jsonl.xz', b'not xz', 'is not an xz file'),
   ],
 )

@@ -8,8 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from diffusiongemma.config import Config, DataConfig, DiffusionConfig
-from diffusiongemma.training import data, evaluate
+from diffusiongemma.config import Config
+from diffusiongemma.config import DataConfig
+from diffusiongemma.config import DiffusionConfig
+from diffusiongemma.training import data
+from diffusiongemma.training import evaluate
 
 C = 6
 

@@ -19,8 +19,10 @@ from diffusiongemma import config as configs
 from diffusiongemma.checkpoints import native
 from diffusiongemma.model import denoiser
 from diffusiongemma.text import generate
-from diffusiongemma.training import metrics, train, train_state
+from diffusiongemma.training import metrics
 from diffusiongemma.training import optimizer as optimizers
+from diffusiongemma.training import train
+from diffusiongemma.training import train_state
 from diffusiongemma.training import workdir as workdirs
 
 MICRO = str(pathlib.Path(__file__).parents[1] / 'micro_config.py')
