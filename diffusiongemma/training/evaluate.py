@@ -125,9 +125,9 @@ def compressors_bits_per_byte(texts: list[str]) -> dict[str, float]:
   raw = [text.encode() for text in texts]
   extreme = 9 | lzma.PRESET_EXTREME
   sizes = {
-    'bzip2 -9': [len(bz2.compress(b, 9)) for b in raw],
-    'xz -9e': [len(lzma.compress(b, preset=extreme)) for b in raw],
-    'gzip -9': [len(gzip.compress(b, 9)) for b in raw],
+    'bzip2_9': [len(bz2.compress(b, 9)) for b in raw],
+    'xz_9e': [len(lzma.compress(b, preset=extreme)) for b in raw],
+    'gzip_9': [len(gzip.compress(b, 9)) for b in raw],
   }
   return {
     name: 8 * sum(size) / sum(map(len, raw)) for name, size in sizes.items()
