@@ -45,13 +45,17 @@ class Restored(NamedTuple):
 
 
 def open_checkpoints(
-  directory: str, keep: int = 1, create: bool = True
+  directory: str, keep: int | None = None
 ) -> ocp.CheckpointManager:
-  """The checkpoints in `directory` (an absolute path); newest `keep` stay."""
+  """The checkpoints in `directory`, an absolute path.
+
+  With `keep`, to write: the newest `keep` steps stay, and what an unfinished
+  save has left is removed. Without, to read, also beside a run that writes.
+  """
   options = ocp.CheckpointManagerOptions(
     max_to_keep=keep,
-    create=create,
-    cleanup_tmp_directories=create,
+    create=keep is not None,
+    cleanup_tmp_directories=keep is not None,
     enable_async_checkpointing=False,
   )
   return ocp.CheckpointManager(directory, options=options)

@@ -5,6 +5,7 @@ prompt and finished canvases stay above.
 """
 
 import sys
+import unicodedata
 
 import numpy as np
 from rich import console as rich_console
@@ -23,7 +24,8 @@ def canvas_text(
   """One canvas in two styles.
 
   Line breaks among the noise are shown as `↵`, so that the picture does not
-  jump; accepted ones are line breaks.
+  jump; accepted ones are line breaks. Other control characters, which noise is
+  free to spell, never reach the terminal.
   """
   text = rich_text.Text()
   start = 0
@@ -31,13 +33,21 @@ def canvas_text(
     end = start
     while end < len(tokens_L) and accepted_L[end] == accepted_L[start]:
       end += 1
-    piece = tokenizer.decode(tokens_L[start:end])
+    piece = printable(tokenizer.decode(tokens_L[start:end]))
     if accepted_L[start]:
       text.append(piece, ACCEPTED)
     else:
       text.append(piece.replace('\n', '↵'), NOISE)
     start = end
   return text
+
+
+def printable(text: str) -> str:
+  """`text` with a sign in place of control characters but line breaks."""
+  return ''.join(
+    '\ufffd' if unicodedata.category(c) == 'Cc' and c != '\n' else c
+    for c in text
+  )
 
 
 class LiveCanvas:
@@ -50,7 +60,7 @@ class LiveCanvas:
   def __init__(self, tokenizer: Tokenizer, prompt: str, max_steps: int):
     self._tokenizer = tokenizer
     self._max_steps = max_steps
-    self._written = rich_text.Text(prompt, PROMPT)
+    self._written = rich_text.Text().append(printable(prompt), PROMPT)
     self._console = rich_console.Console(file=sys.stdout, highlight=False)
     self._live = rich_live.Live(
       console=self._console,
@@ -88,7 +98,7 @@ class LiveCanvas:
 
   def on_canvas(self, tokens: list[int]) -> None:
     """Keeps a finished canvas."""
-    self._written.append(self._tokenizer.decode(tokens), ACCEPTED)
+    self._written.append(printable(self._tokenizer.decode(tokens)), ACCEPTED)
 
   def finish(self) -> None:
     """Leaves the whole text on the screen."""

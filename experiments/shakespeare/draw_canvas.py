@@ -9,6 +9,7 @@ import pathlib
 
 from absl import app
 from absl import flags
+from absl import logging
 import jax
 import numpy as np
 from rich import console as rich_console
@@ -28,6 +29,7 @@ WIDTH = 78
 
 def main(argv: list[str]) -> None:
   del argv
+  logging.set_verbosity(logging.WARNING)
   run = diffusiongemma.load(_WORKDIR.value)
   states = {}
   diffusiongemma.generate(
@@ -46,7 +48,8 @@ def main(argv: list[str]) -> None:
     accepted_L = np.asarray(state.accepted_BL[0]) | last
     console.print(rich_text.Text(f'step {step}', terminal.STATUS))
     text = terminal.canvas_text(run.tokenizer, tokens_L, accepted_L)
-    console.print(rich_text.Text(_PROMPT.value, terminal.PROMPT) + text)
+    prompt = rich_text.Text().append(_PROMPT.value, terminal.PROMPT)
+    console.print(prompt + text)
     console.print()
   title = f'a canvas of {run.config.diffusion.canvas_length} tokens'
   OUTPUT.write_text(console.export_svg(title=title))

@@ -145,7 +145,9 @@ def test_half_a_save_is_ignored(manager, tmp_path):
   save(manager, 1)
   folder = tmp_path / 'checkpoints'
   (folder / '2.orbax-checkpoint-tmp' / 'params').mkdir(parents=True)
-  with contextlib.closing(native.open_checkpoints(str(folder))) as again:
+  with contextlib.closing(
+    native.open_checkpoints(str(folder), keep=2)
+  ) as again:
     assert native.restore_newest(again, *make(0)).step == 1
     save(again, 2)
     assert native.restore_newest(again, *make(0)).step == 2

@@ -28,6 +28,22 @@ def test_accepted_line_breaks_are_line_breaks():
   assert terminal.canvas_text(TOKENIZER, ids, everything).plain == 'a\nb'
 
 
+def test_control_characters_never_reach_the_terminal():
+  ids = np.array(TOKENIZER.encode('a\x1b[31mb\x07\r\x9b'))
+  for accepted in (True, False):
+    text = terminal.canvas_text(TOKENIZER, ids, np.full(len(ids), accepted))
+    assert text.plain == 'a\ufffd[31mb\ufffd\ufffd\ufffd'
+
+
+def test_only_the_prompt_is_bold():
+  canvas = terminal.LiveCanvas(TOKENIZER, 'To be', 4)
+  canvas.on_canvas(TOKENIZER.encode(' or not'))
+  assert canvas._written.plain == 'To be or not'
+  assert not canvas._written.style
+  bold = [s for s in canvas._written.spans if s.style == terminal.PROMPT]
+  assert [(s.start, s.end) for s in bold] == [(0, 5)]
+
+
 def test_text_longer_than_the_screen_shows_its_end():
   canvas = terminal.LiveCanvas(TOKENIZER, 'line\n' * 100 + 'last', 4)
   canvas._console = rich_console.Console(
