@@ -175,7 +175,8 @@ def restore_newest(
     return restored
   if problems:
     raise CheckpointError(
-      f'No checkpoint in {manager.directory} is whole:\n' + '\n'.join(problems)
+      f'No checkpoint in {manager.directory} is whole; move that folder away '
+      'to start afresh.\n' + '\n'.join(problems)
     )
   return None
 
@@ -209,8 +210,12 @@ def restore_step(
   return Restored(step, items.params, items.get('opt_state'), items.get('data'))
 
 
-def remove_after(manager: ocp.CheckpointManager, step: int) -> None:
-  """Deletes steps newer than `step`: damaged ones, whose number is needed."""
+def set_aside_after(manager: ocp.CheckpointManager, step: int) -> None:
+  """Renames newer steps to `damaged-<step>`: their numbers are needed again,
+  and what is in them may still be of use to somebody."""
   for newer in manager.all_steps():
     if newer > step:
-      manager.delete(newer)
+      aside = manager.directory / f'damaged-{newer}'
+      shutil.rmtree(aside, ignore_errors=True)
+      (manager.directory / str(newer)).rename(aside)
+  manager.reload()

@@ -110,7 +110,7 @@ def train(config: Config, workdir: str) -> int:
   Raises:
     ConfigError, DataError, WorkdirError: nothing was written.
     CheckpointError: there are checkpoints, and all of them are damaged.
-    TrainingError: the loss is not finite; the last checkpoint still is.
+    TrainingError: loss or gradient is not finite; the last checkpoint is.
   """
   tokenizer = workdirs.load_tokenizer(config)
   corpus = data.load_corpus(
@@ -163,7 +163,7 @@ def start_or_resume(
     optimizer = optimizers.make_optimizer(config.optimizer, config.train.steps)
     state = train_state.init_train_state(model, optimizer, config.train.seed)
     return state, iterator
-  native.remove_after(manager, restored.step)
+  native.set_aside_after(manager, restored.step)
   iterator.set_state(restored.data)
   state = train_state.TrainState(
     restored.params, restored.opt_state, jnp.asarray(restored.step, jnp.int32)
@@ -196,12 +196,14 @@ def run_steps(
     """Fetches the metrics of a finished step and shows every n-th mean."""
     done, metrics = entry
     metrics = jax.device_get(metrics)
-    if not np.isfinite(metrics['loss']):
-      raise TrainingError(
-        f'The loss of step {done} is {metrics["loss"]}; the newest checkpoint '
-        f'is that of step {manager.latest_step() or 0}. Lower '
-        'config.optimizer.peak_learning_rate or config.optimizer.clip_norm.'
-      )
+    # A finite loss can have a gradient that is not, and ruin the parameters.
+    for name in ('loss', 'gradient_norm'):
+      if not np.isfinite(metrics[name]):
+        raise TrainingError(
+          f'The {name.replace("_", " ")} of step {done} is {metrics[name]}; '
+          f'the newest checkpoint is that of step {manager.latest_step() or 0}.'
+          ' Lower config.optimizer.peak_learning_rate.'
+        )
     collected.append(metrics)
     progress.advance(done)
     if done % schedule.log_every and done != schedule.steps:

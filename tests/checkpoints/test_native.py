@@ -153,11 +153,12 @@ def test_half_a_save_is_ignored(manager, tmp_path):
     assert native.restore_newest(again, *make(0)).step == 2
 
 
-def test_remove_after(manager):
+def test_damaged_steps_are_set_aside(manager, tmp_path):
   save(manager, 1)
   save(manager, 2)
-  native.remove_after(manager, 1)
+  native.set_aside_after(manager, 1)
   assert manager.all_steps() == [1]
+  assert (tmp_path / 'checkpoints' / 'damaged-2' / 'params').is_dir()
   save(manager, 2)
   assert native.restore_newest(manager, *make(0)).step == 2
 
