@@ -139,11 +139,14 @@ def load_config(path: str) -> Config:
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
+    if not hasattr(module, 'get_config'):
+      raise ConfigError(f'{path} has no get_config().')
     config = module.get_config()
-  except TypeError as error:
-    raise ConfigError(f'{path}: {_with_nearest_field(str(error))}') from error
-  except (AttributeError, SyntaxError, NameError) as error:
-    raise ConfigError(f'{path}: {error}') from error
+  except ConfigError:
+    raise
+  except Exception as error:  # Whatever the user's own code may raise.
+    message = f'{type(error).__name__}: {_with_nearest_field(str(error))}'
+    raise ConfigError(f'{path}: {message}') from error
   if not isinstance(config, Config):
     raise ConfigError(
       f'{path}: get_config() returned a {type(config).__name__}, not a Config.'
@@ -225,6 +228,9 @@ def validate(config: Config) -> None:
       f'config.data.sequence_length = {data.sequence_length} must be longer '
       f'than config.diffusion.canvas_length = {diffusion.canvas_length}.'
     )
+  for name, seed in (('data', data.seed), ('train', config.train.seed)):
+    if seed >= 2**63:
+      raise ConfigError(f'config.{name}.seed must be below 2^63.')
   if config.train.self_conditioning_probability > 1:
     raise ConfigError(
       'config.train.self_conditioning_probability is a probability, at most 1.'
@@ -268,6 +274,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(values: dict[str, Any], kind: type = Config, prefix='config'):
   """The inverse of `to_dict`; unknown fields are errors, missing ones take
   their defaults."""
+  if not isinstance(values, dict):
+    raise ConfigError(f'{prefix} must be a group of fields, it is {values!r}.')
   hints = typing.get_type_hints(kind)
   arguments = {}
   for name, value in values.items():

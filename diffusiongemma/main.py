@@ -45,7 +45,9 @@ _MODE = flags.DEFINE_enum(
   'mode', 'train', ['train', 'evaluate', 'sample'], 'What to do.'
 )
 _PROMPT = flags.DEFINE_string('prompt', None, 'sample: the text to go on from.')
-_SEED = flags.DEFINE_integer('seed', 0, 'sample: of the noise.', lower_bound=0)
+_SEED = flags.DEFINE_integer(
+  'seed', 0, 'sample: of the noise.', lower_bound=0, upper_bound=2**63 - 1
+)
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
   'max_new_tokens', 128, 'sample: upper limit of tokens to write.'
 )
@@ -165,10 +167,14 @@ def _workdir() -> str:
 
 def _load_run(overrides: dict[str, str]) -> workdirs.Run:
   """The run in the workdir, with single fields of its config changed."""
-  config = workdirs.read_config(_workdir())
+  own = config = workdirs.read_config(_workdir())
   for field, text in overrides.items():
     config = configs.override(config, field, text)
   configs.validate(config)
+  if config.model != own.model:
+    raise configs.ConfigError(
+      f'The network of {_workdir()} is trained: config.model stays as it is.'
+    )
   return workdirs.load(_workdir(), config)
 
 

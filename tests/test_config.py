@@ -65,6 +65,7 @@ def test_bad_override(field, text, message):
   [
     ('train', {'steps': 0}, 'config.train.steps must be positive'),
     ('train', {'seed': -1}, 'config.train.seed must be zero or more'),
+    ('data', {'seed': 2**63}, r'config.data.seed must be below 2\^63'),
     ('train', {'steps': '9'}, 'config.train.steps must be a whole number'),
     ('optimizer', {'peak_learning_rate': float('nan')}, 'must be positive'),
     ('model', {'attention_pattern': ()}, 'names no layer'),
@@ -101,6 +102,7 @@ def test_json_round_trip():
     ('TrainConfg()', 'TrainConf'),
     ('Config(', 'was never closed|invalid syntax'),
     ('TrainConfig()', 'returned a TrainConfig, not a Config'),
+    ('Config() if 1 / 0 else 0', 'ZeroDivisionError: division by zero'),
   ],
 )
 def test_config_files_with_mistakes(tmp_path, source, message):
@@ -110,6 +112,13 @@ def test_config_files_with_mistakes(tmp_path, source, message):
     f'def get_config():\n  return config.{source}\n'
   )
   with pytest.raises(configs.ConfigError, match=message):
+    configs.load_config(str(path))
+
+
+def test_config_file_without_get_config(tmp_path):
+  path = tmp_path / 'mine.py'
+  path.write_text('x = 1')
+  with pytest.raises(configs.ConfigError, match=r'has no get_config\(\)'):
     configs.load_config(str(path))
 
 

@@ -124,6 +124,25 @@ def test_wrong_usage(name):
   assert 'Traceback' not in errors
 
 
+@pytest.mark.parametrize(
+  'argument, message',
+  [
+    ('--config.model.embed_dim=32', 'config.model stays as it is'),
+    ('--seed=99999999999999999999', 'seed'),
+    ('--seed=-1', 'seed'),
+  ],
+)
+def test_wrong_usage_of_sample(workdir, argument, message):
+  code, output, errors = sample(workdir, '--prompt=x', argument)
+  assert code == 2 and message in errors and not output
+
+
+def test_damaged_config_of_a_run(tmp_path):
+  (tmp_path / 'config.json').write_text('{"model": 3}')
+  code, _, errors = sample(tmp_path, '--prompt=x')
+  assert code == 1 and 'config.model must be a group of fields' in errors
+
+
 def test_no_run_there(tmp_path):
   code, _, errors = sample(tmp_path / 'none', '--prompt=x')
   assert code == 1 and 'holds no run' in errors

@@ -12,11 +12,19 @@ import jax.numpy as jnp
 from diffusiongemma.config import ModelConfig
 
 
-def rms_norm(x: jax.Array, epsilon: float) -> jax.Array:
-  """Bare RMSNorm over the last axis, in float32; the result keeps x's type."""
+def rms_norm(
+  x: jax.Array, epsilon: float, scale: jax.Array | None = None
+) -> jax.Array:
+  """RMSNorm over the last axis, in float32; the result keeps x's type.
+
+  Without a `scale` it is the bare one.
+  """
   x32 = x.astype(jnp.float32)
   variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-  return (x32 * jax.lax.rsqrt(variance + epsilon)).astype(x.dtype)
+  normed = x32 * jax.lax.rsqrt(variance + epsilon)
+  if scale is not None:
+    normed = normed * scale.astype(jnp.float32)
+  return normed.astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -31,10 +39,7 @@ class RMSNorm(nn.Module):
     self.scale = self.param('scale', init, (self.dim,), jnp.float32)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    x32 = x.astype(jnp.float32)
-    variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-    normed = x32 * jax.lax.rsqrt(variance + self.epsilon)
-    return (normed * self.scale.astype(jnp.float32)).astype(x.dtype)
+    return rms_norm(x, self.epsilon, self.scale)
 
 
 def rotary_frequencies(

@@ -7,19 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusiongemma import config as configs
 from diffusiongemma.diffusion import loss
 from diffusiongemma.model import denoiser
+from diffusiongemma.training import evaluate
 
 B, S, C = 2, 30, 6
 PROMPT_B = jnp.array([4, 9])
 
 
 def make_network(model_config, params):
-  model = denoiser.Denoiser(model_config)
-  apply = functools.partial(model.apply, {'params': params})
-  return loss.Network(
-    *(functools.partial(apply, method=name) for name in loss.Network._fields)
-  )
+  return evaluate.bind_network(configs.Config(model=model_config), params)
 
 
 @pytest.fixture(scope='module')
