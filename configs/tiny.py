@@ -1,6 +1,6 @@
 """Shakespeare on a laptop: 2.4 million parameters, five minutes of training.
 
-Hardware: 2 CPU cores and 4 GB of memory.
+Hardware: 2 CPU cores (memory: not measured).
 Command:  python -m diffusiongemma.main --config=configs/tiny.py
 Expected: after 900 steps, held-out plays cost about 2.2 bits a byte in the
   prefill pass (bzip2 -9: 2.67); README.md has the numbers and an hour's run.
