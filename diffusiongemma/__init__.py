@@ -10,12 +10,17 @@ Every array's name ends in its axes:
 Public names: `Config` and its parts, `Denoiser` and `init_params` (the
 network), `init_cache`, `prefill` and `make_denoise_fn` (a network that has
 read a text, as the sampler sees it), `sample_canvas` (the sampler, for use
-inside `jax.jit`), `generate` (prompt to tokens) and `load` (a trained run).
+inside `jax.jit`), `generate` (prompt to tokens), `load` (a trained run or a
+Hugging Face folder), `convert` and `export` (one into the other).
 """
 
 from diffusiongemma.config import Config
 from diffusiongemma.config import DiffusionConfig
 from diffusiongemma.config import ModelConfig
+from diffusiongemma.config import VisionConfig
+from diffusiongemma.conversion import convert
+from diffusiongemma.conversion import export
+from diffusiongemma.conversion import load
 from diffusiongemma.diffusion.sampler import Prediction
 from diffusiongemma.diffusion.sampler import sample_canvas
 from diffusiongemma.model.cache import KVCache
@@ -26,7 +31,6 @@ from diffusiongemma.text.generate import generate
 from diffusiongemma.text.generate import make_denoise_fn
 from diffusiongemma.text.generate import prefill
 from diffusiongemma.text.tokenizer import Tokenizer
-from diffusiongemma.training.workdir import load
 from diffusiongemma.version import __version__
 
 __all__ = [
@@ -37,7 +41,10 @@ __all__ = [
   'ModelConfig',
   'Prediction',
   'Tokenizer',
+  'VisionConfig',
   '__version__',
+  'convert',
+  'export',
   'generate',
   'init_cache',
   'init_params',

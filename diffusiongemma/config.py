@@ -24,9 +24,35 @@ class ConfigError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
+class VisionConfig:
+  """The image encoder (defaults of the released model). Widths are numbers of
+  features, `patch_size` is in pixels a side, `pooling_kernel` in patches a
+  side; the three ids mark an image's place in a prompt."""
+
+  embed_dim: int = 1152
+  num_layers: int = 27
+  num_heads: int = 16
+  num_kv_heads: int = 16
+  head_dim: int = 72
+  mlp_dim: int = 4304
+  patch_size: int = 16
+  pooling_kernel: int = 3
+  position_table_size: int = 10240
+  rope_theta: float = 100.0
+  norm_epsilon: float = 1e-6
+  standardize: bool = True
+  soft_tokens_per_image: int = 280
+  bidirectional: bool = True
+  image_token_id: int = 258880
+  begin_image_token_id: int = 255999
+  end_image_token_id: int = 258882
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """The network (defaults are the released 26B-A4B; DESIGN of its parts in
-  `model/`). Widths are numbers of features, `sliding_window` is in tokens."""
+  """The network (defaults are the text part of the released 26B-A4B). Widths
+  are numbers of features, `sliding_window` is in tokens. Without `vision` it
+  reads text alone."""
 
   vocab_size: int = 262144
   embed_dim: int = 2816
@@ -47,6 +73,7 @@ class ModelConfig:
   context_length: int = 262144
   logit_softcap: float = 30.0
   norm_epsilon: float = 1e-6
+  vision: VisionConfig | None = None
   dtype: Literal['float32', 'bfloat16'] = 'bfloat16'
   param_dtype: Literal['float32', 'bfloat16'] = 'float32'
 
@@ -159,6 +186,8 @@ def override(config: Config, field: str, text: str) -> Config:
 
   def replace(node, names, prefix):
     name, rest = names[0], names[1:]
+    if node is None:
+      raise ConfigError(f'{prefix} is not part of this config.')
     if not dataclasses.is_dataclass(node):
       raise ConfigError(f'{prefix} is a value, it has no field {name!r}.')
     hints = typing.get_type_hints(type(node))
@@ -167,10 +196,10 @@ def override(config: Config, field: str, text: str) -> Config:
     old = getattr(node, name)
     if rest:
       new = replace(old, rest, f'{prefix}.{name}')
-    elif dataclasses.is_dataclass(old):
+    elif group := _group(hints[name]):
       raise ConfigError(
         f'{prefix}.{name} is a group of fields; set one of them: '
-        f'{", ".join(f.name for f in dataclasses.fields(old))}.'
+        f'{", ".join(f.name for f in dataclasses.fields(group))}.'
       )
     else:
       new = _parse(text, hints[name], f'{prefix}.{name}')
@@ -208,6 +237,8 @@ def validate(config: Config) -> None:
   for name in ('head_dim', 'global_head_dim'):
     if getattr(model, name) % 2:
       raise ConfigError(f'config.model.{name} must be even (rotary pairs).')
+  if model.vision:
+    _validate_vision(model.vision, model.vocab_size)
   if model.experts_per_token > model.num_experts:
     raise ConfigError(
       f'config.model.experts_per_token = {model.experts_per_token} is more '
@@ -237,10 +268,35 @@ def validate(config: Config) -> None:
     )
 
 
+def _validate_vision(vision: VisionConfig, vocab_size: int) -> None:
+  """The part of `validate` that is about images."""
+  if vision.num_heads % vision.num_kv_heads:
+    raise ConfigError(
+      f'config.model.vision.num_kv_heads = {vision.num_kv_heads} must divide '
+      f'config.model.vision.num_heads = {vision.num_heads}.'
+    )
+  if vision.head_dim % 4:
+    raise ConfigError(
+      'config.model.vision.head_dim must be a multiple of 4 (rotary pairs of '
+      'two axes).'
+    )
+  for name in ('image', 'begin_image', 'end_image'):
+    token = getattr(vision, f'{name}_token_id')
+    if token >= vocab_size:
+      raise ConfigError(
+        f'config.model.vision.{name}_token_id: {token} is outside the '
+        f'vocabulary of {vocab_size}.'
+      )
+
+
 # Numbers that mean something when they are zero.
 _MAY_BE_ZERO = (
   'config.model.logit_softcap',
   'config.model.global_rotary_fraction',
+  'config.model.vision.num_layers',
+  'config.model.vision.image_token_id',
+  'config.model.vision.begin_image_token_id',
+  'config.model.vision.end_image_token_id',
   'config.diffusion.entropy_bound',
   'config.diffusion.stability_threshold',
   'config.diffusion.confidence_threshold',
@@ -281,8 +337,9 @@ def from_dict(values: dict[str, Any], kind: type = Config, prefix='config'):
   for name, value in values.items():
     if name not in hints:
       raise ConfigError(unknown_name(f'{prefix}.{name}', list(hints)))
-    if dataclasses.is_dataclass(hints[name]):
-      value = from_dict(value, hints[name], f'{prefix}.{name}')
+    group = _group(hints[name])
+    if group and value is not None:
+      value = from_dict(value, group, f'{prefix}.{name}')
     elif isinstance(value, list):
       value = tuple(value)
     arguments[name] = value
@@ -356,13 +413,24 @@ def _parse(text: str, hint: Any, name: str) -> Any:
   return value
 
 
+def _group(hint: Any) -> type | None:
+  """The dataclass in the hint of a field that is a group, `X` or `X | None`."""
+  for kind in (hint, *typing.get_args(hint)):
+    if dataclasses.is_dataclass(kind):
+      return kind
+  return None
+
+
 def _check_types(config: Any, prefix: str) -> None:
   for name, hint in typing.get_type_hints(type(config)).items():
     value = getattr(config, name)
-    if dataclasses.is_dataclass(hint):
-      if not isinstance(value, hint):
+    group = _group(hint)
+    if group:
+      if value is None and hint is not group:
+        continue
+      if not isinstance(value, group):
         raise ConfigError(
-          f'{prefix}.{name} must be a {hint.__name__}, it is {value!r}.'
+          f'{prefix}.{name} must be a {group.__name__}, it is {value!r}.'
         )
       _check_types(value, f'{prefix}.{name}')
     else:

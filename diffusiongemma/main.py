@@ -3,19 +3,23 @@
   python -m diffusiongemma.main --config=configs/tiny.py
   python -m diffusiongemma.main --mode=sample --workdir=runs/tiny \\
       --prompt="ROMEO."
+  python -m diffusiongemma.main --mode=convert --hf_dir=IN --workdir=OUT
 
 `--mode=train` trains, and goes on with a run that was stopped; `evaluate`
-measures a run on held-out text; `sample` writes text. Single fields of the
-config: `--config.train.steps=100`.
+measures a run on held-out text; `sample` writes text; `convert` makes a
+Hugging Face folder a run, `export` a run a Hugging Face folder. Single fields
+of the config: `--config.train.steps=100`.
 
 Exit codes: 0 done, 1 failed (the message says why), 2 wrong usage, 128 + n
 stopped by signal n after saving (130 Ctrl-C, 143 SIGTERM).
 """
 
 import ctypes
+import dataclasses
 import json
 import os
 import pathlib
+import signal
 import sys
 
 from absl import app
@@ -25,8 +29,9 @@ import jax
 from rich import console as rich_console
 from rich import table as rich_table
 
+from diffusiongemma import checkpoints
 from diffusiongemma import config as configs
-from diffusiongemma.checkpoints import native
+from diffusiongemma import conversion
 from diffusiongemma.text import generate
 from diffusiongemma.text import terminal
 from diffusiongemma.text import tokenizer as tokenizers
@@ -42,7 +47,13 @@ _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the run. Default: runs/<name of the config>.'
 )
 _MODE = flags.DEFINE_enum(
-  'mode', 'train', ['train', 'evaluate', 'sample'], 'What to do.'
+  'mode',
+  'train',
+  ['train', 'evaluate', 'sample', 'convert', 'export'],
+  'What to do.',
+)
+_HF_DIR = flags.DEFINE_string(
+  'hf_dir', None, 'convert: the Hugging Face folder to read; export: to make.'
 )
 _PROMPT = flags.DEFINE_string('prompt', None, 'sample: the text to go on from.')
 _SEED = flags.DEFINE_integer(
@@ -60,7 +71,7 @@ EXPECTED_ERRORS = (
   configs.ConfigError,
   data.DataError,
   generate.PromptError,
-  native.CheckpointError,
+  checkpoints.CheckpointError,
   tokenizers.TokenizerError,
   train.TrainingError,
   workdirs.WorkdirError,
@@ -84,7 +95,13 @@ def main(argv: list[str]) -> None:
   _keep_compilations()
   try:
     overrides = _overrides(argv[1:])
-    run = {'train': _train, 'evaluate': _evaluate, 'sample': _sample}
+    run = {
+      'train': _train,
+      'evaluate': _evaluate,
+      'sample': _sample,
+      'convert': _convert,
+      'export': _export,
+    }
     code = run[_MODE.value](overrides)
   except configs.ConfigError as error:
     _fail_usage(str(error))
@@ -171,11 +188,19 @@ def _load_run(overrides: dict[str, str]) -> workdirs.Run:
   for field, text in overrides.items():
     config = configs.override(config, field, text)
   configs.validate(config)
-  if config.model != own.model:
+  compute = {'dtype': config.model.dtype}
+  if config.model != dataclasses.replace(own.model, **compute):
     raise configs.ConfigError(
-      f'The network of {_workdir()} is trained: config.model stays as it is.'
+      f'The network of {_workdir()} is trained: config.model stays as it is, '
+      'but for its dtype.'
     )
-  return workdirs.load(_workdir(), config)
+  run = workdirs.load(_workdir(), config)
+  if run.tokenizer is None:
+    raise workdirs.WorkdirError(
+      f'{_workdir()} has no tokenizer; put its tokenizer.json or '
+      'tokenizer.model there.'
+    )
+  return run
 
 
 def _train(overrides: dict[str, str]) -> int:
@@ -197,6 +222,45 @@ def _train(overrides: dict[str, str]) -> int:
       file=sys.stderr,
     )
   return code
+
+
+def _convert(overrides: dict[str, str]) -> int:
+  hf_dir, workdir = _both_folders(overrides)
+  config = conversion.convert(hf_dir, workdir)
+  layers = len(config.model.attention_pattern)
+  print(
+    f'{workdir} holds the {layers} layers of {hf_dir}. Write with it:\n'
+    f'  python -m diffusiongemma.main --mode=sample --workdir={workdir} '
+    f'--prompt="..."'
+  )
+  return 0
+
+
+def _export(overrides: dict[str, str]) -> int:
+  hf_dir, workdir = _both_folders(overrides)
+  conversion.export(workdir, hf_dir)
+  print(
+    f'{hf_dir} is for transformers:\n'
+    '  DiffusionGemmaForBlockDiffusion.from_pretrained(...)'
+  )
+  return 0
+
+
+def _both_folders(overrides: dict[str, str]) -> tuple[str, str]:
+  """(hf_dir, workdir) of a conversion, which changes no field of a config."""
+  for flag, value in (('hf_dir', _HF_DIR.value), ('workdir', _WORKDIR.value)):
+    if not value:
+      raise configs.ConfigError(
+        f'--mode={_MODE.value} needs --{flag}: --hf_dir is the Hugging Face '
+        'folder, --workdir ours.'
+      )
+  if overrides or _CONFIG.value:
+    raise configs.ConfigError(
+      f'--mode={_MODE.value} takes no --config; the checkpoint has its own.'
+    )
+  # So that what a stopped conversion has written is removed.
+  signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+  return _HF_DIR.value, _WORKDIR.value
 
 
 def _evaluate(overrides: dict[str, str]) -> int:

@@ -5,9 +5,13 @@
 Items are apart, so that sampling restores `params` alone. Orbax writes a step
 beside its place and renames it when complete, and notices neither a flipped
 bit nor a missing chunk: `digests` has a BLAKE2 of every array, and restoring
-goes back to the newest step whose arrays all agree.
+goes back to the newest step whose arrays all agree. Manager and items are
+Orbax' v0 interface; its v1 adds what v0 lacks, saving piece by piece.
 """
 
+from collections.abc import Iterable
+from collections.abc import Iterator
+import contextlib
 import hashlib
 import os
 import re
@@ -20,12 +24,10 @@ from absl import logging
 import jax
 import numpy as np
 from orbax import checkpoint as ocp
+from orbax.checkpoint.experimental.v1 import partial as ocp_partial
 
 from diffusiongemma import config as configs
-
-
-class CheckpointError(RuntimeError):
-  """A checkpoint that can't be written or read; the message says which."""
+from diffusiongemma.checkpoints import CheckpointError
 
 
 class Restored(NamedTuple):
@@ -116,6 +118,77 @@ def save(
     ) from error
 
 
+# Arrays are handed to TensorStore in pieces of about this many bytes.
+_PIECE_BYTES = 2**28
+
+
+def save_arrays(
+  directory: str,
+  step: int,
+  arrays: Iterable[tuple[tuple[str, ...], np.ndarray]],
+  num_bytes: int,
+  config: configs.Config,
+) -> None:
+  """Writes a step of parameters that arrive one by one and never all exist.
+
+  Args:
+    directory: of the checkpoints, new; the caller renames it into its place
+      when this function has returned.
+    step: its number.
+    arrays: (path in the parameters, array).
+    num_bytes: of all arrays together.
+    config: stored with them.
+
+  Raises:
+    CheckpointError: the disk is full, read-only or gone.
+  """
+  arriving = os.path.join(directory, 'arriving')
+  sums, piece, size = {}, {}, 0
+
+  def flush():
+    nonlocal piece, size
+    ocp_partial.save(arriving, piece)
+    piece, size = {}, 0
+
+  try:
+    os.makedirs(directory)
+    _check_room(directory, num_bytes)
+    for path, array in arrays:
+      sums[_key(path)] = digest(array)
+      node = piece
+      for part in path[:-1]:
+        node = node.setdefault(part, {})
+      node[path[-1]] = array
+      size += array.nbytes
+      if size >= _PIECE_BYTES:
+        flush()
+    if piece:
+      flush()
+    ocp_partial.finalize(arriving)
+    with contextlib.closing(open_checkpoints(directory, keep=1)) as manager:
+      manager.save(
+        step,
+        args=ocp.args.Composite(
+          config=ocp.args.JsonSave(configs.to_dict(config)),
+          digests=ocp.args.JsonSave({'params': sums}),
+        ),
+      )
+    params = os.path.join(directory, str(step), 'params')
+    os.rename(os.path.join(arriving, 'state'), params)
+    shutil.rmtree(arriving)
+  except CheckpointError:
+    raise  # Of the arrays' source.
+  except Exception as error:  # Orbax and TensorStore raise many kinds.
+    raise CheckpointError(
+      f'The parameters could not be saved in {directory}: {_reason(error)}.'
+    ) from error
+
+
+def _key(path: tuple[str, ...]) -> str:
+  """The name of an array in `digests`."""
+  return jax.tree_util.keystr(tuple(map(jax.tree_util.DictKey, path)))
+
+
 def _reason(error: Exception) -> str:
   """One line of what went wrong."""
   if isinstance(error, OSError) and error.strerror:
@@ -150,14 +223,19 @@ def _check_room(directory: str, num_bytes: int) -> None:
 
 
 def restore_newest(
-  manager: ocp.CheckpointManager, params: Any, opt_state: Any = None
+  manager: ocp.CheckpointManager,
+  params: Any,
+  opt_state: Any = None,
+  verify: bool = True,
 ) -> Restored | None:
   """The newest step that is whole, or None where there is no step at all.
 
   Args:
     manager: where to look.
-    params: arrays or `jax.ShapeDtypeStruct` of the shapes to expect.
-    opt_state: the same; None restores the parameters alone.
+    params: arrays or `jax.ShapeDtypeStruct` of the shapes, and shardings if
+      any, to expect; types are as stored.
+    opt_state: the same, types too; None restores the parameters alone.
+    verify: compares digests; without, a flipped bit goes unnoticed.
 
   Raises:
     CheckpointError: there are steps, but none of them is whole.
@@ -167,7 +245,7 @@ def restore_newest(
   problems = []
   for step in steps:
     try:
-      restored = restore_step(manager, step, params, opt_state)
+      restored = restore_step(manager, step, params, opt_state, verify)
     except CheckpointError as error:
       logging.warning('%s Going back to the step before.', error)
       problems.append(str(error))
@@ -182,10 +260,14 @@ def restore_newest(
 
 
 def restore_step(
-  manager: ocp.CheckpointManager, step: int, params: Any, opt_state: Any = None
+  manager: ocp.CheckpointManager,
+  step: int,
+  params: Any,
+  opt_state: Any = None,
+  verify: bool = True,
 ) -> Restored:
   """One step, verified array by array. Raises `CheckpointError`."""
-  wanted = {'params': params}
+  wanted = {'params': _with_stored_types(manager, step, params)}
   if opt_state is not None:
     wanted['opt_state'] = opt_state
   wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
@@ -196,10 +278,9 @@ def restore_step(
   try:
     items = manager.restore(step, args=ocp.args.Composite(**arguments))
   except Exception as error:  # Orbax and TensorStore raise many kinds.
-    raise CheckpointError(
-      f'Checkpoint {step} cannot be read: {_reason(error)}.'
-    ) from error
-  for name in wanted:
+    message = f'Checkpoint {step} cannot be read: {_reason(error)}.'
+    raise CheckpointError(_unreadable(manager, step) or message) from error
+  for name in wanted if verify else ():
     expected, found = items.digests[name], digests(items[name])
     wrong = sorted(k for k in found if expected.get(k) != found[k])
     if wrong:
@@ -208,6 +289,106 @@ def restore_step(
         f'{"and more " if len(wrong) > 4 else ""}differ from what was saved.'
       )
   return Restored(step, items.params, items.get('opt_state'), items.get('data'))
+
+
+def _with_stored_types(
+  manager: ocp.CheckpointManager, step: int, params: Any
+) -> Any:
+  """`params` with the types on disk, so that restoring casts nothing."""
+  stored = _metadata(manager, step)
+  try:
+    return jax.tree.map(
+      lambda wanted, found: jax.ShapeDtypeStruct(
+        wanted.shape, found.dtype, sharding=getattr(wanted, 'sharding', None)
+      ),
+      params,
+      stored,
+    )
+  except ValueError as error:  # Another tree.
+    raise CheckpointError(
+      f'Checkpoint {step} cannot be read: {_reason(error)}.'
+    ) from error
+
+
+def _unreadable(manager: ocp.CheckpointManager, step: int) -> str:
+  """What is wrong with the first array that can't be read, which Orbax,
+  reading all at once, does not say."""
+  try:
+    for path in stored_types(manager, step):
+      for _ in read_arrays(manager, step, [path]):
+        pass
+  except CheckpointError as error:
+    return str(error)
+  return ''
+
+
+def stored_types(
+  manager: ocp.CheckpointManager, step: int
+) -> dict[tuple[str, ...], np.dtype]:
+  """`{path: type}` of the parameters on disk. Raises `CheckpointError`."""
+  leaves = jax.tree_util.tree_leaves_with_path(_metadata(manager, step))
+  return {
+    tuple(key.key for key in keys): np.dtype(leaf.dtype)
+    for keys, leaf in leaves
+  }
+
+
+def _metadata(manager: ocp.CheckpointManager, step: int) -> Any:
+  """The parameters of a step as Orbax describes them."""
+  directory = manager.directory / str(step) / 'params'
+  try:
+    return ocp.PyTreeCheckpointHandler().metadata(directory).tree
+  except Exception as error:  # Orbax and TensorStore raise many kinds.
+    raise CheckpointError(
+      f'Checkpoint {step} cannot be read: {_reason(error)}.'
+    ) from error
+
+
+def read_arrays(
+  manager: ocp.CheckpointManager, step: int, paths: Iterable[tuple[str, ...]]
+) -> Iterator[np.ndarray]:
+  """The arrays at `paths` in the parameters of a step, verified one by one.
+
+  Raises:
+    CheckpointError: one of them is missing or differs from what was saved.
+  """
+  directory = manager.directory / str(step) / 'params'
+  handler = ocp.PyTreeCheckpointHandler()
+  stored = _metadata(manager, step)
+  try:
+    only_digests = ocp.args.Composite(digests=ocp.args.JsonRestore())
+    expected = manager.restore(step, args=only_digests).digests['params']
+  except Exception as error:
+    raise CheckpointError(
+      f'Checkpoint {step} cannot be read: {_reason(error)}.'
+    ) from error
+  for path in paths:
+    try:
+      leaf = stored
+      for part in path:
+        leaf = leaf[part]
+      wanted = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+      as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+      for part in reversed(path):
+        wanted, as_numpy = {part: wanted}, {part: as_numpy}
+      array = handler.restore(
+        directory,
+        args=ocp.args.PyTreeRestore(
+          item=wanted, restore_args=as_numpy, partial_restore=True
+        ),
+      )
+      for part in path:
+        array = array[part]
+    except Exception as error:
+      raise CheckpointError(
+        f'Checkpoint {step}: {_key(path)} cannot be read: {_reason(error)}.'
+      ) from error
+    if expected.get(_key(path)) != digest(array):
+      raise CheckpointError(
+        f'Checkpoint {step} is damaged: params {_key(path)} differs from what '
+        'was saved.'
+      )
+    yield array
 
 
 def set_aside_after(manager: ocp.CheckpointManager, step: int) -> None:

@@ -1,8 +1,10 @@
 """The key-value cache: an argument and a return value, never hidden state.
 
-Slot j of layer i holds the key and value of the token at position j. Prefill
-and commit write at each row's own length; denoising only reads. What lies
-past a row's length is padding that no mask lets through.
+  slot s of S holds the token at the newest position p with  p = s  (mod S)
+
+A global layer has a slot for every token; a local layer has W and overwrites
+the oldest, so that its memory does not grow with the text. Prefill and commit
+write, each row at its own length; denoising only reads.
 """
 
 import flax
@@ -14,30 +16,28 @@ from diffusiongemma.config import ModelConfig
 
 @flax.struct.dataclass
 class KVCache:
-  """One [B, S, K, H] pair per layer (K and H differ between layer kinds).
+  """One [B, S, K, H] pair per layer (S, K and H differ between layer kinds).
 
   Attributes:
     k: keys after norm and rotary, one array per layer.
     v: values after norm, one array per layer.
-    length_B: int32, tokens held by each row.
+    length_B: int32, tokens read by each row.
   """
 
   k: tuple[jax.Array, ...]
   v: tuple[jax.Array, ...]
   length_B: jax.Array
 
-  @property
-  def capacity(self) -> int:
-    """S, the slots of a row."""
-    return self.k[0].shape[1]
-
 
 def init_cache(config: ModelConfig, batch_size: int, capacity: int) -> KVCache:
-  """An empty cache of `capacity` token slots a row."""
+  """An empty cache for texts of up to `capacity` tokens."""
 
   def empty(kind):
     heads, dim = kv_shape(config, kind)
-    return jnp.zeros((batch_size, capacity, heads, dim), config.dtype)
+    slots = capacity
+    if kind == 'local':
+      slots = min(config.sliding_window, capacity)
+    return jnp.zeros((batch_size, slots, heads, dim), config.dtype)
 
   layers = tuple(empty(kind) for kind in config.attention_pattern)
   return KVCache(layers, layers, jnp.zeros((batch_size,), jnp.int32))
@@ -50,17 +50,31 @@ def kv_shape(config: ModelConfig, kind: str) -> tuple[int, int]:
   return config.num_kv_heads, config.head_dim
 
 
+def slot_positions(length_B: jax.Array, num_slots: int) -> jax.Array:
+  """Position of the token in each slot, [B, S]; negative where empty."""
+  newest_B1 = length_B[:, None] - 1
+  age_BS = (newest_B1 - jnp.arange(num_slots)) % num_slots
+  return newest_B1 - age_BS
+
+
 def write(
-  slots_BSKH: jax.Array, new_BPKH: jax.Array, start_B: jax.Array
+  slots_BSKH: jax.Array,
+  new_BPKH: jax.Array,
+  start_B: jax.Array,
+  length_B: jax.Array,
 ) -> jax.Array:
-  """Puts P new entries at slots `start_B + 0 .. P-1` of each row.
+  """Puts the first `length_B` of P new entries at positions `start_B`...
 
-  The caller provides room: past the end, `dynamic_update_slice` would move
-  the block to the left.
+  Of more entries than slots, the last stay. Padding is not written.
   """
-
-  def write_row(slots_SKH, new_PKH, start):
-    return jax.lax.dynamic_update_slice(slots_SKH, new_PKH, (start, 0, 0))
-
-  new_BPKH = new_BPKH.astype(slots_BSKH.dtype)
-  return jax.vmap(write_row)(slots_BSKH, new_BPKH, start_B)
+  B, S = slots_BSKH.shape[:2]
+  index_P = jnp.arange(new_BPKH.shape[1])
+  kept_BP = index_P < length_B[:, None]
+  kept_BP &= index_P >= length_B[:, None] - S
+  # A slot of its own beyond the end for each that is dropped: "unique".
+  slot_BP = jnp.where(
+    kept_BP, (start_B[:, None] + index_P) % S, S + index_P[None]
+  )
+  return slots_BSKH.at[jnp.arange(B)[:, None], slot_BP].set(
+    new_BPKH.astype(slots_BSKH.dtype), mode='drop', unique_indices=True
+  )

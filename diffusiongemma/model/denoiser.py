@@ -13,6 +13,7 @@ input: how noisy a canvas is, the network reads off the canvas.
 
 import functools
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from diffusiongemma.model import cache as kv_cache
 from diffusiongemma.model import layers
 from diffusiongemma.model import masks
 from diffusiongemma.model import moe
+from diffusiongemma.model import vision
 
 
 class Layer(nn.Module):
@@ -38,7 +40,9 @@ class Layer(nn.Module):
     self.attention = attention.Attention(cfg, self.kind)
     self.norm_post_attn = norm()
     self.norm_pre_ffw = norm()
-    self.shared_mlp = layers.GatedMLP(cfg)
+    self.shared_mlp = layers.GatedMLP(
+      cfg.embed_dim, cfg.mlp_dim, cfg.param_dtype
+    )
     self.norm_post_ffw_1 = norm()
     self.norm_pre_ffw_2 = norm()
     self.router = moe.Router(cfg)
@@ -49,39 +53,27 @@ class Layer(nn.Module):
     self.prefill_scalar = self.param('prefill_scalar', ones, (1,), jnp.float32)
     self.denoise_scalar = self.param('denoise_scalar', ones, (1,), jnp.float32)
 
-  @property
-  def window(self) -> int | None:
-    """Keys seen by a query of a local layer."""
-    return self.config.sliding_window if self.kind == 'local' else None
+  def prefill(self, x_BPD, positions_BP, mask_BPS, cached):
+    """One layer over new tokens: (x, their (k, v), routing).
 
-  def prefill(self, x_BPD, positions_BP, start_B, slots):
-    """One layer over new tokens: (x, (k, v), routing).
-
-    `slots` is the layer's (k, v) of the cache to write into; None keeps the
-    new keys and values themselves as the cache (start_B must be 0).
+    `cached` is the layer's (k, v) of the text before.
     """
-    q, k, v = self.attention.project(self.norm_in(x_BPD), positions_BP)
-    if slots is not None:
-      k = kv_cache.write(slots[0], k, start_B)
-      v = kv_cache.write(slots[1], v, start_B)
-    mask_BPS = masks.prefill_mask(
-      start_B, x_BPD.shape[1], k.shape[1], self.window
-    )
-    out = attention.attend(q, k, v, mask_BPS)
-    x, routing = self.finish(x_BPD, out, self.prefill_scalar)
-    return x, (k, v), routing
+    out, new = self.attend(x_BPD, positions_BP, mask_BPS, cached)
+    x_BPD, routing = self.finish(x_BPD, out, self.prefill_scalar)
+    return x_BPD, new, routing
 
-  def denoise(self, x_BLD, positions_BL, length_B, slots):
-    """One layer over the canvas; reads the cache, writes nothing."""
+  def denoise(self, x_BLD, positions_BL, mask_BLS, cached):
+    """One layer over the canvas, which its mask lets see itself."""
+    out, _ = self.attend(x_BLD, positions_BL, mask_BLS, cached)
+    x_BLD, _ = self.finish(x_BLD, out, self.denoise_scalar)
+    return x_BLD
+
+  def attend(self, x_BLD, positions_BL, mask_BLS, cached):
+    """Attention over the cached keys, then those of x: (out, (k, v) of x)."""
     q, k, v = self.attention.project(self.norm_in(x_BLD), positions_BL)
-    mask = masks.denoise_mask(
-      length_B, slots[0].shape[1], x_BLD.shape[1], self.window
-    )
-    k = jnp.concatenate([slots[0].astype(k.dtype), k], axis=1)
-    v = jnp.concatenate([slots[1].astype(v.dtype), v], axis=1)
-    out = attention.attend(q, k, v, mask)
-    x, _ = self.finish(x_BLD, out, self.denoise_scalar)
-    return x
+    all_k = jnp.concatenate([cached[0].astype(k.dtype), k], axis=1)
+    all_v = jnp.concatenate([cached[1].astype(v.dtype), v], axis=1)
+    return attention.attend(q, all_k, all_v, mask_BLS), (k, v)
 
   def finish(self, x_BLD, attended_BLNH, scalar):
     """Residuals and both feed-forward branches."""
@@ -106,7 +98,7 @@ class SelfConditioning(nn.Module):
   def setup(self):
     cfg = self.config
     self.norm = layers.RMSNorm(cfg.embed_dim, cfg.norm_epsilon)
-    self.mlp = layers.GatedMLP(cfg)
+    self.mlp = layers.GatedMLP(cfg.embed_dim, cfg.mlp_dim, cfg.param_dtype)
 
   def __call__(self, x_BLD: jax.Array, sc_BLD: jax.Array) -> jax.Array:
     """`sc_BLD` = 0 is "off": the result is bare_RMSNorm(x) to the bit."""
@@ -114,8 +106,22 @@ class SelfConditioning(nn.Module):
     return layers.rms_norm(x_BLD + signal, self.config.norm_epsilon)
 
 
+@flax.struct.dataclass
+class SoftTokens:
+  """Encoded images and their places in the tokens of a prefill.
+
+  Attributes:
+    soft_ITD: I images of up to T soft tokens.
+    index_BP: int32, which of the I*T soft tokens stands at each position, -1
+      for text. An image is never split over two calls.
+  """
+
+  soft_ITD: jax.Array
+  index_BP: jax.Array
+
+
 class Denoiser(nn.Module):
-  """DiffusionGemma's text network, pure: parameters in, arrays out.
+  """DiffusionGemma's network, pure: parameters in, arrays out.
 
   >>> model = Denoiser(config.model)
   >>> params = init_params(model, jax.random.key(0))
@@ -138,12 +144,21 @@ class Denoiser(nn.Module):
     ]
     self.final_norm = layers.RMSNorm(cfg.embed_dim, cfg.norm_epsilon)
     self.self_conditioning = SelfConditioning(cfg)
+    if cfg.vision:
+      self.vision = vision.VisionEncoder(cfg)
 
   def __call__(self, tokens_BP: jax.Array) -> jax.Array:
     """Touches every parameter once; what `init_params` runs."""
     length_B = jnp.full(tokens_BP.shape[:1], tokens_BP.shape[1], jnp.int32)
     _, cache, _ = self.prefill(tokens_BP, length_B)
     sc_BLD = jnp.zeros((*tokens_BP.shape, self.config.embed_dim))
+    if self.config.vision:
+      one_token = self.config.vision.pooling_kernel**2
+      pixels = 3 * self.config.vision.patch_size**2
+      self.encode_images(
+        jnp.zeros((1, one_token, pixels)),
+        jnp.zeros((1, one_token, 2), jnp.int32),
+      )
     return self.logits(self.denoise(tokens_BP, sc_BLD, cache))
 
   def prefill(
@@ -151,33 +166,48 @@ class Denoiser(nn.Module):
     tokens_BP: jax.Array,
     length_B: jax.Array,
     cache: kv_cache.KVCache | None = None,
+    images: SoftTokens | None = None,
   ) -> tuple[jax.Array, kv_cache.KVCache, tuple[moe.Routing, ...]]:
-    """Causal pass that reads text and writes the cache.
+    """Causal pass that reads text, and images, and writes the cache.
 
     Args:
       tokens_BP: int32, new tokens, padded on the right.
       length_B: int32, how many of them are real.
       cache: the text before them; None starts afresh with a cache that holds
-        exactly these P slots. Row b is written at slots `cache.length_B[b]`
-        onwards, so its capacity must be at least that plus P.
+        exactly these P slots in every layer. Row b goes on at position
+        `cache.length_B[b]`; the caller provides room for it.
+      images: what stands in the place of image tokens.
 
     Returns:
       (h_BPD after the final norm, the longer cache, routing of each layer).
     """
-    if cache is None:
-      start_B = jnp.zeros_like(length_B)
-    else:
-      start_B = cache.length_B
-    positions_BP = start_B[:, None] + jnp.arange(tokens_BP.shape[1])
-    x_BPD = self.embed(tokens_BP)
+    B, P = tokens_BP.shape
+    fresh = cache is None
+    if fresh:
+      cache = kv_cache.init_cache(self.config, B, 0)
+    start_B = cache.length_B
+    positions_BP = start_B[:, None] + jnp.arange(P)
+    x_BPD, image_BP = self.embed(tokens_BP), None
+    if images is not None:
+      x_BPD, image_BP = self.place(x_BPD, images)
+    mask_of_kind = self.per_kind(
+      cache,
+      lambda cached_BS, window: masks.prefill_mask(
+        start_B, cached_BS, P, window, image_BP
+      ),
+    )
     keys, values, routings = [], [], []
-    for index, layer in enumerate(self.layers):
-      slots = None if cache is None else (cache.k[index], cache.v[index])
-      x_BPD, (k, v), routing = layer.prefill(
-        x_BPD, positions_BP, start_B, slots
+    for layer, *cached in zip(self.layers, cache.k, cache.v, strict=True):
+      x_BPD, new, routing = layer.prefill(
+        x_BPD, positions_BP, mask_of_kind[layer.kind], cached
       )
-      keys.append(k)
-      values.append(v)
+      if not fresh:
+        new = [
+          kv_cache.write(old, entries, start_B, length_B)
+          for old, entries in zip(cached, new, strict=True)
+        ]
+      keys.append(new[0])
+      values.append(new[1])
       routings.append(routing)
     longer = kv_cache.KVCache(tuple(keys), tuple(values), start_B + length_B)
     return self.final_norm(x_BPD), longer, tuple(routings)
@@ -190,17 +220,52 @@ class Denoiser(nn.Module):
     Args:
       tokens_BL: int32, the canvas.
       sc_BLD: soft embedding of the previous step; zeros at the first.
-      cache: the text before; only its first `length_B` slots are seen.
+      cache: the text before.
 
     Returns:
       h_BLD after the final norm.
     """
-    length_B = cache.length_B
-    positions_BL = length_B[:, None] + jnp.arange(tokens_BL.shape[1])
+    L, length_B = tokens_BL.shape[1], cache.length_B
+    positions_BL = length_B[:, None] + jnp.arange(L)
+    mask_of_kind = self.per_kind(
+      cache,
+      lambda cached_BS, window: masks.denoise_mask(
+        length_B, cached_BS, L, window
+      ),
+    )
     x_BLD = self.self_conditioning(self.embed(tokens_BL), sc_BLD)
-    for layer, k, v in zip(self.layers, cache.k, cache.v, strict=True):
-      x_BLD = layer.denoise(x_BLD, positions_BL, length_B, (k, v))
+    for layer, *cached in zip(self.layers, cache.k, cache.v, strict=True):
+      x_BLD = layer.denoise(
+        x_BLD, positions_BL, mask_of_kind[layer.kind], cached
+      )
     return self.final_norm(x_BLD)
+
+  def per_kind(self, cache: kv_cache.KVCache, make_mask) -> dict:
+    """`make_mask(positions of the slots, window)` for each kind of layer."""
+    windows = {'local': self.config.sliding_window, 'global': None}
+    result = {}
+    for kind, k in zip(self.config.attention_pattern, cache.k, strict=True):
+      if kind not in result:
+        cached_BS = kv_cache.slot_positions(cache.length_B, k.shape[1])
+        result[kind] = make_mask(cached_BS, windows[kind])
+    return result
+
+  def encode_images(
+    self, patches_IMX: jax.Array, positions_IM2: jax.Array
+  ) -> jax.Array:
+    """Soft tokens of images, [I, T, D]; see `vision.VisionEncoder`."""
+    return self.vision(patches_IMX, positions_IM2)
+
+  def place(self, x_BPD: jax.Array, images: SoftTokens):
+    """Soft tokens over the embeddings: (x_BPD, the image of each position)."""
+    T = images.soft_ITD.shape[1]
+    soft_MD = images.soft_ITD.reshape(-1, x_BPD.shape[-1]).astype(x_BPD.dtype)
+    soft_BPD = soft_MD[jnp.maximum(images.index_BP, 0)]
+    is_image_BP = images.index_BP >= 0
+    x_BPD = jnp.where(is_image_BP[:, :, None], soft_BPD, x_BPD)
+    if not self.config.vision.bidirectional:
+      return x_BPD, None
+    return x_BPD, jnp.where(is_image_BP, images.index_BP // T, -1)
 
   def embed(self, tokens: jax.Array) -> jax.Array:
     """Embeddings times sqrt(D), the factor rounded to their type."""

@@ -8,8 +8,7 @@ GeGLU(x)    = down(gelu_tanh(gate(x)) * up(x))
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-
-from diffusiongemma.config import ModelConfig
+import numpy as np
 
 
 def rms_norm(
@@ -44,17 +43,18 @@ class RMSNorm(nn.Module):
 
 def rotary_frequencies(
   head_dim: int, theta: float, fraction: float = 1.0
-) -> jax.Array:
+) -> np.ndarray:
   """Angular frequencies [H/2] in radians a position, float32.
 
   Only the first `fraction` of the pairs turn; the others have frequency zero
-  ("proportional" partial rotary: exponents are those of the full head).
+  ("proportional" partial rotary: exponents are those of the full head). A
+  position of 10^5 magnifies the last bit of a frequency, so they are rounded
+  where the PyTorch implementation rounds: exponent, power and reciprocal.
   """
-  num_pairs = head_dim // 2
-  exponents = jnp.arange(num_pairs, dtype=jnp.float32) * 2 / head_dim
-  frequencies = theta**-exponents
-  turning = jnp.arange(num_pairs) < int(fraction * num_pairs)
-  return jnp.where(turning, frequencies, 0.0).astype(jnp.float32)
+  exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+  powers = np.power(theta, exponents.astype(np.float64)).astype(np.float32)
+  turning = np.arange(head_dim // 2) < int(fraction * head_dim // 2)
+  return np.where(turning, np.float32(1) / powers, np.float32(0))
 
 
 def rotary(
@@ -79,12 +79,13 @@ def linear_init(in_axis, out_axis, batch_axis=()):
 class GatedMLP(nn.Module):
   """GeGLU with tanh-gelu, [..., D] -> [..., D]."""
 
-  config: ModelConfig
+  embed_dim: int
+  mlp_dim: int
+  param_dtype: str
 
   def setup(self):
-    cfg = self.config
-    shape, init = (cfg.embed_dim, cfg.mlp_dim), linear_init(0, 1)
-    dtype = jnp.dtype(cfg.param_dtype)
+    shape, init = (self.embed_dim, self.mlp_dim), linear_init(0, 1)
+    dtype = jnp.dtype(self.param_dtype)
     self.gate = self.param('gate', init, shape, dtype)
     self.up = self.param('up', init, shape, dtype)
     self.down = self.param('down', init, shape[::-1], dtype)

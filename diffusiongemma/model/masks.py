@@ -1,13 +1,13 @@
 """Every attention mask of the model, as data. True: the query sees the key.
 
-Slot j of the cache holds the token at position j, so a mask needs lengths
-only. Prefill of `a b c d`, window W = 2 (rows are queries, columns keys):
+A mask needs positions only. Prefill of `a b c d`, window W = 2 (rows are
+queries, columns keys); on the right, `b c` are soft tokens of one image:
 
-      global       local          a row sees nothing after itself, so the
-    a x . . .    a x . . .        right padding of a shorter prompt is seen
-    b x x . .    b x x . .        by padding alone
-    c x x x .    c . x x .
-    d x x x x    d . . x x
+      global      local       image   global      local
+    a x . . .   a x . . .           a x . . .   a x . . .    a text row sees
+    b x x . .   b x x . .           b x x x .   b x x x .    nothing after
+    c x x x .   c . x x .           c x x x .   c . x x .    itself, so right
+    d x x x x   d . . x x           d x x x x   d . . x x    padding is unseen
 
 Denoising the canvas `1 2 3` after the prefix `a b c d`, W = 3:
 
@@ -22,44 +22,57 @@ import jax.numpy as jnp
 
 
 def prefill_mask(
-  start_B: jax.Array, num_queries: int, num_keys: int, window: int | None
+  start_B: jax.Array,
+  cached_BS: jax.Array,
+  num_queries: int,
+  window: int | None,
+  image_BP: jax.Array | None = None,
 ) -> jax.Array:
-  """Causal mask [B, P, S] of queries at positions `start_B + 0 .. P-1`.
+  """Causal mask [B, P, S + P] over the cache, then the new tokens themselves.
 
   Args:
-    start_B: int32, position of the first query.
+    start_B: int32, position of the first new token.
+    cached_BS: int32, position held by each slot of the cache, negative where
+      empty; S may be 0.
     num_queries: P.
-    num_keys: S, slots of the cache.
     window: keys a query sees, itself included; None is all (global).
+    image_BP: int32, the image that each new token is part of, -1 for text.
+      Tokens of one image see each other, whatever the window.
   """
-  query_BP1 = start_B[:, None, None] + jnp.arange(num_queries)[None, :, None]
-  key_11S = jnp.arange(num_keys)[None, None, :]
-  mask_BPS = key_11S <= query_BP1
+  new_BP = start_B[:, None] + jnp.arange(num_queries)
+  key_B1S = jnp.concatenate([cached_BS, new_BP], axis=1)[:, None, :]
+  query_BP1 = new_BP[:, :, None]
+  mask_BPS = (key_B1S >= 0) & (key_B1S <= query_BP1)
   if window is not None:
-    mask_BPS &= key_11S > query_BP1 - window
+    mask_BPS &= key_B1S > query_BP1 - window
+  if image_BP is not None:
+    text_BS = jnp.full_like(cached_BS, -1)
+    image_B1S = jnp.concatenate([text_BS, image_BP], axis=1)[:, None, :]
+    mask_BPS |= (image_BP[:, :, None] == image_B1S) & (image_B1S >= 0)
   return mask_BPS
 
 
 def prefix_mask(
-  length_B: jax.Array, num_keys: int, window: int | None
+  length_B: jax.Array, cached_BS: jax.Array, window: int | None
 ) -> jax.Array:
   """What a canvas sees of its prefix: [B, 1, S], the same for all L queries.
 
-  A local layer keeps the last W - 1 tokens (the cache of the Hugging Face
-  implementation does; Google's mask keeps W).
+  A local layer sees the last W - 1 tokens (the cache of the Hugging Face
+  implementation keeps so many; Google's mask has W).
   """
-  key_11S = jnp.arange(num_keys)[None, None, :]
-  length_B11 = length_B[:, None, None]
-  mask_B1S = key_11S < length_B11
+  mask_BS = cached_BS >= 0
   if window is not None:
-    mask_B1S &= key_11S >= length_B11 - (window - 1)
-  return mask_B1S
+    mask_BS &= cached_BS >= length_B[:, None] - (window - 1)
+  return mask_BS[:, None, :]
 
 
 def denoise_mask(
-  length_B: jax.Array, num_keys: int, canvas_length: int, window: int | None
+  length_B: jax.Array,
+  cached_BS: jax.Array,
+  canvas_length: int,
+  window: int | None,
 ) -> jax.Array:
   """The prefix, then the whole canvas: [B, 1, S + L]."""
-  prefix_B1S = prefix_mask(length_B, num_keys, window)
+  prefix_B1S = prefix_mask(length_B, cached_BS, window)
   canvas_B1L = jnp.ones((length_B.shape[0], 1, canvas_length), bool)
   return jnp.concatenate([prefix_B1S, canvas_B1L], axis=-1)

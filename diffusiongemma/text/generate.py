@@ -68,13 +68,96 @@ def prefill(
   tokens_BP: jax.Array,
   length_B: jax.Array,
   cache: kv_cache.KVCache,
+  images: denoiser.SoftTokens | None = None,
 ) -> kv_cache.KVCache:
   """Reads new tokens into the cache; also commits a canvas. No head."""
   model = denoiser.Denoiser(config)
   _, cache, _ = model.apply(
-    {'params': params}, tokens_BP, length_B, cache, method='prefill'
+    {'params': params}, tokens_BP, length_B, cache, images, method='prefill'
   )
   return cache
+
+
+@functools.partial(jax.jit, static_argnames='config')
+def encode_images(
+  config: ModelConfig,
+  params: dict,
+  patches_IMX: jax.Array,
+  positions_IM2: jax.Array,
+) -> jax.Array:
+  """Soft tokens [I, T, D] of preprocessed images; see `images.preprocess`."""
+  model = denoiser.Denoiser(config)
+  return model.apply(
+    {'params': params}, patches_IMX, positions_IM2, method='encode_images'
+  )
+
+
+def read_prompt(
+  config: ModelConfig,
+  params: dict,
+  tokens_BP: np.ndarray,
+  length_B: np.ndarray,
+  cache: kv_cache.KVCache,
+  images: denoiser.SoftTokens | None = None,
+  chunk_length: int = 2048,
+) -> kv_cache.KVCache:
+  """`prefill` of a prompt of any length, piece by piece, with one program.
+
+  Memory for attention grows with the piece, not with the prompt. Each row
+  goes on where its last piece ended, so that no image is cut.
+
+  Args:
+    config: the network.
+    params: its parameters.
+    tokens_BP: int32, prompts, padded on the right.
+    length_B: int32, how many tokens of each are real.
+    cache: the text before, with room for the prompts.
+    images: soft tokens, with places in `tokens_BP`.
+    chunk_length: most tokens of a row in a piece.
+
+  Raises:
+    PromptError: an image has more soft tokens than a piece.
+  """
+  tokens_BP, length_B = np.asarray(tokens_BP), np.asarray(length_B)
+  B, P = tokens_BP.shape
+  size = min(chunk_length, P)
+  index_BP = np.full((B, P), -1) if images is None else images.index_BP
+  index_BP = np.asarray(index_BP)
+  T = 1 if images is None else images.soft_ITD.shape[1]
+  image_BP = np.where(index_BP < 0, -1, index_BP // T)
+  start_B = np.zeros(B, np.int32)
+  while (start_B < length_B).any():
+    tokens, index = np.zeros((2, B, size), np.int32)
+    index[:] = -1
+    taken_B = np.zeros(B, np.int32)
+    for b in range(B):
+      end = _piece_end(image_BP[b], start_B[b], length_B[b], size)
+      taken_B[b] = end - start_B[b]
+      tokens[b, : taken_B[b]] = tokens_BP[b, start_B[b] : end]
+      index[b, : taken_B[b]] = index_BP[b, start_B[b] : end]
+    if images is not None:
+      images = images.replace(index_BP=jnp.asarray(index))
+    cache = prefill(config, params, tokens, taken_B, cache, images)
+    start_B += taken_B
+  return cache
+
+
+def _piece_end(
+  image_P: np.ndarray, start: int, length: int, size: int
+) -> int:
+  """Where a piece from `start` ends: not between soft tokens of one image."""
+  end = min(start + size, length)
+  if end == length or image_P[end] < 0 or image_P[end] != image_P[end - 1]:
+    return end
+  while end > start and image_P[end - 1] == image_P[end]:
+    end -= 1
+  if end == start:
+    soft_tokens = (image_P == image_P[end]).sum()
+    raise PromptError(
+      f'An image of {soft_tokens} soft tokens does not fit into pieces of '
+      f'{size} tokens; read longer pieces.'
+    )
+  return end
 
 
 @functools.partial(jax.jit, static_argnames='config')
@@ -166,7 +249,7 @@ def generate(
   capacity = bucket + canvases * C
   cache = kv_cache.init_cache(config.model, 1, capacity)
   length_B = np.array([len(prompt)], np.int32)
-  cache = prefill(config.model, params, tokens_BP, length_B, cache)
+  cache = read_prompt(config.model, params, tokens_BP, length_B, cache)
 
   tokens, steps, stopped_by = [], 0, 'max_new_tokens'
   canvas_length_B = np.array([C], np.int32)

@@ -1,11 +1,13 @@
 """The folder of a run: its config, its tokenizer, its checkpoints.
 
   WORKDIR/config.json  tokenizer.model  checkpoints/  metrics.jsonl  events...
+  WORKDIR/config.json  huggingface/     checkpoints/           when converted
 
 A folder belongs to one config: another is refused, field by field, and what
 is in it is enough to sample from it anywhere.
 """
 
+from collections.abc import Callable
 import contextlib
 import json
 import os
@@ -13,6 +15,7 @@ import pathlib
 from typing import NamedTuple
 
 import jax
+from orbax import checkpoint as ocp
 
 from diffusiongemma import config as configs
 from diffusiongemma.checkpoints import native
@@ -32,6 +35,10 @@ FREE_FIELDS = (
   'config.train.checkpoint_every',
   'config.train.keep_checkpoints',
 )
+
+
+# What came with a converted checkpoint: configs, tokenizer, chat template.
+COMPANIONS_DIR = 'huggingface'
 
 
 class WorkdirError(ValueError):
@@ -90,17 +97,49 @@ def read_config(workdir: str) -> Config:
     raise WorkdirError(f'{path} cannot be read: {error}') from error
 
 
-def load_tokenizer(config: Config, workdir: str = '') -> tokenizers.Tokenizer:
-  """The config's tokenizer (or the copy in a run's `workdir`), checked.
+def load_tokenizer(config: Config) -> tokenizers.Tokenizer:
+  """The config's tokenizer, checked.
 
   Raises:
     ConfigError: its vocabulary or special ids are not those of the config.
   """
-  copy = os.path.join(workdir, 'tokenizer.model') if workdir else ''
-  tokenizer = tokenizers.load_tokenizer(copy or config.data.tokenizer)
-  model, diffusion = config.model, config.diffusion
+  tokenizer = tokenizers.load_tokenizer(config.data.tokenizer)
+  if config.model.vocab_size != tokenizer.vocab_size:
+    raise configs.ConfigError(
+      f'config.model.vocab_size is {config.model.vocab_size}; that of the '
+      f'tokenizer is {tokenizer.vocab_size}.'
+    )
+  _check_special_ids(config, tokenizer)
+  return tokenizer
+
+
+def find_tokenizer(config: Config, folder: str) -> tokenizers.Tokenizer | None:
+  """The tokenizer in a run's folder or a Hugging Face one, None without.
+
+  The network may have more ids than the tokenizer has pieces: released
+  vocabularies are rounded up.
+
+  Raises:
+    ConfigError: it is not that of the config.
+  """
+  for name in ('tokenizer.json', 'tokenizer.model'):
+    for place in (folder, os.path.join(folder, COMPANIONS_DIR)):
+      path = os.path.join(place, name)
+      if os.path.isfile(path):
+        tokenizer = tokenizers.load_tokenizer(path)
+        if tokenizer.vocab_size > config.model.vocab_size:
+          raise configs.ConfigError(
+            f'{path} has {tokenizer.vocab_size} pieces, more than '
+            f'config.model.vocab_size = {config.model.vocab_size}.'
+          )
+        _check_special_ids(config, tokenizer)
+        return tokenizer
+  return None
+
+
+def _check_special_ids(config: Config, tokenizer: tokenizers.Tokenizer) -> None:
+  diffusion = config.diffusion
   for name, wanted, found in (
-    ('model.vocab_size', model.vocab_size, tokenizer.vocab_size),
     ('diffusion.pad_token_id', diffusion.pad_token_id, tokenizer.pad_id),
     ('diffusion.bos_token_id', diffusion.bos_token_id, tokenizer.bos_id),
   ):
@@ -113,7 +152,6 @@ def load_tokenizer(config: Config, workdir: str = '') -> tokenizers.Tokenizer:
       f'config.diffusion.stop_token_ids lacks {tokenizer.eos_id}, which ends '
       "the tokenizer's documents."
     )
-  return tokenizer
 
 
 def abstract_state(config: Config) -> train_state.TrainState:
@@ -126,53 +164,63 @@ def abstract_state(config: Config) -> train_state.TrainState:
 
 
 class Run(NamedTuple):
-  """A trained run.
+  """A network that can be used.
 
   Attributes:
     config: all of its settings.
-    tokenizer: the one it was trained with.
-    step: training steps done.
+    tokenizer: the one it was trained with; None where it came without.
+    step: training steps done here.
     params: parameters of the network, a nested dict of arrays.
   """
 
   config: Config
-  tokenizer: tokenizers.Tokenizer
+  tokenizer: tokenizers.Tokenizer | None
   step: int
   params: dict
 
 
-def load(workdir: str, config: Config | None = None) -> Run:
+def load(
+  workdir: str,
+  config: Config | None = None,
+  sharding: Callable | None = None,
+  verify: bool = True,
+) -> Run:
   """Reads the newest whole checkpoint of the run in `workdir`.
 
   Args:
-    workdir: what training was given as `--workdir`.
+    workdir: what training or conversion was given as `--workdir`.
     config: settings to use instead of the run's own, for another sampler.
+    sharding: where each array goes, from (its path, its shape).
+    verify: compares the digest of every array.
 
   Raises:
     WorkdirError: there is no run, or no finished checkpoint of it.
     CheckpointError: all of its checkpoints are damaged.
   """
   config = config or read_config(workdir)
-  tokenizer = load_tokenizer(config, workdir)
-  return Run(config, tokenizer, *load_params(workdir, config))
+  params = abstract_state(config).params
+  if sharding is not None:
+
+    def place(keys, leaf):
+      path = tuple(key.key for key in keys)
+      return leaf.update(sharding=sharding(path, leaf.shape))
+
+    params = jax.tree_util.tree_map_with_path(place, params)
+  with contextlib.closing(open_checkpoints(workdir)) as manager:
+    restored = native.restore_newest(manager, params, verify=verify)
+  tokenizer = find_tokenizer(config, workdir)
+  return Run(config, tokenizer, restored.step, restored.params)
 
 
-def load_params(workdir: str, config: Config) -> tuple[int, dict]:
-  """(step, parameters) of the newest whole checkpoint of a run.
-
-  Raises:
-    WorkdirError: there is none.
-    CheckpointError: all of them are damaged.
-  """
+def open_checkpoints(workdir: str) -> ocp.CheckpointManager:
+  """The checkpoints of a run, to read. Raises `WorkdirError` without any."""
   directory = checkpoint_dir(workdir)
-  restored = None
   if os.path.isdir(directory):
-    with contextlib.closing(native.open_checkpoints(directory)) as manager:
-      params = abstract_state(config).params
-      restored = native.restore_newest(manager, params)
-  if restored is None:
-    raise WorkdirError(f'{workdir} has no finished checkpoint yet.')
-  return restored.step, restored.params
+    manager = native.open_checkpoints(directory)
+    if manager.all_steps():
+      return manager
+    manager.close()
+  raise WorkdirError(f'{workdir} has no finished checkpoint yet.')
 
 
 def checkpoint_dir(workdir: str) -> str:

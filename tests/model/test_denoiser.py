@@ -11,6 +11,7 @@ import pytest
 from diffusiongemma.model import cache as kv_cache
 from diffusiongemma.model import denoiser
 from diffusiongemma.model import layers
+from diffusiongemma.model import masks
 
 P, L = 12, 6
 
@@ -72,19 +73,26 @@ def test_content_of_padding_is_irrelevant(run, tokens_BP, canvas_BL, sc_BLD):
   np.testing.assert_array_equal(results[0][1], results[1][1])
 
 
+@pytest.mark.parametrize('pieces', [(5, 7), (3, 1, 8), (11, 1), (4, 4, 4)])
 def test_prefill_in_pieces_equals_prefill_at_once(
-  run, model_config, tokens_BP, canvas_BL, sc_BLD
+  run, model_config, tokens_BP, canvas_BL, sc_BLD, pieces
 ):
-  """Also into padding: the second piece overwrites what padded the first."""
-  _, whole, _ = run(tokens_BP, jnp.array([P, P]), method='prefill')
-  cache = kv_cache.init_cache(model_config, 2, P + 4)
-  first = jnp.concatenate([tokens_BP[:, :5], jnp.zeros((2, 3), int)], axis=1)
-  _, cache, _ = run(first, jnp.array([5, 5]), cache, method='prefill')
-  h, cache, _ = run(
-    tokens_BP[:, 5:], jnp.array([7, 7]), cache, method='prefill'
-  )
+  """Pieces shorter and longer than the window, in rows of unequal length; a
+  local layer has forgotten what is behind its window by then."""
+  rows_B = np.array([P, P - 3])
+  _, whole, _ = run(tokens_BP, jnp.asarray(rows_B), method='prefill')
   expected, _, _ = run(tokens_BP, jnp.array([P, P]), method='prefill')
-  np.testing.assert_allclose(h, expected[:, 5:], atol=1e-5)
+  cache = kv_cache.init_cache(model_config, 2, P + 4)
+  start = 0
+  for piece in pieces:
+    padded = jnp.pad(tokens_BP[:, start : start + piece], [(0, 0), (0, 2)])
+    new_B = np.clip(rows_B - start, 0, piece)
+    h, cache, _ = run(padded, jnp.asarray(new_B), cache, method='prefill')
+    for b, new in enumerate(new_B):
+      np.testing.assert_allclose(
+        h[b, :new], expected[b, start : start + new], atol=1e-5
+      )
+    start += piece
   np.testing.assert_array_equal(cache.length_B, whole.length_B)
   np.testing.assert_allclose(
     run(canvas_BL, sc_BLD, cache, method='denoise'),
@@ -106,15 +114,17 @@ def test_information_flow(model_config, kind):
   config = dataclasses.replace(model_config, attention_pattern=(kind,))
   layer = denoiser.Layer(config, kind)
   W, D = config.sliding_window, config.embed_dim
+  window = W if kind == 'local' else None
   x_BPD = jax.random.normal(jax.random.key(0), (1, P, D))
   positions = jnp.arange(P)[None]
   zero = jnp.zeros((1,), jnp.int32)
-  params = layer.init(
-    jax.random.key(1), x_BPD, positions, zero, None, method='prefill'
-  )
+  empty = kv_cache.init_cache(config, 1, 0)
+  causal = masks.prefill_mask(zero, jnp.zeros((1, 0), int), P, window)
+  arguments = (positions, causal, (empty.k[0], empty.v[0]))
+  params = layer.init(jax.random.key(1), x_BPD, *arguments, method='prefill')
 
   def prefill(x):
-    return layer.apply(params, x, positions, zero, None, method='prefill')
+    return layer.apply(params, x, *arguments, method='prefill')
 
   seen = influence(lambda x: prefill(x)[0], x_BPD)
   for query in range(P):
@@ -123,13 +133,14 @@ def test_information_flow(model_config, kind):
       assert seen[query, key] == (key <= query and near)
 
   canvas = jax.random.normal(jax.random.key(2), (1, L, D))
+  whole = masks.denoise_mask(zero + P, positions, L, window)
 
   def denoise(x, canvas):
     return layer.apply(
       params,
       canvas,
       P + jnp.arange(L)[None],
-      zero + P,
+      whole,
       prefill(x)[1],
       method='denoise',
     )

@@ -6,26 +6,38 @@ import pytest
 
 from diffusiongemma.model import masks
 
+# Positions in the slots of a cache, as a ring leaves them: row 0 is empty.
+START_B = np.array([0, 3, 7])
+CACHED_BS = np.array([[-4, -3, -2, -1], [0, 1, 2, -1], [4, 5, 6, 3]])
+
 
 @pytest.mark.parametrize('window', [None, 1, 3, 50])
 def test_prefill_mask(window):
-  start_B = np.array([0, 4, 7])
-  mask = masks.prefill_mask(jnp.asarray(start_B), 5, 13, window)
-  for b, start in enumerate(start_B):
-    for query in range(5):
-      for key in range(13):
-        position = start + query
-        seen = key <= position and (window is None or position - key < window)
-        assert mask[b, query, key] == seen
+  image_BP = np.array([[-1, 0, 0, 0, -1], [2, 2, 3, 3, -1], [-1] * 5])
+  mask_BPS = masks.prefill_mask(
+    jnp.asarray(START_B), jnp.asarray(CACHED_BS), 5, window, image_BP
+  )
+  assert mask_BPS.shape == (3, 5, 9)
+  for b, start in enumerate(START_B):
+    keys = [*CACHED_BS[b], *(start + np.arange(5))]
+    image = [-1] * 4 + list(image_BP[b])
+    for i in range(5):
+      query = start + i
+      for s, key in enumerate(keys):
+        near = window is None or query - key < window
+        seen = 0 <= key <= query and near
+        same_image = image[s] >= 0 and image[s] == image[4 + i]
+        assert mask_BPS[b, i, s] == (seen or same_image)
 
 
 @pytest.mark.parametrize('window', [None, 2, 4, 50])
 def test_denoise_mask(window):
   """Local layers see W - 1 tokens of the prefix, whatever the query."""
-  length_B = np.array([0, 3, 9])
-  mask = masks.denoise_mask(jnp.asarray(length_B), 11, 4, window)
-  assert mask.shape == (3, 1, 15)
-  for b, length in enumerate(length_B):
+  mask = masks.denoise_mask(
+    jnp.asarray(START_B), jnp.asarray(CACHED_BS), 4, window
+  )
+  assert mask.shape == (3, 1, 8)
+  for b, length in enumerate(START_B):
     first = 0 if window is None else max(0, length - (window - 1))
-    expected = [first <= key < length for key in range(11)] + [True] * 4
+    expected = [first <= key < length for key in CACHED_BS[b]] + [True] * 4
     assert mask[b, 0].tolist() == expected

@@ -1,0 +1,161 @@
+"""Files from strangers: opened, read and parsed without trust.
+
+A file is regular, lies in its folder, and is no longer than it may be; JSON
+is an object in which no name is twice. Whatever is wrong ends in one line.
+"""
+
+from collections.abc import Iterator
+from collections.abc import Sequence
+import contextlib
+import json
+import os
+import stat
+
+from diffusiongemma.checkpoints import CheckpointError
+
+MAX_DIGITS = 20  # Of 2**64; reading a number is quadratic in its digits.
+CHUNK_BYTES = 64 * 2**20  # Of one system call; Linux stops short of 2**31.
+
+
+def quote(text: str) -> str:
+  """Quoted and cut; control characters must not reach a terminal."""
+  quoted = repr(text[:100])
+  if len(text) > 100 or len(quoted) > 120:
+    quoted = quoted[:100] + '...'
+  return quoted
+
+
+def listed(names: Sequence[str]) -> str:
+  """The first four, and how many more."""
+  more = f' and {len(names) - 4} more' if len(names) > 4 else ''
+  return ', '.join(map(quote, sorted(names)[:4])) + more
+
+
+@contextlib.contextmanager
+def system_errors(what: str) -> Iterator[None]:
+  """The system's refusals as `CheckpointError`."""
+  try:
+    yield
+  except OSError as error:
+    raise CheckpointError(f'{what}: {error.strerror or error}.') from error
+
+
+def checked_path(folder: str, name: str) -> str:
+  """The path of a file of `folder`; raises where a link leads elsewhere."""
+  path = os.path.join(folder, name)
+  if not os.path.exists(path):
+    reason = 'is missing'
+    if os.path.islink(path):
+      reason = f'is a link to {quote(os.readlink(path))}, which is missing'
+    raise CheckpointError(f'{path!r} {reason}: download it again.')
+  real = os.path.realpath(path)
+  root = os.path.realpath(folder)
+  allowed = [root]
+  # The cache stores files once, by their hash, and each revision as links:
+  # models--owner--name/snapshots/<revision>/<file> -> ../../blobs/<hash>.
+  snapshots = os.path.dirname(root)
+  model = os.path.dirname(snapshots)
+  if os.path.basename(snapshots) == 'snapshots':
+    if os.path.basename(model).startswith('models--'):
+      allowed.append(os.path.join(model, 'blobs'))
+  if not any(os.path.commonpath([real, x]) == x for x in allowed):
+    raise CheckpointError(
+      f'{path!r} is a link to {quote(real)}, outside of its folder: put the '
+      'file itself there if it is meant.'
+    )
+  return path
+
+
+@contextlib.contextmanager
+def opened(path: str) -> Iterator[tuple[int, int]]:
+  """Descriptor and bytes of a regular file; never waits for a pipe."""
+  with system_errors(f'{path!r} cannot be read'):
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+      status = os.fstat(descriptor)
+      if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f'{path!r} is not a regular file.')
+      yield descriptor, status.st_size
+    finally:
+      os.close(descriptor)
+
+
+def read_into(
+  view: memoryview, descriptor: int, offset: int, what: str
+) -> None:
+  """Fills `view` from byte `offset` of a file."""
+  done = 0
+  while done < len(view):
+    part = view[done : done + CHUNK_BYTES]
+    count = os.preadv(descriptor, [part], offset + done)
+    if not count:
+      raise CheckpointError(
+        f'{what}: the file ends at byte {offset + done} while it is read.'
+      )
+    done += count
+
+
+def read_bytes(descriptor: int, offset: int, nbytes: int, path: str) -> bytes:
+  """`nbytes` from byte `offset` of a file."""
+  data = bytearray(nbytes)
+  read_into(memoryview(data), descriptor, offset, repr(path))
+  return bytes(data)
+
+
+def parse_json(data: bytes, what: str) -> dict:
+  """An object from JSON in UTF-8, in which no name is twice."""
+
+  def to_dict(pairs: list) -> dict:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+      seen = set()
+      twice = [k for k, _ in pairs if k in seen or seen.add(k)]
+      raise CheckpointError(f'{what} names {listed(set(twice))} twice.')
+    return result
+
+  def to_int(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+      raise CheckpointError(
+        f'{what} has a number of {len(digits)} digits: it is damaged.'
+      )
+    return int(digits)
+
+  def no_constant(text: str) -> None:
+    raise CheckpointError(f'{what} has {text}, which is not JSON.')
+
+  try:
+    result = json.loads(
+      data.decode('utf-8'),
+      object_pairs_hook=to_dict,
+      parse_int=to_int,
+      parse_constant=no_constant,
+    )
+  except UnicodeDecodeError as error:
+    raise CheckpointError(
+      f'{what} is not text: byte {error.start} is no UTF-8.'
+    ) from error
+  except RecursionError as error:
+    raise CheckpointError(f'{what} is nested too deeply.') from error
+  except ValueError as error:
+    raise CheckpointError(f'{what} is not JSON: {error}.') from error
+  if not isinstance(result, dict):
+    raise CheckpointError(f'{what} is JSON, but not an object.')
+  return result
+
+
+def read_file(folder: str, name: str, max_bytes: int) -> bytes:
+  """All of a file of `folder` that may have `max_bytes`."""
+  path = checked_path(folder, name)
+  with opened(path) as (descriptor, size):
+    if size > max_bytes:
+      raise CheckpointError(
+        f'{path!r} has {size} bytes, more than {max_bytes}: it is not what '
+        'its name says.'
+      )
+    return read_bytes(descriptor, 0, size, path)
+
+
+def read_json(folder: str, name: str, max_bytes: int) -> dict:
+  """The JSON object in a file of `folder`."""
+  path = os.path.join(folder, name)
+  return parse_json(read_file(folder, name, max_bytes), repr(path))

@@ -1,0 +1,373 @@
+"""Hugging Face's config.json and generation_config.json, both ways.
+
+One table per object: (our field, their key, the default in `transformers`
+5.23). Keys that do not change the numbers are left alone; options that this
+network does not have are refused, so that what loads is what was meant.
+"""
+
+import os
+from typing import Any
+
+from absl import logging
+
+from diffusiongemma.checkpoints import CheckpointError
+from diffusiongemma.config import DiffusionConfig
+from diffusiongemma.config import ModelConfig
+from diffusiongemma.config import VisionConfig
+
+MODEL_TYPE = 'diffusion_gemma'
+
+_REQUIRED = object()
+_TEXT_FIELDS = (
+  ('vocab_size', 'vocab_size', 262144),
+  ('embed_dim', 'hidden_size', 2304),
+  ('num_heads', 'num_attention_heads', 8),
+  ('num_kv_heads', 'num_key_value_heads', 4),
+  ('head_dim', 'head_dim', 256),
+  ('sliding_window', 'sliding_window', 512),
+  ('mlp_dim', 'intermediate_size', 9216),
+  ('num_experts', 'num_experts', _REQUIRED),
+  ('experts_per_token', 'top_k_experts', _REQUIRED),
+  ('expert_dim', 'moe_intermediate_size', _REQUIRED),
+  ('context_length', 'max_position_embeddings', 131072),
+  ('logit_softcap', 'final_logit_softcapping', 30.0),
+  ('norm_epsilon', 'rms_norm_eps', 1e-6),
+)
+_VISION_FIELDS = (
+  ('embed_dim', 'hidden_size', 768),
+  ('num_layers', 'num_hidden_layers', 16),
+  ('num_heads', 'num_attention_heads', 12),
+  ('num_kv_heads', 'num_key_value_heads', 12),
+  ('head_dim', 'head_dim', 64),
+  ('mlp_dim', 'intermediate_size', 3072),
+  ('patch_size', 'patch_size', 16),
+  ('pooling_kernel', 'pooling_kernel_size', 3),
+  ('position_table_size', 'position_embedding_size', 10240),
+  ('norm_epsilon', 'rms_norm_eps', 1e-6),
+  ('standardize', 'standardize', False),
+)
+_IMAGE_FIELDS = (
+  ('soft_tokens_per_image', 'vision_soft_tokens_per_image', 280),
+  ('image_token_id', 'image_token_id', 258880),
+  ('begin_image_token_id', 'boi_token_id', 255999),
+  ('end_image_token_id', 'eoi_token_id', 258882),
+)
+_GENERATION_FIELDS = (
+  ('max_denoising_steps', 'max_denoising_steps', 48),
+  ('t_min', 't_min', 0.4),
+  ('t_max', 't_max', 0.8),
+  ('stability_threshold', 'stability_threshold', 1),
+  ('confidence_threshold', 'confidence_threshold', 0.005),
+  ('pad_token_id', 'pad_token_id', 0),
+  ('bos_token_id', 'bos_token_id', 2),
+)
+# Their options that this network does not have: the one value that is it.
+_FIXED_TEXT = {
+  'hidden_activation': 'gelu_pytorch_tanh',
+  'attention_bias': False,
+  'tie_word_embeddings': True,
+}
+_FIXED_VISION = {
+  'hidden_activation': 'gelu_pytorch_tanh',
+  'attention_bias': False,
+  'use_clipped_linears': False,
+}
+_KINDS = {'sliding_attention': 'local', 'full_attention': 'global'}
+_LARGEST = 2**31 - 1
+_MAX_LAYERS = 1000
+
+
+def model_config(values: dict, path: str = 'config.json') -> ModelConfig:
+  """The network that a Hugging Face config describes.
+
+  Args:
+    values: the contents of their config.json.
+    path: where they come from, for messages.
+
+  Raises:
+    CheckpointError: another `model_type`, an option that this network does
+      not have, or a value that is missing or of the wrong type.
+  """
+  if values.get('model_type') != MODEL_TYPE:
+    raise CheckpointError(
+      f'{path} has model_type {values.get("model_type")!r}; only '
+      f'{MODEL_TYPE!r} can be read.'
+    )
+  if values.get('quantization_config') is not None:
+    raise CheckpointError(
+      f'{path} has a quantization_config; convert the unquantised checkpoint.'
+    )
+  text = _Reader(values, path).group('text_config')
+  text.check_fixed(_FIXED_TEXT)
+  _Reader(values, path).check_fixed({'tie_word_embeddings': True})
+  fields = text.fields(_TEXT_FIELDS)
+  fields['attention_pattern'] = _attention_pattern(text)
+  fields |= _global_heads(text, fields)
+  rope = text.group('rope_parameters')
+  local = rope.group('sliding_attention')
+  local.check_fixed(
+    {'rope_type': 'default', 'partial_rotary_factor': 1.0, 'factor': 1.0}
+  )
+  whole = rope.group('full_attention')
+  whole.check_fixed({'rope_type': 'proportional', 'factor': 1.0})
+  fields |= dict(
+    local_rope_theta=local.take('rope_theta', 1e4),
+    global_rope_theta=whole.take('rope_theta', 1e6),
+    global_rotary_fraction=whole.take(
+      'partial_rotary_factor', 0.25 if not whole.values else 1.0
+    ),
+    vision=_vision_config(values, path),
+    **_dtypes(values),
+  )
+  return ModelConfig(**fields)
+
+
+def _attention_pattern(text: '_Reader') -> tuple[str, ...]:
+  count = text.take('num_hidden_layers', 30)
+  if count > _MAX_LAYERS:
+    raise CheckpointError(f'{text.where("num_hidden_layers")} is {count}.')
+  names = text.values.get('layer_types')
+  if names is None:
+    names = [
+      'full_attention' if i % 6 == 5 else 'sliding_attention'
+      for i in range(count)
+    ]
+  if not isinstance(names, list) or any(
+    not isinstance(name, str) or name not in _KINDS for name in names
+  ):
+    raise CheckpointError(
+      f'{text.where("layer_types")} must be a list of {" and ".join(_KINDS)}.'
+    )
+  if len(names) != count:
+    raise CheckpointError(
+      f'{text.where("layer_types")} has {len(names)} entries for '
+      f'{count} layers.'
+    )
+  # transformers makes the last layer a global one, whatever is written.
+  return (*(_KINDS[name] for name in names[:-1]), 'global')
+
+
+def _global_heads(text: '_Reader', fields: dict) -> dict[str, int]:
+  """Sizes of global layers: in fields of their own as released, or layer by
+  layer as `save_pretrained` writes them."""
+  pattern = fields['attention_pattern']
+  by_layer = text.values.get('per_layer_config')
+  if by_layer is None:
+    kv_heads = text.values.get('num_global_key_value_heads')
+    return {
+      'num_global_kv_heads': fields['num_kv_heads']
+      if kv_heads is None
+      else text.take('num_global_key_value_heads', 0),
+      'global_head_dim': text.take('global_head_dim', 512),
+    }
+  message = (
+    f'{text.where("per_layer_config")} must give all full_attention layers '
+    'the same head_dim and num_key_value_heads, and the others nothing.'
+  )
+  if not isinstance(by_layer, dict):
+    raise CheckpointError(message)
+  try:
+    layers = {int(k): _Reader(v, text.path) for k, v in by_layer.items()}
+    sizes = {
+      (
+        layer.take('num_key_value_heads', fields['num_kv_heads']),
+        layer.take('head_dim', fields['head_dim']),
+      )
+      for layer in layers.values()
+    }
+  except (ValueError, AttributeError) as error:
+    raise CheckpointError(message) from error
+  wanted = {i for i, kind in enumerate(pattern) if kind == 'global'}
+  if layers.keys() != wanted or len(sizes) != 1:
+    raise CheckpointError(message)
+  ((kv_heads, head_dim),) = sizes
+  return {'num_global_kv_heads': kv_heads, 'global_head_dim': head_dim}
+
+
+def _vision_config(values: dict, path: str) -> VisionConfig:
+  top = _Reader(values, path)
+  vision = top.group('vision_config')
+  vision.check_fixed(_FIXED_VISION)
+  rope = vision.group('rope_parameters')
+  rope.check_fixed({'rope_type': 'axial'})
+  bidirectional = top.group('text_config').values.get(
+    'use_bidirectional_attention'
+  )
+  if bidirectional not in ('vision', None):
+    raise CheckpointError(
+      f'{path}: text_config.use_bidirectional_attention = {bidirectional!r} '
+      "is not supported; 'vision' and null are."
+    )
+  config = VisionConfig(
+    **vision.fields(_VISION_FIELDS),
+    **top.fields(_IMAGE_FIELDS),
+    rope_theta=rope.take('rope_theta', 100.0),
+    bidirectional=bidirectional == 'vision',
+  )
+  if config.num_layers > _MAX_LAYERS:
+    raise CheckpointError(f'{vision.where("num_hidden_layers")} is too large.')
+  return config
+
+
+def _dtypes(values: dict) -> dict[str, str]:
+  """Computation in the type of the weights; float16 has the range for
+  neither these activations nor their sums and is computed in float32."""
+  dtype = values.get('dtype', values.get('torch_dtype', 'float32'))
+  dtype = 'bfloat16' if dtype == 'bfloat16' else 'float32'
+  return {'dtype': dtype, 'param_dtype': dtype}
+
+
+def diffusion_config(
+  values: dict, generation: dict, vocab_size: int, path: str
+) -> DiffusionConfig:
+  """The sampler of a checkpoint.
+
+  Args:
+    values: their config.json.
+    generation: their generation_config.json, {} where there is none.
+    vocab_size: stop ids beyond it are left out.
+    path: of the folder, for messages.
+  """
+  reader = _Reader(generation, os.path.join(path, 'generation_config.json'))
+  fields = reader.fields(_GENERATION_FIELDS)
+  entropy = reader.group('sampler_config')
+  kind = entropy.values.get('_cls_name', 'EntropyBoundSamplerConfig')
+  if kind != 'EntropyBoundSamplerConfig':
+    logging.warning('%s names the sampler %r; it is left out.', path, kind)
+    entropy = _Reader({}, entropy.path)
+  stop = generation.get('eos_token_id', values.get('eos_token_id', 1))
+  stop = stop if isinstance(stop, list) else [stop]
+  if any(type(token) is not int or token < 0 for token in stop):
+    raise CheckpointError(f'{reader.where("eos_token_id")} must be token ids.')
+  return DiffusionConfig(
+    canvas_length=_Reader(values, path).take('canvas_length', 256),
+    entropy_bound=entropy.take('entropy_bound', 0.1),
+    stop_token_ids=tuple(t for t in stop if t < vocab_size),
+    **fields,
+  )
+
+
+class _Reader:
+  """Typed access to a JSON object, with messages that say where."""
+
+  def __init__(self, values: Any, path: str, prefix: str = ''):
+    if not isinstance(values, dict):
+      name = prefix.rstrip('.') or 'the file'
+      raise CheckpointError(f'{path}: {name} must be an object.')
+    self.values, self.path, self._prefix = values, path, prefix
+
+  def where(self, key: str) -> str:
+    return f'{self.path}: {self._prefix}{key}'
+
+  def group(self, key: str) -> '_Reader':
+    """A nested object; absent is empty."""
+    values = self.values.get(key)
+    values = {} if values is None else values
+    return _Reader(values, self.path, f'{self._prefix}{key}.')
+
+  def take(self, key: str, default: Any) -> Any:
+    """The value, of the default's type; required where that has none."""
+    value = self.values.get(key)
+    if value is None:
+      if default is _REQUIRED:
+        raise CheckpointError(f'{self.where(key)} is missing.')
+      return default
+    kind = int if default is _REQUIRED else type(default)
+    if kind is float and type(value) is int:
+      value = float(value)
+    if type(value) is not kind:
+      raise CheckpointError(
+        f'{self.where(key)} must be of type {kind.__name__}, it is {value!r}.'
+      )
+    if kind is not bool and not 0 <= value <= _LARGEST:
+      raise CheckpointError(f'{self.where(key)} cannot be {value!r}.')
+    return value
+
+  def fields(self, fields: tuple) -> dict[str, Any]:
+    return {ours: self.take(key, default) for ours, key, default in fields}
+
+  def check_fixed(self, fixed: dict[str, Any]) -> None:
+    for key, supported in fixed.items():
+      value = self.values.get(key, supported)
+      if value != supported:
+        raise CheckpointError(
+          f'{self.where(key)} = {value!r} is not supported, only {supported!r}.'
+        )
+
+
+def to_config(
+  model: ModelConfig, diffusion: DiffusionConfig, dtype: str
+) -> dict[str, Any]:
+  """Their config.json for a network that has a vision encoder.
+
+  Args:
+    model: the network.
+    diffusion: its canvas and stop ids.
+    dtype: of the weights, 'bfloat16', 'float16' or 'float32'.
+
+  Raises:
+    CheckpointError: transformers has no such network.
+  """
+  if model.attention_pattern[-1] != 'global':
+    raise CheckpointError(
+      'The last layer is local; in transformers it is always a global one.'
+    )
+  theirs = {ours: name for name, ours in _KINDS.items()}
+  vision = model.vision
+  return {
+    'architectures': ['DiffusionGemmaForBlockDiffusion'],
+    'canvas_length': diffusion.canvas_length,
+    'dtype': dtype,
+    'eos_token_id': list(diffusion.stop_token_ids),
+    'model_type': MODEL_TYPE,
+    'text_config': {
+      'bos_token_id': diffusion.bos_token_id,
+      'dtype': dtype,
+      'eos_token_id': diffusion.stop_token_ids[0],
+      'global_head_dim': model.global_head_dim,
+      'layer_types': [theirs[kind] for kind in model.attention_pattern],
+      'model_type': f'{MODEL_TYPE}_text',
+      'num_global_key_value_heads': model.num_global_kv_heads,
+      'num_hidden_layers': len(model.attention_pattern),
+      'pad_token_id': diffusion.pad_token_id,
+      'rope_parameters': {
+        'full_attention': {
+          'partial_rotary_factor': model.global_rotary_fraction,
+          'rope_theta': model.global_rope_theta,
+          'rope_type': 'proportional',
+        },
+        'sliding_attention': {
+          'rope_theta': model.local_rope_theta,
+          'rope_type': 'default',
+        },
+      },
+      'use_bidirectional_attention': 'vision' if vision.bidirectional else None,
+      **{key: getattr(model, ours) for ours, key, _ in _TEXT_FIELDS},
+      **_FIXED_TEXT,
+    },
+    'tie_word_embeddings': True,
+    'vision_config': {
+      'dtype': dtype,
+      'model_type': 'gemma4_vision',
+      'rope_parameters': {
+        'rope_theta': vision.rope_theta,
+        'rope_type': 'axial',
+      },
+      **{key: getattr(vision, ours) for ours, key, _ in _VISION_FIELDS},
+      **_FIXED_VISION,
+    },
+    **{key: getattr(vision, ours) for ours, key, _ in _IMAGE_FIELDS},
+  }
+
+
+def to_generation_config(diffusion: DiffusionConfig) -> dict[str, Any]:
+  """Their generation_config.json."""
+  return {
+    'eos_token_id': list(diffusion.stop_token_ids),
+    'max_new_tokens': diffusion.canvas_length,
+    'sampler_config': {
+      '_cls_name': 'EntropyBoundSamplerConfig',
+      'entropy_bound': diffusion.entropy_bound,
+    },
+    **{key: getattr(diffusion, ours) for ours, key, _ in _GENERATION_FIELDS},
+  }

@@ -1,0 +1,670 @@
+"""Hugging Face folders of safetensors, read and written tensor by tensor.
+
+  file = uint64 n | n bytes of JSON | data
+  JSON = {name: {"dtype", "shape", "data_offsets": [begin, end]}, ...}
+
+The offsets count from the start of the data, which they cover exactly; an
+index names the file of each tensor where there are several. Files come from
+strangers: nothing in them is believed before it is checked. The library of
+this name maps whole files and writes only what is all in memory at once.
+"""
+
+from collections.abc import Callable
+from collections.abc import Collection
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+import contextlib
+import dataclasses
+import errno
+import fnmatch
+import itertools
+import json
+import math
+import os
+import stat
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from diffusiongemma.checkpoints import CheckpointError
+
+SINGLE = 'model.safetensors'
+INDEX = 'model.safetensors.index.json'
+PICKLES = ('pytorch_model*.bin', 'pytorch_model.bin.index.json')
+PICKLES += ('*.pt', '*.pth', '*.ckpt', '*.pkl')
+
+# All that the released model and its fine-tuned children are stored in.
+DTYPES = {
+  'BF16': np.dtype(ml_dtypes.bfloat16),
+  'F16': np.dtype('<f2'),
+  'F32': np.dtype('<f4'),
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+MAX_JSON_BYTES = 100_000_000  # The format's own limit for a header.
+MAX_DIGITS = 20  # Of 2**64; reading a number is quadratic in its digits.
+MAX_DIMENSIONS = 32  # More, NumPy before 2.0 and XLA can't hold.
+MAX_BYTES = 2**63 - 1  # Of an array, empty dimensions aside: NumPy's limit.
+CHUNK_BYTES = 64 * 2**20  # Of one system call; Linux stops short of 2**31.
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+  """Where a tensor lies.
+
+  Attributes:
+    name: as in the file, `model.decoder.embed_tokens.weight`.
+    dtype: bfloat16, float16 or float32.
+    shape: sizes, outermost first; `()` for a scalar.
+    path: the file.
+    offset: of its first byte, from the start of the file.
+    nbytes: its length there, the product of the shape times the item size.
+  """
+
+  name: str
+  dtype: np.dtype
+  shape: tuple[int, ...]
+  path: str
+  offset: int
+  nbytes: int
+
+
+def list_tensors(folder: str) -> dict[str, Tensor]:
+  """Every tensor of a folder, from headers alone: no data is read.
+
+  Args:
+    folder: holds `model.safetensors`, or `model.safetensors.index.json` and
+      the files it names. Links must stay inside, or be those of the Hugging
+      Face cache.
+
+  Returns:
+    `{name: Tensor}`, in the order in which they lie in the files.
+
+  Raises:
+    CheckpointError: there are no such files, or they are damaged,
+      contradict each other or hold what this package can't read.
+  """
+  if not os.path.isdir(folder):
+    raise CheckpointError(
+      f'{folder!r} is not a folder; give one that holds {SINGLE} or {INDEX}.'
+    )
+  # With both there, transformers takes the single file: so the weights are
+  # the same here. A dangling link counts as there: it tells of a lost file.
+  if os.path.lexists(os.path.join(folder, SINGLE)):
+    return _list_file(_checked_path(folder, SINGLE))
+  if os.path.lexists(os.path.join(folder, INDEX)):
+    return _list_indexed(folder)
+  with _system_errors(f'{folder!r} cannot be read'):
+    files = os.listdir(folder)
+  pickles = [x for x in files if any(fnmatch.fnmatch(x, p) for p in PICKLES)]
+  if pickles:
+    raise CheckpointError(
+      f'{folder!r} holds pickles ({_listed(pickles)}), which can run any code '
+      'when opened and are not read here. Where you trust them, convert them '
+      "to safetensors with transformers' `save_pretrained` first."
+    )
+  others = [x for x in files if x.endswith('.safetensors')]
+  raise CheckpointError(
+    f'{folder!r} holds neither {SINGLE} nor {INDEX}'
+    + (f', only {_listed(others)}.' if others else '.')
+  )
+
+
+def read_tensor(tensor: Tensor) -> np.ndarray:
+  """The tensor in a fresh, writable, C-contiguous array.
+
+  Raises:
+    CheckpointError: the file can't be read, has shrunk since it was listed,
+      or there is no memory.
+  """
+  what = f'Tensor {_quote(tensor.name)} in {tensor.path!r}'
+  end = tensor.offset + tensor.nbytes
+  with _opened(tensor.path) as (descriptor, size):
+    if size < end:
+      raise CheckpointError(
+        f'{what} ends at byte {end}, and the file is now {size} bytes long: '
+        'it has changed since its header was read.'
+      )
+    try:
+      array = np.empty(tensor.shape, tensor.dtype)
+    except MemoryError as error:
+      raise CheckpointError(
+        f'{what} needs {tensor.nbytes} bytes of memory, which are not there.'
+      ) from error
+    _read_into(_bytes_of(array), descriptor, tensor.offset, what)
+  return array
+
+
+def write_folder(
+  folder: str,
+  tensors: Mapping[str, tuple[Sequence[int], Any]],
+  read: Callable[[str], np.ndarray],
+  max_shard_bytes: int = 5 * 10**9,
+  on_tensor: Callable[[str, int], None] | None = None,
+) -> None:
+  """Writes `model.safetensors`, or an index and `model-00001-of-0000N...`.
+
+  Room for all files is claimed before the first tensor is asked for, and one
+  tensor is held at a time. A call that fails removes the files it created.
+
+  Args:
+    folder: exists, and holds no such files yet.
+    tensors: `{name: (shape, dtype)}`. Files are filled in this order, and
+      within a file float32 comes before the 16-bit types, so that all of
+      them are aligned.
+    read: gives the tensor of a name; called once each, in the order written.
+    max_shard_bytes: of tensors in a file, where no single one is larger.
+    on_tensor: told the name and bytes of each tensor written.
+
+  Raises:
+    CheckpointError: the disk is full, a file exists or can't be written, or
+      `read` gave another shape or type than was declared.
+  """
+  groups = _split(tensors, max_shard_bytes)
+  paths = [os.path.join(folder, x) for x in _file_names(len(groups))]
+  files = list(map(_place, paths, groups))
+  created: list[str] = []
+  try:
+    for path, (head, placed) in zip(paths, files, strict=True):
+      nbytes = len(head) + sum(x.nbytes for x in placed)
+      _create(path, head, nbytes, created)
+    for path, (_, placed) in zip(paths, files, strict=True):
+      _fill(path, placed, read, on_tensor)
+    if len(files) > 1:
+      index = _index_json([x for _, placed in files for x in placed])
+      _create(os.path.join(folder, INDEX), index, len(index), created)
+  except BaseException:
+    for path in created:
+      with contextlib.suppress(OSError):
+        os.remove(path)
+    raise
+
+
+# Messages: one line each, whatever a file's names are.
+
+
+def _quote(text: str) -> str:
+  """Quoted and cut; control characters must not reach a terminal."""
+  quoted = repr(text[:100])
+  if len(text) > 100 or len(quoted) > 120:
+    quoted = quoted[:100] + '...'
+  return quoted
+
+
+def _listed(names: Collection[str]) -> str:
+  """The first four, and how many more."""
+  more = f' and {len(names) - 4} more' if len(names) > 4 else ''
+  return ', '.join(map(_quote, sorted(names)[:4])) + more
+
+
+@contextlib.contextmanager
+def _system_errors(what: str) -> Iterator[None]:
+  """The system's refusals as `CheckpointError`."""
+  try:
+    yield
+  except OSError as error:
+    raise CheckpointError(f'{what}: {error.strerror or error}.') from error
+
+
+# Reading.
+
+
+def _checked_path(folder: str, name: str) -> str:
+  """The path of a file of `folder`; raises where a link leads elsewhere."""
+  path = os.path.join(folder, name)
+  if not os.path.exists(path):
+    reason = 'is missing'
+    if os.path.islink(path):
+      reason = f'is a link to {os.readlink(path)!r}, which is missing'
+    raise CheckpointError(f'{path!r} {reason}: download it again.')
+  real = os.path.realpath(path)
+  root = os.path.realpath(folder)
+  allowed = [root]
+  # The cache stores files once, by their hash, and each revision as links:
+  # models--owner--name/snapshots/<revision>/<file> -> ../../blobs/<hash>.
+  snapshots = os.path.dirname(root)
+  model = os.path.dirname(snapshots)
+  if os.path.basename(snapshots) == 'snapshots':
+    if os.path.basename(model).startswith('models--'):
+      allowed.append(os.path.join(model, 'blobs'))
+  if not any(os.path.commonpath([real, x]) == x for x in allowed):
+    raise CheckpointError(
+      f'{path!r} is a link to {real!r}, outside of its folder: put the file '
+      'itself there if it is meant.'
+    )
+  return path
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[tuple[int, int]]:
+  """Descriptor and bytes of a regular file; never waits for a pipe."""
+  with _system_errors(f'{path!r} cannot be read'):
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+      status = os.fstat(descriptor)
+      if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f'{path!r} is not a regular file.')
+      yield descriptor, status.st_size
+    finally:
+      os.close(descriptor)
+
+
+def _read_into(
+  view: memoryview, descriptor: int, offset: int, what: str
+) -> None:
+  """Fills `view` from byte `offset` of a file."""
+  done = 0
+  while done < len(view):
+    part = view[done : done + CHUNK_BYTES]
+    count = os.preadv(descriptor, [part], offset + done)
+    if not count:
+      raise CheckpointError(
+        f'{what}: the file ends at byte {offset + done} while it is read.'
+      )
+    done += count
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
+  """The bytes of a C-contiguous array, not copied."""
+  return memoryview(array.reshape(-1).view(np.uint8))
+
+
+def _read_bytes(
+  descriptor: int, offset: int, nbytes: int, path: str
+) -> bytearray:
+  data = bytearray(nbytes)
+  _read_into(memoryview(data), descriptor, offset, repr(path))
+  return data
+
+
+def _parse_json(data: bytearray, what: str) -> dict:
+  """An object from JSON in UTF-8, in which no name is twice."""
+
+  def to_dict(pairs: list) -> dict:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+      seen = set()
+      twice = [k for k, _ in pairs if k in seen or seen.add(k)]
+      raise CheckpointError(f'{what} names {_listed(set(twice))} twice.')
+    return result
+
+  def to_int(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+      raise CheckpointError(
+        f'{what} has a number of {len(digits)} digits: it is damaged.'
+      )
+    return int(digits)
+
+  def no_constant(text: str) -> None:
+    raise CheckpointError(f'{what} has {text}, which is not JSON.')
+
+  try:
+    result = json.loads(
+      data.decode('utf-8'),
+      object_pairs_hook=to_dict,
+      parse_int=to_int,
+      parse_constant=no_constant,
+    )
+  except UnicodeDecodeError as error:
+    raise CheckpointError(
+      f'{what} is not text: byte {error.start} is no UTF-8.'
+    ) from error
+  except (RecursionError, MemoryError) as error:
+    raise CheckpointError(f'{what} is nested too deeply.') from error
+  except ValueError as error:
+    raise CheckpointError(f'{what} is not JSON: {error}.') from error
+  if not isinstance(result, dict):
+    raise CheckpointError(f'{what} is JSON, but not an object.')
+  return result
+
+
+def _is_text(value: Any) -> bool:
+  """Whether this is a string without halves of surrogate pairs."""
+  if not isinstance(value, str):
+    return False
+  try:
+    value.encode()
+  except UnicodeEncodeError:
+    return False
+  return True
+
+
+def _is_text_map(value: Any) -> bool:
+  return isinstance(value, dict) and all(
+    _is_text(x) for x in itertools.chain(value, value.values())
+  )
+
+
+def _list_file(path: str) -> dict[str, Tensor]:
+  """The tensors of one file, in the order of their data."""
+  with _opened(path) as (descriptor, size):
+    if size < 8:
+      raise CheckpointError(
+        f'{path!r} is {size} bytes long, too short for safetensors: download '
+        'it again.'
+      )
+    length = int.from_bytes(_read_bytes(descriptor, 0, 8, path), 'little')
+    # Before it is read: a few bytes must not cost more memory than they are.
+    if length > MAX_JSON_BYTES:
+      raise CheckpointError(
+        f'{path!r} tells of a header of {length} bytes, and {MAX_JSON_BYTES} '
+        'are the limit: it is damaged, or not safetensors.'
+      )
+    if length > size - 8:
+      raise CheckpointError(
+        f'{path!r} is truncated: its header is {length} bytes long, the file '
+        f'{size}; download it again.'
+      )
+    data = _read_bytes(descriptor, 8, length, path)
+  header = _parse_json(data, f'The header of {path!r}')
+  if not _is_text_map(header.pop('__metadata__', {})):
+    raise CheckpointError(f'__metadata__ of {path!r} is not strings by name.')
+  start = 8 + length
+  tensors = [
+    _checked_entry(name, entry, path, start, size)
+    for name, entry in header.items()
+  ]
+  tensors.sort(key=lambda x: (x.offset, x.nbytes))
+  _check_cover(tensors, path, start, size)
+  return {tensor.name: tensor for tensor in tensors}
+
+
+def _checked_entry(
+  name: str, entry: Any, path: str, start: int, size: int
+) -> Tensor:
+  """One entry of the header, where its data begins at `start`."""
+
+  def refuse(reason: str) -> CheckpointError:
+    return CheckpointError(f'Tensor {_quote(name)} in {path!r} {reason}.')
+
+  if not _is_text(name):
+    raise refuse('has a name that is not text')
+  fields = {'dtype', 'shape', 'data_offsets'}
+  if not isinstance(entry, dict) or entry.keys() != fields:
+    raise refuse('has not exactly the fields dtype, shape and data_offsets')
+  dtype, shape, offsets = entry['dtype'], entry['shape'], entry['data_offsets']
+  if not isinstance(dtype, str) or dtype not in DTYPES:
+    kind = _quote(dtype) if isinstance(dtype, str) else 'that is not a string'
+    raise refuse(f'has a dtype {kind}; supported are {", ".join(DTYPES)}')
+  if not _are_sizes(shape):
+    raise refuse('has a shape that is not a list of whole numbers >= 0')
+  if len(shape) > MAX_DIMENSIONS:
+    raise refuse(
+      f'has {len(shape)} dimensions, and {MAX_DIMENSIONS} are the limit'
+    )
+  itemsize = DTYPES[dtype].itemsize
+  # Also where another dimension is 0, in which NumPy looks no different.
+  if math.prod(x or 1 for x in shape) * itemsize > MAX_BYTES:
+    raise refuse(f'has a shape, {shape}, that no array can have')
+  if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+    raise refuse('has data_offsets that are not [begin, end] with begin <= end')
+  begin, end = offsets
+  if end > size - start:
+    raise refuse(
+      f'ends at byte {end} of the data, of which there are {size - start}: the '
+      'file is truncated; download it again'
+    )
+  nbytes = math.prod(shape) * itemsize
+  if nbytes != end - begin:
+    raise refuse(
+      f'has {end - begin} bytes of data, and {dtype} of shape {shape} needs '
+      f'{nbytes}'
+    )
+  return Tensor(name, DTYPES[dtype], tuple(shape), path, start + begin, nbytes)
+
+
+def _are_sizes(value: Any) -> bool:
+  # A bool is an int to isinstance.
+  return isinstance(value, list) and all(
+    type(x) is int and x >= 0 for x in value
+  )
+
+
+def _check_cover(
+  tensors: list[Tensor], path: str, start: int, size: int
+) -> None:
+  """Raises unless sorted tensors lie end to end from `start` to `size`.
+
+  The format demands it: bytes read twice or never are damage, or hide
+  something.
+  """
+  place, before = start, 'the header'
+  for tensor in tensors:
+    what = f'Tensor {_quote(tensor.name)} in {path!r}'
+    if tensor.offset < place:
+      raise CheckpointError(
+        f'{what} begins {place - tensor.offset} bytes before the end of '
+        f'{before}: they overlap.'
+      )
+    if tensor.offset > place:
+      raise CheckpointError(
+        f'{what} begins {tensor.offset - place} bytes after the end of '
+        f'{before}: a hole that belongs to no tensor.'
+      )
+    place, before = tensor.offset + tensor.nbytes, _quote(tensor.name)
+  if place != size:
+    raise CheckpointError(
+      f'{path!r} has {size - place} bytes after the end of {before}, its last: '
+      'they belong to no tensor.'
+    )
+
+
+def _list_indexed(folder: str) -> dict[str, Tensor]:
+  """The tensors of all files that the index names."""
+  path = _checked_path(folder, INDEX)
+  with _opened(path) as (descriptor, size):
+    if size > MAX_JSON_BYTES:
+      raise CheckpointError(
+        f'{path!r} is {size} bytes long, and {MAX_JSON_BYTES} are the limit.'
+      )
+    data = _read_bytes(descriptor, 0, size, path)
+  index = _parse_json(data, repr(path))
+  weight_map = index.get('weight_map')
+  if not _is_text_map(weight_map):
+    raise CheckpointError(
+      f'{path!r} has no weight_map from names of tensors to names of files.'
+    )
+  names: dict[str, set[str]] = {}
+  for name, shard in weight_map.items():
+    names.setdefault(shard, set()).add(name)
+  for shard in names:
+    _check_shard_name(shard, path)
+  # Before any is opened: most often a download was not finished.
+  paths = {shard: _checked_path(folder, shard) for shard in sorted(names)}
+  tensors: dict[str, Tensor] = {}
+  for shard in paths:
+    found = _list_file(paths[shard])
+    _check_shard(found, weight_map, names[shard], shard, path)
+    tensors.update(found)
+  _check_total(index.get('metadata', {}), tensors, path)
+  return tensors
+
+
+def _check_shard_name(shard: str, path: str) -> None:
+  plain = '/' not in shard and '\0' not in shard and len(shard) <= 255
+  if not plain or not shard.endswith('.safetensors'):
+    raise CheckpointError(
+      f'{path!r} names the file {_quote(shard)}, which is not the plain name '
+      'of a .safetensors file beside it.'
+    )
+
+
+def _check_shard(
+  found: Mapping[str, Tensor],
+  weight_map: Mapping[str, str],
+  wanted: set[str],
+  shard: str,
+  path: str,
+) -> None:
+  """Raises unless a file holds what the index says, and nothing else."""
+  lost = [x for x in wanted if x not in found]
+  if lost:
+    raise CheckpointError(
+      f'{path!r} places {_listed(lost)} in {_quote(shard)}, which has no such '
+      'tensor: the files are of different checkpoints.'
+    )
+  extra = [x for x in found if x not in wanted]
+  if extra:
+    places = {weight_map[x] for x in extra if x in weight_map}
+    where = f'in {_listed(places)}' if places else 'nowhere'
+    raise CheckpointError(
+      f'{_quote(shard)} holds {_listed(extra)}, which {path!r} places {where}: '
+      'duplicates, or files of different checkpoints.'
+    )
+
+
+def _check_total(
+  metadata: Any, tensors: Mapping[str, Tensor], path: str
+) -> None:
+  total = sum(tensor.nbytes for tensor in tensors.values())
+  if not isinstance(metadata, dict):
+    raise CheckpointError(f'metadata of {path!r} is not an object.')
+  # Some versions of transformers wrote a float; as a number it is the same.
+  if metadata.get('total_size', total) != total:
+    raise CheckpointError(
+      f'total_size of {path!r} is not {total}, the bytes of its tensors: the '
+      'files are of different checkpoints.'
+    )
+
+
+# Writing.
+
+
+def _split(
+  tensors: Mapping[str, tuple[Sequence[int], Any]], max_shard_bytes: int
+) -> list[list[Tensor]]:
+  """Which tensors share a file; their places are still to be found."""
+  groups: list[list[Tensor]] = [[]]
+  room = max_shard_bytes
+  for name, (shape, dtype) in tensors.items():
+    dtype, shape = np.dtype(dtype), tuple(shape)
+    if dtype not in DTYPE_NAMES:
+      raise CheckpointError(
+        f'Tensor {_quote(name)} is of {dtype}; safetensors are written in '
+        f'{", ".join(DTYPES)}.'
+      )
+    if name == '__metadata__' or not _is_text(name):
+      raise CheckpointError(f'No tensor can have the name {_quote(name)}.')
+    nbytes = math.prod(shape) * dtype.itemsize
+    if groups[-1] and nbytes > room:
+      groups.append([])
+      room = max_shard_bytes
+    groups[-1].append(Tensor(name, dtype, shape, '', 0, nbytes))
+    room -= nbytes
+  return groups
+
+
+def _file_names(count: int) -> list[str]:
+  if count == 1:
+    return [SINGLE]
+  numbers = range(1, count + 1)
+  return [f'model-{i:05d}-of-{count:05d}.safetensors' for i in numbers]
+
+
+def _place(path: str, tensors: list[Tensor]) -> tuple[bytes, list[Tensor]]:
+  """All of a file before its data, and its tensors at their places."""
+  # Larger items first: then each begins at a multiple of its own size.
+  tensors = sorted(tensors, key=lambda x: -x.dtype.itemsize)
+  bounds = itertools.accumulate((x.nbytes for x in tensors), initial=0)
+  spans = list(itertools.pairwise(bounds))
+  header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
+  for tensor, (begin, end) in zip(tensors, spans, strict=True):
+    header[tensor.name] = {
+      'dtype': DTYPE_NAMES[tensor.dtype],
+      'shape': tensor.shape,
+      'data_offsets': [begin, end],
+    }
+  text = json.dumps(header, separators=(',', ':')).encode()
+  text += b' ' * (-len(text) % 8)
+  if len(text) > MAX_JSON_BYTES:
+    raise CheckpointError(
+      f'{path!r} would have a header of {len(text)} bytes, and '
+      f'{MAX_JSON_BYTES} are the limit: choose smaller files.'
+    )
+  head = len(text).to_bytes(8, 'little') + text
+  placed = [
+    dataclasses.replace(tensor, path=path, offset=len(head) + begin)
+    for tensor, (begin, _) in zip(tensors, spans, strict=True)
+  ]
+  return head, placed
+
+
+def _create(path: str, head: bytes, nbytes: int, created: list[str]) -> None:
+  """A new file that begins with `head` and has room for `nbytes`."""
+  with (
+    _system_errors(f'{path!r} ({nbytes} bytes) cannot be written'),
+    open(path, 'xb', buffering=0) as file,
+  ):
+    created.append(path)
+    _claim_room(file.fileno(), nbytes)
+    _write(file.fileno(), memoryview(head))
+    os.fsync(file.fileno())
+
+
+def _claim_room(descriptor: int, nbytes: int) -> None:
+  """Raises `OSError` where the disk has no room for `nbytes`."""
+  if not hasattr(os, 'posix_fallocate'):
+    return  # Not on macOS: a full disk shows while writing.
+  try:
+    os.posix_fallocate(descriptor, 0, nbytes)
+  except OSError as error:
+    # Some network file systems can't; then, too, it shows while writing.
+    if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+      raise
+
+
+def _fill(
+  path: str,
+  tensors: list[Tensor],
+  read: Callable[[str], np.ndarray],
+  on_tensor: Callable[[str, int], None] | None,
+) -> None:
+  """Writes the data of a file that was created."""
+  # `read` stays outside of these: its own errors are not about this file.
+  errors = lambda: _system_errors(f'{path!r} cannot be written')
+  with errors():
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+  try:
+    for tensor in tensors:
+      view = _checked_bytes(tensor, read(tensor.name))
+      with errors():
+        os.lseek(descriptor, tensor.offset, os.SEEK_SET)
+        _write(descriptor, view)
+      del view  # Freed before the next is read.
+      if on_tensor is not None:
+        on_tensor(tensor.name, tensor.nbytes)
+    with errors():
+      os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+def _checked_bytes(tensor: Tensor, array: np.ndarray) -> memoryview:
+  """The bytes of what `read` gave; copied only where not C-contiguous."""
+  array = np.asarray(array)
+  if array.dtype != tensor.dtype or array.shape != tensor.shape:
+    raise CheckpointError(
+      f'Tensor {_quote(tensor.name)} for {tensor.path!r} is {array.dtype} '
+      f'{array.shape}, and {tensor.dtype} {tensor.shape} was declared.'
+    )
+  return _bytes_of(np.ascontiguousarray(array))
+
+
+def _write(descriptor: int, view: memoryview) -> None:
+  done = 0
+  while done < len(view):
+    done += os.write(descriptor, view[done : done + CHUNK_BYTES])
+
+
+def _index_json(tensors: list[Tensor]) -> bytes:
+  """As transformers writes it."""
+  index = {
+    'metadata': {
+      'total_parameters': sum(math.prod(x.shape) for x in tensors),
+      'total_size': sum(x.nbytes for x in tensors),
+    },
+    'weight_map': {x.name: os.path.basename(x.path) for x in tensors},
+  }
+  return (json.dumps(index, indent=2, sort_keys=True) + '\n').encode()

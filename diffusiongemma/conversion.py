@@ -1,0 +1,373 @@
+"""Between Hugging Face's folders and ours: convert, export, load.
+
+  convert   HF/*.safetensors          ->  WORKDIR/checkpoints/0
+  export    WORKDIR/checkpoints/<n>   ->  HF/model-0000i-of-0000n.safetensors
+
+One array at a time, bit for bit; a host never holds the model. What lies
+beside the weights, tokenizer and chat template and all, travels along in
+WORKDIR/huggingface. A folder appears under its name when it is complete.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich import console as rich_console
+from rich import progress as rich_progress
+
+from diffusiongemma import config as configs
+from diffusiongemma.checkpoints import CheckpointError
+from diffusiongemma.checkpoints import files
+from diffusiongemma.checkpoints import huggingface
+from diffusiongemma.checkpoints import huggingface_config
+from diffusiongemma.checkpoints import native
+from diffusiongemma.checkpoints import safetensors
+from diffusiongemma.config import Config
+from diffusiongemma.model import denoiser
+from diffusiongemma.training import workdir as workdirs
+
+CONFIG, GENERATION_CONFIG = 'config.json', 'generation_config.json'
+# What lies beside the weights and goes with them, where it is there.
+COMPANIONS = (
+  CONFIG,
+  GENERATION_CONFIG,
+  'tokenizer.json',
+  'tokenizer.model',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  'chat_template.jinja',
+  'chat_template.json',
+  'processor_config.json',
+  'preprocessor_config.json',
+  'README.md',
+  'LICENSE',
+)
+MAX_COMPANION_BYTES = 100_000_000
+MAX_SHARD_BYTES = 5 * 10**9
+
+# Where an array is to live: (path in the parameters, shape) -> sharding.
+ShardingOf = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]
+
+
+def read_config(hf_dir: str) -> Config:
+  """The config of a Hugging Face folder; fields it says nothing of have their
+  defaults.
+
+  Raises:
+    CheckpointError: it has no config.json, or not that of this network.
+  """
+  values = files.read_json(hf_dir, CONFIG, MAX_COMPANION_BYTES)
+  path = os.path.join(hf_dir, CONFIG)
+  model = huggingface_config.model_config(values, path)
+  generation = {}
+  if os.path.lexists(os.path.join(hf_dir, GENERATION_CONFIG)):
+    generation = files.read_json(hf_dir, GENERATION_CONFIG, MAX_COMPANION_BYTES)
+  diffusion = huggingface_config.diffusion_config(
+    values, generation, model.vocab_size, hf_dir
+  )
+  length = max(configs.DataConfig.sequence_length, 4 * diffusion.canvas_length)
+  config = Config(
+    model=model,
+    diffusion=diffusion,
+    data=configs.DataConfig(sequence_length=length),
+  )
+  try:
+    configs.validate(config)
+  except configs.ConfigError as error:
+    raise CheckpointError(f'{path}: {error}') from error
+  return config
+
+
+def abstract_params(config: configs.ModelConfig) -> dict:
+  """Shapes of the parameters; their types are those of fresh ones."""
+  model = denoiser.Denoiser(config)
+  return jax.eval_shape(lambda: denoiser.init_params(model, jax.random.key(0)))
+
+
+def convert(hf_dir: str, workdir: str) -> Config:
+  """Makes a Hugging Face folder a working directory, `workdir`.
+
+  Raises:
+    CheckpointError: `hf_dir` holds something else or is damaged, `workdir`
+      exists, or there is no room. No `workdir` is left behind.
+  """
+  config = read_config(hf_dir)
+  table = huggingface.tensor_table(abstract_params(config.model))
+  tensors = huggingface.check_tensors(hf_dir, table)
+  num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+  with _appearing(workdir) as folder, _progress('convert', num_bytes) as bar:
+
+    def arrays():
+      for entry, array in huggingface.read_arrays(hf_dir, table):
+        yield entry.path, array
+        bar(array.nbytes)
+
+    companions = os.path.join(folder, workdirs.COMPANIONS_DIR)
+    os.mkdir(companions)
+    for name, content in read_companions(hf_dir):
+      _write_file(os.path.join(companions, name), content)
+    text = json.dumps(configs.to_dict(config), indent=2)
+    _write_file(os.path.join(folder, 'config.json'), text.encode())
+    native.save_arrays(
+      workdirs.checkpoint_dir(folder), 0, arrays(), num_bytes, config
+    )
+  return config
+
+
+def export(
+  workdir: str, hf_dir: str, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+  """Writes the newest checkpoint of `workdir` as a Hugging Face folder.
+
+  A network without a vision encoder gets the smallest one that transformers
+  can build, of zeros: its class always has one.
+
+  Raises:
+    WorkdirError: there is no run, or no checkpoint of it.
+    CheckpointError: it is damaged, `hf_dir` exists, there is no room, or
+      transformers has no such network. No `hf_dir` is left behind.
+  """
+  config = workdirs.read_config(workdir)
+  zeros = {}
+  if config.model.vision is None:
+    config = dataclasses.replace(config, model=_with_vision(config))
+    zeros = abstract_params(config.model)['vision']
+  table = huggingface.tensor_table(abstract_params(config.model))
+  manager = workdirs.open_checkpoints(workdir)
+  with contextlib.closing(manager):
+    step = manager.latest_step()
+    stored = native.stored_types(manager, step)
+    dtypes = {
+      name: np.dtype(stored.get(entry.path, np.float32))
+      for name, entry in table.items()
+    }
+    missing = [
+      '/'.join(entry.path)
+      for entry in table.values()
+      if entry.path not in stored and not (zeros and entry.path[0] == 'vision')
+    ]
+    if missing:
+      raise CheckpointError(
+        f'Checkpoint {step} in {workdir} lacks {", ".join(missing[:4])}.'
+      )
+    shapes = {n: (e.their_shape, dtypes[n]) for n, e in table.items()}
+    num_bytes = sum(
+      math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values()
+    )
+
+    def read(name):
+      entry = table[name]
+      if entry.path not in stored:
+        return np.zeros(entry.their_shape, dtypes[name])
+      (array,) = native.read_arrays(manager, step, [entry.path])
+      return entry.to_theirs(array)
+
+    with _appearing(hf_dir) as folder, _progress('export', num_bytes) as bar:
+      dtype = dtypes['model.decoder.embed_tokens.weight'].name
+      for name, content in _companions_of(workdir, config, dtype):
+        _write_file(os.path.join(folder, name), content)
+      safetensors.write_folder(
+        folder,
+        shapes,
+        read,
+        max_shard_bytes,
+        on_tensor=lambda _, nbytes: bar(nbytes),
+      )
+
+
+def load(
+  path: str,
+  config: Config | None = None,
+  sharding: ShardingOf | None = None,
+  verify: bool = True,
+) -> workdirs.Run:
+  """Reads a run, or a Hugging Face folder.
+
+  Args:
+    path: what training or conversion had as `--workdir`, or a folder with
+      Hugging Face's config.json and safetensors.
+    config: settings to use instead of its own, for another sampler.
+    sharding: where each array goes; without, to the first device.
+    verify: compares the digests of a run's arrays, so that a flipped bit is
+      an error. Hugging Face's files have none.
+
+  Raises:
+    WorkdirError: there is nothing to load.
+    CheckpointError: what is there is damaged or of another kind.
+  """
+  if not is_huggingface(path):
+    return workdirs.load(path, config, sharding, verify)
+  config = config or read_config(path)
+  table = huggingface.tensor_table(abstract_params(config.model))
+  params = {}
+  for entry, array in huggingface.read_arrays(path, table):
+    node = params
+    for part in entry.path[:-1]:
+      node = node.setdefault(part, {})
+    node[entry.path[-1]] = _to_device(array, entry.path, sharding)
+  tokenizer = workdirs.find_tokenizer(config, path)
+  return workdirs.Run(config, tokenizer, 0, params)
+
+
+def is_huggingface(path: str) -> bool:
+  """Whether the config.json there is one of Hugging Face's."""
+  if not os.path.isfile(os.path.join(path, CONFIG)):
+    return False
+  values = files.read_json(path, CONFIG, MAX_COMPANION_BYTES)
+  return 'model_type' in values or 'architectures' in values
+
+
+def _to_device(
+  array: np.ndarray, path: tuple[str, ...], sharding: ShardingOf | None
+) -> jax.Array:
+  """On its devices, each of which gets its own part and no more."""
+  if sharding is None:
+    return jnp.asarray(array)
+  where = sharding(path, array.shape)
+  return jax.make_array_from_callback(array.shape, where, lambda i: array[i])
+
+
+def read_companions(folder: str) -> Iterator[tuple[str, bytes]]:
+  """(name, content) of what lies beside the weights."""
+  for name in COMPANIONS:
+    if os.path.lexists(os.path.join(folder, name)):
+      yield name, files.read_file(folder, name, MAX_COMPANION_BYTES)
+
+
+def _companions_of(
+  workdir: str, config: Config, dtype: str
+) -> Iterator[tuple[str, bytes]]:
+  """What an exported folder has beside the weights.
+
+  Configs that came with a converted checkpoint go back as they came while
+  they still say what the run's config says.
+  """
+  travelled = os.path.join(workdir, workdirs.COMPANIONS_DIR)
+  unchanged = False
+  if os.path.isdir(travelled):
+    theirs = read_config(travelled)
+    unchanged = (theirs.model, theirs.diffusion) == (
+      config.model,
+      config.diffusion,
+    )
+    for name, content in read_companions(travelled):
+      if unchanged or name not in (CONFIG, GENERATION_CONFIG):
+        yield name, content
+  else:
+    content = files.read_file(workdir, 'tokenizer.model', MAX_COMPANION_BYTES)
+    yield 'tokenizer.model', content
+  if not unchanged:
+    for name, values in (
+      (
+        CONFIG,
+        huggingface_config.to_config(config.model, config.diffusion, dtype),
+      ),
+      (
+        GENERATION_CONFIG,
+        huggingface_config.to_generation_config(config.diffusion),
+      ),
+    ):
+      text = json.dumps(values, indent=2, sort_keys=True) + '\n'
+      yield name, text.encode()
+
+
+def _with_vision(config: Config) -> configs.ModelConfig:
+  """The network with a vision encoder of no layers that sees one pixel."""
+  no_token = config.diffusion.pad_token_id
+  vision = configs.VisionConfig(
+    embed_dim=4,
+    num_layers=0,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=4,
+    mlp_dim=4,
+    patch_size=1,
+    pooling_kernel=1,
+    position_table_size=1,
+    standardize=False,
+    image_token_id=no_token,
+    begin_image_token_id=no_token,
+    end_image_token_id=no_token,
+  )
+  return dataclasses.replace(config.model, vision=vision)
+
+
+def _write_file(path: str, content: bytes) -> None:
+  with (
+    files.system_errors(f'{path!r} cannot be written'),
+    open(path, 'wb') as file,
+  ):
+    file.write(content)
+
+
+@contextlib.contextmanager
+def _appearing(path: str) -> Iterator[str]:
+  """A new folder that gets the name `path` when the block is done, and is
+  removed when it fails."""
+  path = os.path.abspath(path)
+  if os.path.lexists(path) and not (
+    os.path.isdir(path) and not os.listdir(path)
+  ):
+    raise CheckpointError(f'{path} exists already; give a new folder.')
+  with files.system_errors(f'{path} cannot be made'):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = tempfile.mkdtemp(
+      prefix=f'.{os.path.basename(path)}-', dir=os.path.dirname(path)
+    )
+  try:
+    yield temporary
+    with files.system_errors(f'{path} cannot be made'):
+      os.chmod(temporary, 0o777 & ~_umask())
+      os.rename(temporary, path)
+  except BaseException:
+    shutil.rmtree(temporary, ignore_errors=True)
+    raise
+
+
+def _umask() -> int:
+  """What new files may not be; `mkdtemp` makes folders for the owner only."""
+  mask = os.umask(0)
+  os.umask(mask)
+  return mask
+
+
+@contextlib.contextmanager
+def _progress(what: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
+  """A function to call with bytes done: a bar, or a line for every tenth."""
+  console = rich_console.Console(stderr=True)
+  if console.is_terminal:
+    columns = (
+      rich_progress.TextColumn(what),
+      rich_progress.BarColumn(bar_width=None),
+      rich_progress.DownloadColumn(),
+      rich_progress.TransferSpeedColumn(),
+      rich_progress.TimeRemainingColumn(),
+    )
+    with rich_progress.Progress(*columns, console=console) as bar:
+      task = bar.add_task(what, total=num_bytes)
+      yield lambda nbytes: bar.advance(task, nbytes)
+    return
+  done, tenths = 0, 0
+
+  def advance(nbytes: int) -> None:
+    nonlocal done, tenths
+    done += nbytes
+    reached = 10 * done // max(1, num_bytes)
+    if reached > tenths:
+      tenths = reached
+      console.print(
+        f'{what}: {10 * tenths} % of {num_bytes / 1e9:.3f} GB',
+        highlight=False,
+      )
+
+  yield advance

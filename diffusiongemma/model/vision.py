@@ -1,0 +1,262 @@
+"""The image encoder: patches to soft tokens in the width of the text.
+
+  x = 2 (pixels - 1/2) W_in + table_x[px] + table_y[py]
+  layer: h = x + norm(attn(norm(x))),   x = h + norm(GeGLU(norm(h)))
+  soft = (sqrt(W) * mean of k x k patches - std_bias) * std_scale
+  out  = bare_RMSNorm(soft) W_out
+
+Attention sees every patch of its image; one half of each head is turned by
+px, the other by py. Axes, here: I images, M patches, X pixel values of a
+patch, W width, T soft tokens.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from diffusiongemma.config import ModelConfig
+from diffusiongemma.model import attention
+from diffusiongemma.model import layers
+
+# Attention scores that are alive at a time, 1 GiB of float32. The 10080
+# patches of a 1120-token image have six times as many in one layer.
+MAX_SCORES = 2**28
+
+
+def num_soft_tokens(positions_IM2: jax.Array, kernel: int) -> jax.Array:
+  """int32 [I], how many soft tokens the patches of each image become.
+
+  Args:
+    positions_IM2: (x, y) of each patch, -1 at padding.
+    kernel: patches a side that make one soft token.
+  """
+  num_patches_I = jnp.sum(is_patch(positions_IM2), axis=-1, dtype=jnp.int32)
+  return num_patches_I // kernel**2
+
+
+def is_patch(positions_IM2: jax.Array) -> jax.Array:
+  """bool [I, M], False at padding."""
+  return jnp.any(positions_IM2 != -1, axis=-1)
+
+
+def pool(x_IMW: jax.Array, positions_IM2: jax.Array, kernel: int) -> jax.Array:
+  """Mean over squares of `kernel` x `kernel` patches, float32 [I, T, W].
+
+  The squares are in reading order, whatever the order of the patches; behind
+  the last one of an image there are zeros.
+  """
+  num_slots = x_IMW.shape[1] // kernel**2
+  width_I1 = jnp.max(positions_IM2[..., 0], axis=1, keepdims=True) + 1
+  square_IM2 = positions_IM2 // kernel
+  slot_IM = square_IM2[..., 0] + width_I1 // kernel * square_IM2[..., 1]
+  slot_IM = jnp.where(is_patch(positions_IM2), slot_IM, -1)
+  # A product, not a scatter: sums come out the same on every run. Of one-hots,
+  # so that TPUs and GPUs must not round the other side to bfloat16 or TF32.
+  summed_ITW = jnp.einsum(
+    'imt,imw->itw',
+    jax.nn.one_hot(slot_IM, num_slots, dtype=jnp.float32),
+    x_IMW.astype(jnp.float32),
+    precision=jax.lax.Precision.HIGHEST,
+  )
+  return summed_ITW / kernel**2
+
+
+def axial_rotary(
+  x_IMNH: jax.Array, positions_IM2: jax.Array, frequencies: jax.Array
+) -> jax.Array:
+  """Turns the first half of each head by x, the second by y."""
+  halves = jnp.split(x_IMNH, 2, axis=-1)
+  turned = [
+    layers.rotary(half, positions_IM2[..., axis], frequencies)
+    for axis, half in enumerate(halves)
+  ]
+  return jnp.concatenate(turned, axis=-1)
+
+
+def attend(
+  q_IMNH: jax.Array,
+  k_IMKH: jax.Array,
+  v_IMKH: jax.Array,
+  seen_IM: jax.Array,
+  max_scores: int | None = None,
+) -> jax.Array:
+  """Attention [I, M, N, H] of all patches to those in `seen_IM`.
+
+  Queries are taken block by block where all at once would hold more than
+  `max_scores` (default `MAX_SCORES`) scores, forwards or backwards.
+  """
+  num_images, M, N, H = q_IMNH.shape
+  max_scores = max_scores or MAX_SCORES
+  num_blocks = -(-num_images * N * M * M // max_scores)
+  if num_blocks <= 1:
+    return attention.attend(q_IMNH, k_IMKH, v_IMKH, seen_IM[:, None, :])
+  length = -(-M // min(num_blocks, M))
+  num_blocks = -(-M // length)
+  padding = ((0, 0), (0, num_blocks * length - M), (0, 0), (0, 0))
+  blocks = jnp.pad(q_IMNH, padding).reshape(
+    num_images, num_blocks, length, N, H
+  )
+  # Without the checkpoint the gradient would keep the scores of every block.
+  one_block = jax.checkpoint(
+    lambda q: attention.attend(q, k_IMKH, v_IMKH, seen_IM[:, None, :])
+  )
+  out = jax.lax.map(one_block, jnp.moveaxis(blocks, 1, 0))
+  return jnp.moveaxis(out, 0, 1).reshape(num_images, -1, N, H)[:, :M]
+
+
+class Attention(nn.Module):
+  """Projections, norms and axial rotary positions of one layer."""
+
+  config: ModelConfig
+
+  def setup(self):
+    cfg = self.config.vision
+    W, N, K, H = cfg.embed_dim, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+    dtype = jnp.dtype(self.config.param_dtype)
+    into, out = layers.linear_init(0, (1, 2)), layers.linear_init((0, 1), 2)
+    self.q_proj = self.param('q_proj', into, (W, N, H), dtype)
+    self.k_proj = self.param('k_proj', into, (W, K, H), dtype)
+    self.v_proj = self.param('v_proj', into, (W, K, H), dtype)
+    self.o_proj = self.param('o_proj', out, (N, H, W), dtype)
+    # Scores of variance one in a fresh network, as in the text layers.
+    start = H**-0.25
+    self.q_norm = layers.RMSNorm(H, cfg.norm_epsilon, start)
+    self.k_norm = layers.RMSNorm(H, cfg.norm_epsilon, start)
+    self.frequencies = layers.rotary_frequencies(H // 2, cfg.rope_theta)
+
+  def __call__(self, x_IMW: jax.Array, positions_IM2: jax.Array) -> jax.Array:
+    dtype = x_IMW.dtype
+    q = jnp.einsum('imw,wnh->imnh', x_IMW, self.q_proj.astype(dtype))
+    k = jnp.einsum('imw,wkh->imkh', x_IMW, self.k_proj.astype(dtype))
+    v = jnp.einsum('imw,wkh->imkh', x_IMW, self.v_proj.astype(dtype))
+    q = axial_rotary(self.q_norm(q), positions_IM2, self.frequencies)
+    k = axial_rotary(self.k_norm(k), positions_IM2, self.frequencies)
+    v = layers.rms_norm(v, self.config.vision.norm_epsilon)
+    out_IMNH = attend(q, k, v, is_patch(positions_IM2))
+    return jnp.einsum('imnh,nhw->imw', out_IMNH, self.o_proj.astype(dtype))
+
+
+class Layer(nn.Module):
+  """Attention, then the MLP, a norm before and behind each."""
+
+  config: ModelConfig
+
+  def setup(self):
+    cfg = self.config.vision
+    norm = functools.partial(layers.RMSNorm, cfg.embed_dim, cfg.norm_epsilon)
+    self.norm_in = norm()
+    self.attention = Attention(self.config)
+    self.norm_post_attn = norm()
+    self.norm_pre_ffw = norm()
+    self.mlp = layers.GatedMLP(
+      cfg.embed_dim, cfg.mlp_dim, self.config.param_dtype
+    )
+    self.norm_post_ffw = norm()
+
+  def __call__(self, x_IMW: jax.Array, positions_IM2: jax.Array) -> jax.Array:
+    attended = self.attention(self.norm_in(x_IMW), positions_IM2)
+    h_IMW = x_IMW + self.norm_post_attn(attended)
+    return h_IMW + self.norm_post_ffw(self.mlp(self.norm_pre_ffw(h_IMW)))
+
+
+class VisionEncoder(nn.Module):
+  """Encoder and projection of `config.vision`, which must be there.
+
+  Source: transformers' Gemma4VisionModel and its multimodal embedder. The
+  rotation stays in float32 where the network computes in bfloat16, and so do
+  the pooled features up to the standardisation; theirs are rounded.
+  """
+
+  config: ModelConfig
+
+  def setup(self):
+    cfg, dtype = self.config.vision, jnp.dtype(self.config.param_dtype)
+    W, D = cfg.embed_dim, self.config.embed_dim
+    linear = layers.linear_init(0, 1)
+    self.input_proj = self.param(
+      'input_proj', linear, (3 * cfg.patch_size**2, W), dtype
+    )
+    # Variance one half for each axis: as loud as the pixels' projection.
+    self.position_table = self.param(
+      'position_table',
+      nn.initializers.normal(0.5**0.5),
+      (2, cfg.position_table_size, W),
+      dtype,
+    )
+    self.layers = [
+      Layer(self.config, name=f'layer_{index:02d}')
+      for index in range(cfg.num_layers)
+    ]
+    if cfg.standardize:
+      zeros, ones = nn.initializers.zeros, nn.initializers.ones
+      self.std_bias = self.param('std_bias', zeros, (W,), jnp.float32)
+      self.std_scale = self.param('std_scale', ones, (W,), jnp.float32)
+    self.projection = self.param('projection', linear, (W, D), dtype)
+
+  def __call__(
+    self, patches_IMX: jax.Array, positions_IM2: jax.Array
+  ) -> jax.Array:
+    """Soft tokens [I, T, D] in the config's dtype, T = M / pooling_kernel^2.
+
+    Args:
+      patches_IMX: pixel values 0..1 of M patches, each in the order (row,
+        column, channel), X = 3 * patch_size^2.
+      positions_IM2: int32, the (x, y) of each patch in its image, both -1 at
+        padding; an image is a full grid, a multiple of the kernel a side.
+        What stands in padding patches changes nothing. A position that is not
+        in the table makes its image NaN.
+
+    Returns:
+      An image's tokens in reading order, then zeros: see `num_soft_tokens`.
+
+    Raises:
+      ValueError: shapes that do not fit the config.
+    """
+    cfg = self.config.vision
+    M, kernel = patches_IMX.shape[1], cfg.pooling_kernel
+    if M % kernel**2 or patches_IMX.shape[2] != 3 * cfg.patch_size**2:
+      raise ValueError(
+        f'Patches are [images, a multiple of {kernel**2}, '
+        f'{3 * cfg.patch_size**2}], not {patches_IMX.shape}.'
+      )
+    x_IMW = self.embed(patches_IMX, positions_IM2)
+    for layer in self.layers:
+      x_IMW = layer(x_IMW, positions_IM2)
+    x_ITW = self.pool(x_IMW, positions_IM2)
+    count_I = num_soft_tokens(positions_IM2, kernel)
+    is_token_IT = jnp.arange(M // kernel**2) < count_I[:, None]
+    return jnp.where(is_token_IT[..., None], self.project(x_ITW), 0)
+
+  def embed(self, patches_IMX: jax.Array, positions_IM2: jax.Array):
+    """Pixels and positions, [I, M, W]; zeros at padding."""
+    dtype = jnp.dtype(self.config.dtype)
+    is_patch_IM1 = is_patch(positions_IM2)[..., None]
+    # Selected before any product: no NaN in padding gets through either way.
+    pixels = 2 * (patches_IMX.astype(jnp.float32) - 0.5)
+    pixels = jnp.where(is_patch_IM1, pixels, 0).astype(dtype)
+    x_IMW = jnp.einsum('imx,xw->imw', pixels, self.input_proj.astype(dtype))
+    index_IM2 = jnp.maximum(positions_IM2, 0)
+    x_position, y_position = (
+      jnp.take(self.position_table[axis], index_IM2[..., axis], axis=0)
+      for axis in range(2)
+    )
+    position_IMW = x_position.astype(dtype) + y_position.astype(dtype)
+    return x_IMW + jnp.where(is_patch_IM1, position_IMW, 0)
+
+  def pool(self, x_IMW: jax.Array, positions_IM2: jax.Array) -> jax.Array:
+    """Pooled, scaled and standardised in float32, [I, T, W]."""
+    cfg = self.config.vision
+    x_ITW = pool(x_IMW, positions_IM2, cfg.pooling_kernel)
+    x_ITW = x_ITW * cfg.embed_dim**0.5
+    if cfg.standardize:
+      x_ITW = x_ITW - self.std_bias.astype(jnp.float32)
+      x_ITW = x_ITW * self.std_scale.astype(jnp.float32)
+    return x_ITW.astype(self.config.dtype)
+
+  def project(self, x_ITW: jax.Array) -> jax.Array:
+    """Into the width of the text, [I, T, D]."""
+    x_ITW = layers.rms_norm(x_ITW, self.config.vision.norm_epsilon)
+    projection = self.projection.astype(x_ITW.dtype)
+    return jnp.einsum('itw,wd->itd', x_ITW, projection)

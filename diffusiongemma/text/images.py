@@ -1,0 +1,328 @@
+"""Images to patches, and their places in the tokens of a prompt.
+
+  resize    to the largest (h, w), multiples of kernel * patch_size, with
+            h w <= soft_tokens * (kernel * patch_size)^2 and h : w kept
+  patches   row by row; the pixels of one in the order (row, column, channel)
+  prompt    image  ->  begin, image * count, end
+  count     h w / (kernel * patch_size)^2 soft tokens, at most the budget
+
+Needs Pillow, `pip install "diffusiongemma[images]"`, to read and to resize.
+"""
+
+from collections.abc import Sequence
+import math
+import os
+from typing import Any
+from typing import NamedTuple
+
+import numpy as np
+
+from diffusiongemma.config import VisionConfig
+
+BUDGETS = (70, 140, 280, 560, 1120)
+
+# What is read from files. Pillow knows more formats; one of them (EPS) runs
+# a program of the system on a file that nobody vouches for.
+FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM', 'AVIF')
+
+
+class ImageError(ValueError):
+  """An image or a prompt with images that can't be used."""
+
+
+class Patches(NamedTuple):
+  """Images as `VisionEncoder` takes them.
+
+  Attributes:
+    patches_IMX: float32, pixel values 0..1, zeros at padding.
+    positions_IM2: int32, (x, y) of each patch in its image, -1 at padding.
+    counts_I: int32, soft tokens of each image.
+  """
+
+  patches_IMX: np.ndarray
+  positions_IM2: np.ndarray
+  counts_I: np.ndarray
+
+
+def load_image(source: Any) -> np.ndarray:
+  """An image as uint8 [height, width, 3], red, green and blue.
+
+  As transformers does it, to the bit: a file is turned upright by its EXIF
+  tag, and its alpha channel is dropped; a Pillow image is taken as it lies and
+  put on white. An animation is its first frame.
+
+  Args:
+    source: path of a file, a Pillow image, or a uint8 array [height, width,
+      3].
+
+  Raises:
+    ImageError: there is no such file, it is damaged, of no known format or of
+      more pixels than `PIL.Image.MAX_IMAGE_PIXELS`; an array of another kind;
+      an image without pixels; no Pillow.
+  """
+  if isinstance(source, np.ndarray):
+    name, pixels = 'The array', source
+    if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
+      raise ImageError(
+        'An array is an image if it is uint8 [height, width, 3]; this one is '
+        f'{source.dtype} {list(source.shape)}.'
+      )
+  elif isinstance(source, (str, os.PathLike)):
+    name = repr(os.fspath(source))
+    pixels = _read_file(source, name)
+  elif isinstance(source, _pillow().Image):
+    name = 'The Pillow image'
+    try:
+      pixels = _on_white(source)
+    except Exception as error:  # It may be a file that is only now decoded.
+      raise ImageError(f'{name} cannot be read: {_reason(error)}') from error
+  else:
+    raise ImageError(
+      'An image is a path, a Pillow image or an array, not a '
+      f'{type(source).__name__}.'
+    )
+  if not pixels.size:
+    raise ImageError(f'{name} has no pixels.')
+  return pixels
+
+
+def _pillow():
+  """Pillow's `Image` module."""
+  try:
+    from PIL import Image
+  except ImportError as error:
+    raise ImageError(
+      'Images need Pillow: pip install "diffusiongemma[images]".'
+    ) from error
+  return Image
+
+
+def _read_file(path: str | os.PathLike, name: str) -> np.ndarray:
+  Image = _pillow()
+  from PIL import ImageOps
+
+  if not os.path.isfile(path):
+    what = 'a folder, not an image' if os.path.isdir(path) else 'not a file'
+    raise ImageError(f'{name} is {what}.')
+  try:
+    with Image.open(path, formats=FORMATS) as image:
+      # Up to twice its limit Pillow only warns.
+      limit = Image.MAX_IMAGE_PIXELS
+      if limit is not None and image.width * image.height > limit:
+        raise ImageError(
+          f'{name} has {image.width} x {image.height} pixels, more than the '
+          f'limit of {limit}.'
+        )
+      return _on_white(ImageOps.exif_transpose(image).convert('RGB'))
+  except ImageError:
+    raise
+  except (
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+  ) as error:
+    raise ImageError(f'{name} is too large: {error}') from error
+  except Image.UnidentifiedImageError as error:
+    raise ImageError(
+      f'{name} is not an image of a known format ({", ".join(FORMATS)}).'
+    ) from error
+  except Exception as error:  # Decoders of damaged files raise what they will.
+    raise ImageError(
+      f'{name} cannot be read as an image: {_reason(error)}'
+    ) from error
+
+
+def _on_white(image: Any) -> np.ndarray:
+  """RGB of a Pillow image on white, where it has an alpha channel or a
+  transparent colour (which outlives a conversion to RGB)."""
+  Image = _pillow()
+  transparent = image.info.get('transparency') is not None
+  if transparent or 'A' in image.getbands():
+    image = image.convert('RGBA')
+    white = Image.new('RGBA', image.size, (255, 255, 255, 255))
+    image = Image.alpha_composite(white, image)
+  return np.array(image.convert('RGB'))
+
+
+def _reason(error: Exception) -> str:
+  return str(error) or type(error).__name__
+
+
+def target_size(
+  height: int, width: int, vision: VisionConfig, soft_tokens: int
+) -> tuple[int, int]:
+  """(height, width) in pixels that an image is scaled to, up or down.
+
+  Both are rounded down to units of `pooling_kernel * patch_size`, which may
+  change the shape a little. A side that would vanish gets one unit and the
+  other `soft_tokens` units at most: what is narrower than that is squeezed.
+  Source: transformers' Gemma4ImageProcessor, with its order of roundings.
+  """
+  unit = vision.pooling_kernel * vision.patch_size
+  factor = math.sqrt(soft_tokens * unit**2 / (height * width))
+  rows = math.floor(factor * height / unit)
+  columns = math.floor(factor * width / unit)
+  if rows == 0:
+    rows, columns = 1, min(width // height, soft_tokens)
+  elif columns == 0:
+    rows, columns = min(height // width, soft_tokens), 1
+  return rows * unit, columns * unit
+
+
+def preprocess(
+  images: Sequence[Any],
+  vision: VisionConfig,
+  soft_tokens: int | None = None,
+) -> Patches:
+  """Scales images and cuts them into patches.
+
+  Args:
+    images: what `load_image` takes.
+    vision: patch size and pooling; the grid must fit its position table.
+    soft_tokens: most soft tokens of an image, one of `BUDGETS`; None is the
+      config's. Every image is padded to as many patches as that needs.
+
+  Raises:
+    ImageError: as `load_image`; another budget; a side of more patches than
+      the position table has.
+  """
+  if soft_tokens is None:
+    soft_tokens = vision.soft_tokens_per_image
+  if soft_tokens not in BUDGETS:
+    raise ImageError(
+      f'An image has one of {", ".join(map(str, BUDGETS))} soft tokens at '
+      f'most, not {soft_tokens}.'
+    )
+  patch, kernel = vision.patch_size, vision.pooling_kernel
+  num_patches = soft_tokens * kernel**2
+  patches_IMX = np.zeros((len(images), num_patches, 3 * patch**2), np.float32)
+  positions_IM2 = np.full((len(images), num_patches, 2), -1, np.int32)
+  counts_I = np.zeros(len(images), np.int32)
+  for index, source in enumerate(images):
+    pixels = load_image(source)
+    size = target_size(*pixels.shape[:2], vision, soft_tokens)
+    rows, columns = size[0] // patch, size[1] // patch
+    if max(rows, columns) > vision.position_table_size:
+      raise ImageError(
+        f'Image {index} becomes {columns} x {rows} patches, and the position '
+        f'table ends at {vision.position_table_size}.'
+      )
+    used = rows * columns
+    patches_IMX[index, :used] = _cut(_resize(pixels, size), patch)
+    y, x = np.divmod(np.arange(used), columns)
+    positions_IM2[index, :used] = np.stack([x, y], axis=-1)
+    counts_I[index] = used // kernel**2
+  return Patches(patches_IMX, positions_IM2, counts_I)
+
+
+def _resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+  """Bicubic, uint8 to uint8."""
+  if pixels.shape[:2] == size:
+    return pixels
+  Image = _pillow()
+  image = Image.fromarray(pixels)
+  return np.array(image.resize(size[::-1], Image.Resampling.BICUBIC))
+
+
+def _cut(pixels: np.ndarray, patch: int) -> np.ndarray:
+  """uint8 [height, width, 3] to float32 [M, X]."""
+  height, width, _ = pixels.shape
+  grid = pixels.reshape(height // patch, patch, width // patch, patch, 3)
+  patches_MX = grid.transpose(0, 2, 1, 3, 4).reshape(-1, 3 * patch**2)
+  # The product in float64, to be equal to transformers in the last bit.
+  return (patches_MX * (1 / 255)).astype(np.float32)
+
+
+def expand_image_tokens(
+  tokens: Sequence[int], counts: Sequence[int], vision: VisionConfig
+) -> list[int]:
+  """A prompt in which each image token stands for a whole image.
+
+  Args:
+    tokens: a prompt with one `image_token_id` for each image.
+    counts: soft tokens of its images, in order (`Patches.counts_I`).
+    vision: the three ids.
+
+  Returns:
+    The prompt with begin, `count` image tokens and end in place of each.
+
+  Raises:
+    ImageError: another number of images than of image tokens, or an image
+      token that already stands behind a begin or before an end.
+  """
+  image = vision.image_token_id
+  begin, end = vision.begin_image_token_id, vision.end_image_token_id
+  tokens = [int(token) for token in tokens]
+  places = [i for i, token in enumerate(tokens) if token == image]
+  for place in places:
+    before, after = tokens[max(place - 1, 0)], tokens[place + 1 : place + 2]
+    if before == begin or after == [end]:
+      raise ImageError(
+        f'Token {place} of the prompt is an image that already has its begin '
+        'or end token; they are put there together with its soft tokens.'
+      )
+  if len(places) != len(counts):
+    raise ImageError(
+      f'The prompt has {len(places)} image tokens, and there are '
+      f'{len(counts)} images.'
+    )
+  remaining = iter(counts)
+  expanded = []
+  for token in tokens:
+    if token == image:
+      expanded += [begin, *[image] * int(next(remaining)), end]
+    else:
+      expanded.append(token)
+  return expanded
+
+
+def place(
+  tokens_BP: np.ndarray,
+  counts_of_rows: Sequence[Sequence[int]],
+  vision: VisionConfig,
+  T: int,
+) -> np.ndarray:
+  """Which soft token feeds each position of a batch of prompts.
+
+  Args:
+    tokens_BP: int32, expanded prompts, padded.
+    counts_of_rows: for each prompt, soft tokens of its images, in order.
+    vision: the id of image tokens.
+    T: of the encoder's [I, T, D]; its images are those of the first
+      prompt in order, then those of the second, and so on.
+
+  Returns:
+    index_BP, int32: a row of the encoder's [I * T, D], -1 for text. Images
+    that touch are told apart by their counts.
+
+  Raises:
+    ImageError: a prompt has more or fewer image tokens than its images have
+      soft tokens, an image has none or more than T, or there is another
+      number of prompts than of lists.
+  """
+  if len(counts_of_rows) != len(tokens_BP):
+    raise ImageError(
+      f'{len(tokens_BP)} prompts have {len(counts_of_rows)} lists of images.'
+    )
+  index_BP = np.full(tokens_BP.shape, -1, np.int32)
+  first = 0
+  for row, counts in enumerate(counts_of_rows):
+    for count in counts:
+      if not 0 < count <= T:
+        raise ImageError(
+          f'Prompt {row} has an image of {count} soft tokens; it can have 1 to '
+          f'{T}.'
+        )
+    is_image_P = tokens_BP[row] == vision.image_token_id
+    if is_image_P.sum() != sum(counts):
+      raise ImageError(
+        f'Prompt {row} has {is_image_P.sum()} image tokens, and its images '
+        f'have {sum(counts)}.'
+      )
+    rows = [
+      (first + image) * T + np.arange(count)
+      for image, count in enumerate(counts)
+    ]
+    if rows:
+      index_BP[row, is_image_P] = np.concatenate(rows)
+    first += len(counts)
+  return index_BP
