@@ -267,9 +267,10 @@ def test_arrays_are_turned_and_turned_back():
     'layer_01',
     'denoise_scalar',
   )
-  assert table[
-    'model.encoder.language_model.layers.1.layer_scalar'
-  ].path == ('layer_01', 'prefill_scalar')
+  assert table['model.encoder.language_model.layers.1.layer_scalar'].path == (
+    'layer_01',
+    'prefill_scalar',
+  )
   for entry in table.values():
     theirs = np.random.default_rng(0).normal(size=entry.their_shape)
     back = entry.to_theirs(entry.to_ours(theirs))

@@ -57,3 +57,62 @@ def test_errors(tmp_path):
   (tmp_path / 'bad.model').write_bytes(b'not a model')
   with pytest.raises(tokenizers.TokenizerError, match='Not a SentencePiece'):
     tokenizers.load_tokenizer(str(tmp_path / 'bad.model'))
+
+
+@pytest.fixture
+def json_file(tmp_path):
+  """A byte-level tokenizer.json with control tokens, as Hugging Face's."""
+  from tokenizers import Tokenizer
+  from tokenizers import decoders
+  from tokenizers import models
+  from tokenizers import normalizers
+
+  pieces = ['<pad>', '<eos>', '<bos>', '<unk>', '▁', 'h', 'i', 'hi', '▁hi']
+  pieces += [f'<0x{byte:02X}>' for byte in range(256)]
+  vocab = {piece: i for i, piece in enumerate(pieces)}
+  merges = [('h', 'i'), ('▁', 'hi')]
+  model = models.BPE(vocab, merges, byte_fallback=True, unk_token='<unk>')
+  tokenizer = Tokenizer(model)
+  tokenizer.normalizer = normalizers.Replace(' ', '▁')
+  tokenizer.decoder = decoders.Sequence(
+    [
+      decoders.Replace('▁', ' '),
+      decoders.ByteFallback(),
+      decoders.Fuse(),
+    ]
+  )
+  tokenizer.add_special_tokens(['<pad>', '<eos>', '<bos>'])
+  path = tmp_path / 'tokenizer.json'
+  tokenizer.save(str(path))
+  return path
+
+
+@pytest.mark.parametrize(
+  'text', ['hi hi', 'a\n\nb  c', 'Ünï 中 🎭', '', 'hi<eos>']
+)
+def test_tokenizer_json(json_file, text):
+  """The same interface; control tokens in text are text."""
+  tokenizer = tokenizers.load_tokenizer(str(json_file))
+  ids = tokenizer.encode(text)
+  assert tokenizer.decode(ids) == text
+  assert not {0, 1, 2} & set(ids)
+  assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.bos_id) == (0, 1, 2)
+  assert tokenizer.vocab_size == 265
+  assert tokenizer.model == json_file.read_bytes()
+  assert tokenizer.decode([2, *ids, 1, 0, 9999]) == text
+
+
+def test_pieces_of_a_tokenizer_json(json_file):
+  tokenizer = tokenizers.load_tokenizer(str(json_file))
+  ids = tokenizer.encode('hi hi')
+  assert tokenizer.pieces([*ids, 9999]) == ['hi', ' hi', '\ufffd']
+  assert TOKENIZER.pieces([9999]) == ['\ufffd']
+  assert TOKENIZER.decode([*TOKENIZER.encode('hello'), 9999]) == 'hello'
+  with pytest.raises(tokenizers.TokenizerError, match='Character 1 of'):
+    tokenizer.encode('a\ud800')
+
+
+def test_damaged_tokenizer_json(json_file, tmp_path):
+  with pytest.raises(tokenizers.TokenizerError, match='Not a tokenizer.json'):
+    json_file.write_text('{}')
+    tokenizers.load_tokenizer(str(json_file))

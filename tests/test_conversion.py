@@ -1,0 +1,538 @@
+"""From a Hugging Face folder to a run and back: the same bits, or a reason."""
+
+import json
+import os
+import pathlib
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import diffusiongemma
+from diffusiongemma import config as configs
+from diffusiongemma import conversion
+from diffusiongemma.checkpoints import CheckpointError
+from diffusiongemma.checkpoints import huggingface_config
+from diffusiongemma.checkpoints import native
+from diffusiongemma.checkpoints import safetensors
+from diffusiongemma.training import workdir as workdirs
+
+MODEL = configs.ModelConfig(
+  vocab_size=61,
+  embed_dim=16,
+  attention_pattern=('local', 'global'),
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=4,
+  num_global_kv_heads=1,
+  global_head_dim=8,
+  sliding_window=4,
+  mlp_dim=12,
+  num_experts=3,
+  experts_per_token=2,
+  expert_dim=12,
+  context_length=128,
+  vision=configs.VisionConfig(
+    embed_dim=8,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=4,
+    mlp_dim=6,
+    patch_size=2,
+    pooling_kernel=2,
+    position_table_size=8,
+    image_token_id=58,
+    begin_image_token_id=59,
+    end_image_token_id=60,
+  ),
+  dtype='float32',
+)
+DIFFUSION = configs.DiffusionConfig(canvas_length=8, stop_token_ids=(1, 50))
+TYPES = {
+  'float32': np.dtype(np.float32),
+  'float16': np.dtype(np.float16),
+  'bfloat16': np.dtype(ml_dtypes.bfloat16),
+}
+
+
+def make_folder(folder, dtype='float32', max_shard_bytes=10**9):
+  """A Hugging Face folder of random tensors; `{name: array}`."""
+  folder.mkdir()
+  table = conversion.huggingface.tensor_table(conversion.abstract_params(MODEL))
+  rng = np.random.default_rng(0)
+  arrays = {
+    name: rng.normal(size=entry.their_shape).astype(TYPES[dtype])
+    for name, entry in table.items()
+  }
+  safetensors.write_folder(
+    str(folder),
+    {name: (a.shape, a.dtype) for name, a in arrays.items()},
+    arrays.__getitem__,
+    max_shard_bytes,
+  )
+  values = huggingface_config.to_config(MODEL, DIFFUSION, dtype)
+  values['initializer_range'] = 0.01  # Something that we know nothing of.
+  (folder / 'config.json').write_text(json.dumps(values))
+  generation = huggingface_config.to_generation_config(DIFFUSION)
+  (folder / 'generation_config.json').write_text(json.dumps(generation))
+  (folder / 'chat_template.jinja').write_text('{{ messages }}')
+  return arrays
+
+
+@pytest.fixture(scope='module')
+def hf_dir(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('huggingface') / 'checkpoint'
+  make_folder(folder)
+  return folder
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory, hf_dir):
+  folder = tmp_path_factory.mktemp('run') / 'converted'
+  diffusiongemma.convert(str(hf_dir), str(folder))
+  return folder
+
+
+def contents(folder):
+  """`{name: (type, shape, bytes)}` of a Hugging Face folder."""
+  return {
+    name: (
+      tensor.dtype,
+      tensor.shape,
+      safetensors.read_tensor(tensor).tobytes(),
+    )
+    for name, tensor in safetensors.list_tensors(str(folder)).items()
+  }
+
+
+def same_trees(a, b):
+  return jax.tree.all(
+    jax.tree.map(lambda x, y: x.dtype == y.dtype and bool((x == y).all()), a, b)
+  )
+
+
+@pytest.mark.parametrize('dtype', TYPES)
+@pytest.mark.parametrize('shard_bytes', [10**9, 2000])
+def test_round_trip_is_byte_identical(tmp_path, dtype, shard_bytes):
+  """One file and many; what lies beside the weights comes along."""
+  source, run, back = (tmp_path / name for name in ('in', 'run', 'out'))
+  make_folder(source, dtype, shard_bytes)
+  diffusiongemma.convert(str(source), str(run))
+  diffusiongemma.export(str(run), str(back))
+  assert contents(source) == contents(back)
+  for name in ('config.json', 'generation_config.json', 'chat_template.jinja'):
+    assert (source / name).read_bytes() == (back / name).read_bytes()
+  assert os.stat(run).st_mode == os.stat(tmp_path).st_mode | 0o055
+
+
+def test_load_reads_either_kind(hf_dir, workdir):
+  theirs, ours = diffusiongemma.load(str(hf_dir)), diffusiongemma.load(workdir)
+  assert same_trees(theirs.params, ours.params)
+  assert theirs.config == ours.config and theirs.config.model == MODEL
+  assert ours.config.diffusion == DIFFUSION
+  assert theirs.tokenizer is None and theirs.step == ours.step == 0
+
+
+def test_loaded_parameters_compute(workdir):
+  run = diffusiongemma.load(workdir)
+  written = diffusiongemma.generate(
+    run.config, run.params, [2, 5, 6], jax.random.key(0), max_new_tokens=8
+  )
+  assert written.tokens
+
+
+def test_transformers_loads_what_is_exported(hf_dir, workdir, tmp_path):
+  """No key missing, unexpected or mismatched, and the same logits; also in
+  several files, whose index adds up."""
+  parity = pytest.importorskip('parity', reason='needs torch, transformers')
+  torch = pytest.importorskip('torch')
+  arrays = {n: np.frombuffer(x[2], x[0]) for n, x in contents(hf_dir).items()}
+  run = diffusiongemma.load(workdir)
+  for shard_bytes in (10**9, 4000):
+    out = tmp_path / str(shard_bytes)
+    conversion.export(str(workdir), str(out), shard_bytes)
+    kind = parity.modeling_diffusion_gemma.DiffusionGemmaForBlockDiffusion
+    model, report = kind.from_pretrained(out, output_loading_info=True)
+    assert not any(report.values()), report
+    tokens = np.array([[2, 5, 9, 33, 7, 21]])
+    with torch.no_grad():
+      read = model.model.encoder(input_ids=torch.tensor(tokens))
+      theirs = model(
+        decoder_input_ids=torch.tensor(tokens),
+        past_key_values=read.past_key_values,
+      ).logits
+    cache = diffusiongemma.init_cache(MODEL, 1, 6)
+    cache = diffusiongemma.prefill(
+      MODEL, run.params, jnp.asarray(tokens), jnp.array([6]), cache
+    )
+    network = diffusiongemma.Denoiser(MODEL)
+    h = network.apply(
+      {'params': run.params}, tokens, jnp.zeros((1, 6, 16)), cache,
+      method='denoise',
+    )  # fmt: skip
+    ours = network.apply({'params': run.params}, h, method='logits')
+    assert parity.difference(ours, theirs) < 1e-4
+  index = json.loads((out / 'model.safetensors.index.json').read_text())
+  total = sum(array.nbytes for array in arrays.values())
+  count = sum(array.size for array in arrays.values())
+  assert index['metadata'] == {'total_size': total, 'total_parameters': count}
+  files = sorted(set(index['weight_map'].values()))
+  assert len(files) > 3
+  for file in files:
+    with open(out / file, 'rb') as stream:
+      (length,) = struct.unpack('<Q', stream.read(8))
+      header = json.loads(stream.read(length))
+    assert header.pop('__metadata__') == {'format': 'pt'}
+    size = (out / file).stat().st_size - 8 - length
+    assert size <= 4000 or len(header) == 1
+
+
+def test_a_text_network_gets_an_encoder_of_nothing(tmp_path):
+  """transformers' class always has one; ours then has it too."""
+  parity = pytest.importorskip('parity', reason='needs torch, transformers')
+  import micro_config
+
+  config = micro_config.get_config()
+  workdir, out = tmp_path / 'run', tmp_path / 'out'
+  workdirs.claim(str(workdir), config, workdirs.load_tokenizer(config))
+  state = workdirs.abstract_state(config)
+  params = jax.tree.map(
+    lambda x: jax.random.normal(jax.random.key(0), x.shape, x.dtype),
+    state.params,
+  )
+  with native.open_checkpoints(str(workdir / 'checkpoints'), 1) as manager:
+    native.save(manager, 7, params, {'m': jnp.zeros(3)}, {}, config)
+  diffusiongemma.export(str(workdir), str(out))
+  kind = parity.modeling_diffusion_gemma.DiffusionGemmaForBlockDiffusion
+  _, report = kind.from_pretrained(out, output_loading_info=True)
+  assert not any(report.values()), report
+  again = diffusiongemma.load(str(out))
+  assert again.params.pop('vision').keys() == {
+    'input_proj', 'position_table', 'projection'
+  }  # fmt: skip
+  assert same_trees(again.params, params)
+  assert again.tokenizer.encode('ROMEO.') == workdirs.find_tokenizer(
+    config, str(workdir)
+  ).encode('ROMEO.')
+
+
+def flip(path, places=9):
+  """Flips a bit at several places of a file in turn, yielding each time."""
+  good = path.read_bytes()
+  for place in np.linspace(0, len(good) - 1, places).astype(int):
+    bad = bytearray(good)
+    bad[place] ^= 0x04
+    path.write_bytes(bytes(bad))
+    yield
+  path.write_bytes(good)
+
+
+def test_a_flipped_bit_is_reported_by_the_name_of_the_array(workdir, tmp_path):
+  """In each file that holds arrays; `verify=False` is quicker and blind."""
+  copy = tmp_path / 'copy'
+  shutil.copytree(workdir, copy)
+  good = diffusiongemma.load(str(copy)).params
+  leaves = jax.tree_util.tree_leaves_with_path(good)
+  names = [jax.tree_util.keystr(path) for path, _ in leaves]
+  named = 0
+  params = copy / 'checkpoints' / '0' / 'params'
+  data = [f for f in params.rglob('*') if f.parent.name == 'd']
+  for file in [max(data, key=lambda f: f.stat().st_size)]:
+    for _ in flip(file, 25):
+      try:
+        loaded = diffusiongemma.load(str(copy)).params
+      except CheckpointError as error:
+        named += any(name in str(error) for name in names)
+      else:
+        assert same_trees(loaded, good)  # A byte that nothing depends on.
+  assert named >= 15
+  assert same_trees(diffusiongemma.load(str(copy), verify=False).params, good)
+
+
+def test_export_reports_a_flipped_bit_and_leaves_nothing(
+  workdir, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(native, 'digest', lambda array: 'other')
+  with pytest.raises(CheckpointError, match=r"\['embedding'\] differs"):
+    diffusiongemma.export(str(workdir), str(tmp_path / 'out'))
+  assert not os.listdir(tmp_path)
+
+
+def edit_header(folder, change):
+  """Rewrites the JSON of model.safetensors."""
+  path = folder / 'model.safetensors'
+  data = path.read_bytes()
+  (length,) = struct.unpack('<Q', data[:8])
+  header = json.loads(data[8 : 8 + length])
+  change(header)
+  text = json.dumps(header).encode()
+  path.write_bytes(struct.pack('<Q', len(text)) + text + data[8 + length :])
+
+
+def truncate(folder):
+  path = folder / 'model.safetensors'
+  path.write_bytes(path.read_bytes()[:-10])
+
+
+def rename(old, new):
+  def change(header):
+    header[new] = header.pop(old)
+
+  return lambda folder: edit_header(folder, change)
+
+
+def reshape(folder):
+  def change(header):
+    entry = header['model.decoder.norm.weight']
+    entry['shape'] = [4, 4]
+
+  edit_header(folder, change)
+
+
+def retype(folder):
+  def change(header):
+    header['model.decoder.norm.weight']['dtype'] = 'I32'
+
+  edit_header(folder, change)
+
+
+def only_pickle(folder):
+  (folder / 'model.safetensors').rename(folder / 'pytorch_model.bin')
+
+
+def outside(folder):
+  (folder / 'model.safetensors').unlink()
+  (folder / 'model.safetensors.index.json').write_text(
+    json.dumps({'weight_map': {'a': '../elsewhere.safetensors'}})
+  )
+
+
+def link_outside(folder):
+  path = folder / 'model.safetensors'
+  path.rename(folder.parent / 'elsewhere.safetensors')
+  path.symlink_to(folder.parent / 'elsewhere.safetensors')
+
+
+def config_link_outside(folder):
+  path = folder / 'config.json'
+  path.rename(folder.parent / 'elsewhere.json')
+  path.symlink_to(folder.parent / 'elsewhere.json')
+
+
+def other_model(folder):
+  (folder / 'config.json').write_text('{"model_type": "llama"}')
+
+
+def no_config(folder):
+  (folder / 'config.json').unlink()
+
+
+NORM = 'model.decoder.norm.weight'
+
+
+@pytest.mark.parametrize(
+  ('damage', 'messages'),
+  [
+    (truncate, ['model.safetensors']),
+    (rename(NORM, 'model.decoder.nrom.weight'), ['missing', NORM, 'nrom']),
+    (reshape, [NORM, 'model.safetensors', '[4, 4]', '[16]']),
+    (retype, [NORM, 'model.safetensors', 'I32']),
+    (only_pickle, ['pickle', 'pytorch_model.bin']),
+    (outside, ['elsewhere.safetensors']),
+    (link_outside, ['model.safetensors', 'outside']),
+    (config_link_outside, ['config.json', 'outside']),
+    (other_model, ['config.json', 'llama', 'diffusion_gemma']),
+    (no_config, ['config.json', 'missing']),
+  ],
+)
+def test_refusals_say_why_and_leave_nothing(tmp_path, hf_dir, damage, messages):
+  folder, out = tmp_path / 'in', tmp_path / 'runs' / 'out'
+  shutil.copytree(hf_dir, folder)
+  damage(folder)
+  (tmp_path / 'runs').mkdir()
+  with pytest.raises(CheckpointError) as caught:
+    diffusiongemma.convert(str(folder), str(out))
+  for message in messages:
+    assert message in str(caught.value)
+  assert '\n' not in str(caught.value)
+  assert not os.listdir(tmp_path / 'runs')
+  if damage is not no_config:
+    with pytest.raises(CheckpointError):
+      diffusiongemma.load(str(folder))
+
+
+def test_a_file_that_shrinks_meanwhile_leaves_nothing(
+  tmp_path, hf_dir, monkeypatch
+):
+  read = safetensors.read_tensor
+
+  def read_or_fail(tensor):
+    if tensor.name == NORM:
+      raise CheckpointError(f'{tensor.name} is gone.')
+    return read(tensor)
+
+  monkeypatch.setattr(safetensors, 'read_tensor', read_or_fail)
+  with pytest.raises(CheckpointError, match='is gone'):
+    diffusiongemma.convert(str(hf_dir), str(tmp_path / 'out'))
+  assert not os.listdir(tmp_path)
+
+
+def test_no_room_leaves_nothing(tmp_path, hf_dir, workdir):
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  for function, source in (
+    (diffusiongemma.convert, hf_dir),
+    (diffusiongemma.export, workdir),
+  ):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, before[1]))
+    try:
+      with pytest.raises(CheckpointError) as caught:
+        function(str(source), str(tmp_path / 'out'))
+    finally:
+      resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert 'File too large' in str(caught.value)
+    assert not os.listdir(tmp_path)
+
+
+def test_nothing_is_overwritten(tmp_path, hf_dir, workdir):
+  (tmp_path / 'mine').write_text('precious')
+  for function, source in (
+    (diffusiongemma.convert, hf_dir),
+    (diffusiongemma.export, workdir),
+  ):
+    for target in (tmp_path, tmp_path / 'mine'):
+      with pytest.raises(CheckpointError, match='exists already'):
+        function(str(source), str(target))
+  assert (tmp_path / 'mine').read_text() == 'precious'
+  empty = tmp_path / 'empty'
+  empty.mkdir()
+  diffusiongemma.convert(str(hf_dir), str(empty))
+  assert workdirs.read_config(str(empty)).model == MODEL
+
+
+def test_export_without_a_checkpoint(tmp_path):
+  with pytest.raises(workdirs.WorkdirError, match='holds no run'):
+    diffusiongemma.export(str(tmp_path), str(tmp_path / 'out'))
+
+
+def run_alone(script, *arguments, **environment):
+  """Runs a script in a process of its own; its standard output."""
+  done = subprocess.run(
+    [sys.executable, '-c', script, *map(str, arguments)],
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu', **environment},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
+ON_A_MESH = """
+import sys
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import numpy as np
+import diffusiongemma
+
+mesh = jax.make_mesh(
+  (4, 2), ('x', 'y'), axis_types=(jax.sharding.AxisType.Auto,) * 2
+)
+
+def sharding(path, shape):
+  axes = ['x' if n % 4 == 0 else 'y' if n % 2 == 0 else None for n in shape]
+  first = {axis: i for i, axis in reversed(list(enumerate(axes)))}
+  axes = [axis if first[axis] == i else None for i, axis in enumerate(axes)]
+  return NamedSharding(mesh, PartitionSpec(*axes))
+
+for path in sys.argv[1:]:
+  plain = diffusiongemma.load(path).params
+  spread = diffusiongemma.load(path, sharding=sharding).params
+  def check(keys, a, b):
+    wanted = sharding(tuple(key.key for key in keys), a.shape)
+    assert b.sharding.is_equivalent_to(wanted, a.ndim), keys
+    assert (np.asarray(a) == np.asarray(b)).all()
+    return len({shard.data.shape for shard in b.addressable_shards})
+  jax.tree_util.tree_map_with_path(check, plain, spread)
+  assert spread['embedding'].addressable_shards[0].data.size < plain[
+    'embedding'].size
+  print('equal')
+"""
+
+
+def test_arrays_go_straight_to_their_shards(hf_dir, workdir):
+  output = run_alone(
+    ON_A_MESH,
+    hf_dir,
+    workdir,
+    XLA_FLAGS='--xla_force_host_platform_device_count=8',
+  )
+  assert output.split() == ['equal', 'equal']
+
+
+CONVERT_AND_MEASURE = """
+import json
+import re
+import sys
+from diffusiongemma import conversion
+
+conversion.convert(*sys.argv[1:])
+status = open('/proc/self/status').read()
+print(json.dumps(1024 * int(re.search(r'VmHWM:\\s+(\\d+)', status)[1])))
+"""
+
+
+@pytest.mark.skipif(
+  not pathlib.Path('/proc/self/status').exists(), reason='needs Linux /proc'
+)
+def test_memory_does_not_grow_with_the_model(tmp_path):
+  """Four times the budget of 1.5 GB + twice the largest tensor. The files
+  are sparse: their zeros take no room on the disk."""
+  config = configs.ModelConfig(
+    vocab_size=65536,
+    embed_dim=1024,
+    attention_pattern=('local',) * 31 + ('global',),
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    num_global_kv_heads=1,
+    global_head_dim=128,
+    mlp_dim=512,
+    num_experts=64,
+    experts_per_token=4,
+    expert_dim=512,
+    vision=MODEL.vision,
+    dtype='bfloat16',
+  )
+  folder = tmp_path / 'in'
+  folder.mkdir()
+  values = huggingface_config.to_config(config, DIFFUSION, 'bfloat16')
+  (folder / 'config.json').write_text(json.dumps(values))
+  header, end, largest = {}, 0, 0
+  table = conversion.huggingface.tensor_table(
+    conversion.abstract_params(config)
+  )
+  for name, entry in table.items():
+    nbytes = 2 * int(np.prod(entry.their_shape))
+    offsets = [end, end + nbytes]
+    header[name] = {
+      'dtype': 'BF16', 'shape': entry.their_shape, 'data_offsets': offsets
+    }  # fmt: skip
+    end += nbytes
+    largest = max(largest, nbytes)
+  text = json.dumps(header).encode()
+  with open(folder / 'model.safetensors', 'wb') as stream:
+    stream.write(struct.pack('<Q', len(text)) + text)
+    stream.truncate(8 + len(text) + end)
+  budget = 1.5e9 + 2 * largest
+  assert end > 3.5 * budget
+  peak = json.loads(run_alone(CONVERT_AND_MEASURE, folder, tmp_path / 'out'))
+  assert peak < budget, (peak, budget)
