@@ -8,7 +8,8 @@ Every array's name ends in its axes:
   k experts of a token   C canvas length
 
 Public names: `Config` and its parts, `Denoiser` and `init_params` (the
-network), `init_cache`, `prefill` and `make_denoise_fn` (a network that has
+network), `init_cache`, `prefill`, `read_prompt` (long ones), `encode_images`
+and `SoftTokens` (images in a prompt), `make_denoise_fn` (a network that has
 read a text, as the sampler sees it), `sample_canvas` (the sampler, for use
 inside `jax.jit`), `generate` (prompt to tokens), `load` (a trained run or a
 Hugging Face folder), `convert` and `export` (one into the other).
@@ -26,10 +27,13 @@ from diffusiongemma.diffusion.sampler import sample_canvas
 from diffusiongemma.model.cache import KVCache
 from diffusiongemma.model.cache import init_cache
 from diffusiongemma.model.denoiser import Denoiser
+from diffusiongemma.model.denoiser import SoftTokens
 from diffusiongemma.model.denoiser import init_params
+from diffusiongemma.text.generate import encode_images
 from diffusiongemma.text.generate import generate
 from diffusiongemma.text.generate import make_denoise_fn
 from diffusiongemma.text.generate import prefill
+from diffusiongemma.text.generate import read_prompt
 from diffusiongemma.text.tokenizer import Tokenizer
 from diffusiongemma.version import __version__
 
@@ -40,10 +44,12 @@ __all__ = [
   'KVCache',
   'ModelConfig',
   'Prediction',
+  'SoftTokens',
   'Tokenizer',
   'VisionConfig',
   '__version__',
   'convert',
+  'encode_images',
   'export',
   'generate',
   'init_cache',
@@ -51,5 +57,6 @@ __all__ = [
   'load',
   'make_denoise_fn',
   'prefill',
+  'read_prompt',
   'sample_canvas',
 ]

@@ -238,7 +238,7 @@ def validate(config: Config) -> None:
     if getattr(model, name) % 2:
       raise ConfigError(f'config.model.{name} must be even (rotary pairs).')
   if model.vision:
-    _validate_vision(model.vision, model.vocab_size)
+    _validate_vision(model.vision)
   if model.experts_per_token > model.num_experts:
     raise ConfigError(
       f'config.model.experts_per_token = {model.experts_per_token} is more '
@@ -268,7 +268,7 @@ def validate(config: Config) -> None:
     )
 
 
-def _validate_vision(vision: VisionConfig, vocab_size: int) -> None:
+def _validate_vision(vision: VisionConfig) -> None:
   """The part of `validate` that is about images."""
   if vision.num_heads % vision.num_kv_heads:
     raise ConfigError(
@@ -280,13 +280,6 @@ def _validate_vision(vision: VisionConfig, vocab_size: int) -> None:
       'config.model.vision.head_dim must be a multiple of 4 (rotary pairs of '
       'two axes).'
     )
-  for name in ('image', 'begin_image', 'end_image'):
-    token = getattr(vision, f'{name}_token_id')
-    if token >= vocab_size:
-      raise ConfigError(
-        f'config.model.vision.{name}_token_id: {token} is outside the '
-        f'vocabulary of {vocab_size}.'
-      )
 
 
 # Numbers that mean something when they are zero.

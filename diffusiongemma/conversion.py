@@ -66,8 +66,13 @@ def read_config(hf_dir: str) -> Config:
   Raises:
     CheckpointError: it has no config.json, or not that of this network.
   """
-  values = files.read_json(hf_dir, CONFIG, MAX_COMPANION_BYTES)
   path = os.path.join(hf_dir, CONFIG)
+  if not os.path.lexists(path):
+    raise CheckpointError(
+      f'There is no {path!r}: give the folder that has {CONFIG} beside its '
+      'safetensors.'
+    )
+  values = files.read_json(hf_dir, CONFIG, MAX_COMPANION_BYTES)
   model = huggingface_config.model_config(values, path)
   generation = {}
   if os.path.lexists(os.path.join(hf_dir, GENERATION_CONFIG)):

@@ -142,9 +142,7 @@ def read_prompt(
   return cache
 
 
-def _piece_end(
-  image_P: np.ndarray, start: int, length: int, size: int
-) -> int:
+def _piece_end(image_P: np.ndarray, start: int, length: int, size: int) -> int:
   """Where a piece from `start` ends: not between soft tokens of one image."""
   end = min(start + size, length)
   if end == length or image_P[end] < 0 or image_P[end] != image_P[end - 1]:

@@ -61,6 +61,11 @@ def claim(
       text = json.dumps(configs.to_dict(config), indent=2)
       _write_atomically(folder / 'config.json', text.encode())
       return
+    if (folder / COMPANIONS_DIR).exists():
+      raise WorkdirError(
+        f'{workdir} holds a converted checkpoint, which training does not go '
+        'on from. Give another --workdir.'
+      )
     tokenizer_there = (folder / 'tokenizer.model').read_bytes()
   except OSError as error:
     raise WorkdirError(

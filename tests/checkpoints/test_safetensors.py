@@ -229,6 +229,23 @@ def test_files_keep_their_size_and_their_alignment(tmp_path):
   }
 
 
+@pytest.mark.parametrize(
+  'sizes, count',
+  [
+    ([25, 25], 1),  # Full to the last byte.
+    ([25, 26], 2),
+    ([26, 25], 2),
+    ([300, 1, 49], 2),
+    ([0, 300, 0, 1], 3),
+  ],
+)
+def test_no_file_is_split_too_early_or_left_empty(tmp_path, sizes, count):
+  arrays = {f't{i}': np.ones(n, 'f2') for i, n in enumerate(sizes)}
+  write(tmp_path, arrays, max_shard_bytes=100)
+  assert len(list(tmp_path.glob('*.safetensors'))) == count
+  assert agree(read(tmp_path), arrays)
+
+
 def test_one_tensor_at_a_time_in_the_order_written(tmp_path):
   arrays = make_arrays()
   alive, asked, told = [], [], []
@@ -265,7 +282,8 @@ def test_no_copies(tmp_path):
 
 def test_strided_arrays(tmp_path):
   array = np.arange(24, dtype='f4').reshape(4, 6)
-  arrays = {'t': array.T, 'stride': array[::2, ::-1], 'all': array}
+  arrays = {'t': array.T, 'strides': array[::2, ::-1], 'all': array}
+  arrays |= {'row': array[0, ::2], 'backwards': array[0, ::-1]}
   write(tmp_path, arrays)
   assert agree(read(tmp_path), arrays)
 
@@ -286,17 +304,35 @@ def test_short_reads_and_writes(tmp_path, monkeypatch):
 
 def test_chunks(tmp_path, monkeypatch):
   monkeypatch.setattr(safetensors, 'CHUNK_BYTES', 7)
-  sizes = []
-  os_write = os.write
+  written, asked = [], []
+  os_write, os_preadv = os.write, os.preadv
 
-  def measured(descriptor, data):
-    sizes.append(len(data))
+  def measured_write(descriptor, data):
+    written.append(len(data))
     return os_write(descriptor, data)
 
-  monkeypatch.setattr(os, 'write', measured)
+  def measured_read(descriptor, parts, place):
+    asked.append(sum(map(len, parts)))
+    return os_preadv(descriptor, parts, place)
+
+  monkeypatch.setattr(os, 'write', measured_write)
+  monkeypatch.setattr(os, 'preadv', measured_read)
   arrays = make_arrays()
   write(tmp_path, arrays)
-  assert max(sizes) == 7 and agree(read(tmp_path), arrays)
+  assert agree(read(tmp_path), arrays)
+  assert max(written) == max(asked) == 7
+
+
+def test_files_are_closed(tmp_path):
+  before = set(os.listdir('/dev/fd'))
+  for room in (10**9, 100):
+    folder = tmp_path / str(room)
+    folder.mkdir()
+    write(folder, make_arrays(), max_shard_bytes=room)
+    read(folder)
+  (folder / 'model.safetensors').write_bytes(b'')
+  list_refused(folder, 'too short')
+  assert set(os.listdir('/dev/fd')) <= before
 
 
 def test_what_is_read_has_the_declared_shape_and_type(tmp_path):
@@ -542,8 +578,13 @@ bad('nested lists', pack(b'{"a":' + b'[' * 200_000), 'too deeply')
 bad('nested objects', pack(b'{"a":' * 200_000), 'too deeply')
 bad('list', pack([]), 'not an object')
 bad('number', pack(b'1'), 'not an object')
-bad('long number', pack(b'{"a": ' + b'9' * 5000 + b'}'), '5000 digits')
-bad('longer number', pack(b'9' * 900_000), '900000 digits')
+bad(
+  'long number',
+  pack(b'{"a": ' + b'9' * 5000 + b'}'),
+  'has a number of 5000 digits',
+)
+bad('longer number', pack(b'9' * 900_000), 'has a number of 900000 digits')
+bad('a number past 64 bits', pack(b'{"a": ' + b'9' * 30 + b'}'), '30 digits')
 bad('NaN', pack({'a': entry(end=float('nan'))}), 'NaN', 'not JSON')
 bad('infinity', pack({'a': entry(begin=-float('inf'))}), '-Infinity')
 TWICE = b'{"a":%b,"a":%b}' % ((json.dumps(entry()).encode(),) * 2)
@@ -893,10 +934,10 @@ def test_links_to_nothing(sharded):
   list_refused(folder, str(path), 'a link to')
 
 
-def make_cache(folder, model='models--google--diffusiongemma'):
+def make_cache(folder, model='models--x--y', revisions='snapshots'):
   """A folder moved to where the Hugging Face cache would keep it."""
   cache = folder / model
-  snapshot = cache / 'snapshots' / '0123abc'
+  snapshot = cache / revisions / '0123abc'
   snapshot.mkdir(parents=True)
   (cache / 'blobs').mkdir()
   for i, path in enumerate(p for p in folder.iterdir() if p.is_file()):
@@ -932,9 +973,16 @@ def test_links_of_what_only_looks_like_the_cache(sharded, tmp_path_factory):
   list_refused(snapshot, 'outside')
 
 
-@pytest.mark.parametrize('model', ['datasets--x', 'other'])
-def test_links_of_other_caches(sharded, model):
-  list_refused(make_cache(sharded(), model), 'outside')
+@pytest.mark.parametrize(
+  'model, revisions',
+  [
+    ('datasets--x', 'snapshots'),
+    ('other', 'snapshots'),
+    ('models--x', 'other'),
+  ],
+)
+def test_links_of_other_caches(sharded, model, revisions):
+  list_refused(make_cache(sharded(), model, revisions), 'outside')
 
 
 # Whatever the bytes are.
