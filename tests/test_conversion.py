@@ -244,16 +244,17 @@ def test_a_flipped_bit_is_reported_by_the_name_of_the_array(workdir, tmp_path):
   names = [jax.tree_util.keystr(path) for path, _ in leaves]
   named = 0
   params = copy / 'checkpoints' / '0' / 'params'
-  data = [f for f in params.rglob('*') if f.parent.name == 'd']
-  for file in [max(data, key=lambda f: f.stat().st_size)]:
-    for _ in flip(file, 25):
+  for file in params.rglob('d/*'):
+    for _ in flip(file):
       try:
         loaded = diffusiongemma.load(str(copy)).params
       except CheckpointError as error:
-        named += any(name in str(error) for name in names)
+        is_named = any(name in str(error) for name in names)
+        assert is_named or 'the index of its arrays' in str(error), error
+        named += is_named
       else:
         assert same_trees(loaded, good)  # A byte that nothing depends on.
-  assert named >= 15
+  assert named >= 5
   assert same_trees(diffusiongemma.load(str(copy), verify=False).params, good)
 
 

@@ -4,8 +4,8 @@ A file is regular, lies in its folder, and is no longer than it may be; JSON
 is an object in which no name is twice. Whatever is wrong ends in one line.
 """
 
+from collections.abc import Collection
 from collections.abc import Iterator
-from collections.abc import Sequence
 import contextlib
 import json
 import os
@@ -25,7 +25,7 @@ def quote(text: str) -> str:
   return quoted
 
 
-def listed(names: Sequence[str]) -> str:
+def listed(names: Collection[str]) -> str:
   """The first four, and how many more."""
   more = f' and {len(names) - 4} more' if len(names) > 4 else ''
   return ', '.join(map(quote, sorted(names)[:4])) + more
@@ -46,7 +46,7 @@ def checked_path(folder: str, name: str) -> str:
   if not os.path.exists(path):
     reason = 'is missing'
     if os.path.islink(path):
-      reason = f'is a link to {quote(os.readlink(path))}, which is missing'
+      reason = f'is a link to {os.readlink(path)!r}, which is missing'
     raise CheckpointError(f'{path!r} {reason}: download it again.')
   real = os.path.realpath(path)
   root = os.path.realpath(folder)
@@ -60,8 +60,8 @@ def checked_path(folder: str, name: str) -> str:
       allowed.append(os.path.join(model, 'blobs'))
   if not any(os.path.commonpath([real, x]) == x for x in allowed):
     raise CheckpointError(
-      f'{path!r} is a link to {quote(real)}, outside of its folder: put the '
-      'file itself there if it is meant.'
+      f'{path!r} is a link to {real!r}, outside of its folder: put the file '
+      'itself there if it is meant.'
     )
   return path
 
@@ -95,14 +95,16 @@ def read_into(
     done += count
 
 
-def read_bytes(descriptor: int, offset: int, nbytes: int, path: str) -> bytes:
+def read_bytes(
+  descriptor: int, offset: int, nbytes: int, path: str
+) -> bytearray:
   """`nbytes` from byte `offset` of a file."""
   data = bytearray(nbytes)
   read_into(memoryview(data), descriptor, offset, repr(path))
-  return bytes(data)
+  return data
 
 
-def parse_json(data: bytes, what: str) -> dict:
+def parse_json(data: bytearray, what: str) -> dict:
   """An object from JSON in UTF-8, in which no name is twice."""
 
   def to_dict(pairs: list) -> dict:
@@ -134,7 +136,7 @@ def parse_json(data: bytes, what: str) -> dict:
     raise CheckpointError(
       f'{what} is not text: byte {error.start} is no UTF-8.'
     ) from error
-  except RecursionError as error:
+  except (RecursionError, MemoryError) as error:
     raise CheckpointError(f'{what} is nested too deeply.') from error
   except ValueError as error:
     raise CheckpointError(f'{what} is not JSON: {error}.') from error
@@ -143,7 +145,7 @@ def parse_json(data: bytes, what: str) -> dict:
   return result
 
 
-def read_file(folder: str, name: str, max_bytes: int) -> bytes:
+def read_file(folder: str, name: str, max_bytes: int) -> bytearray:
   """All of a file of `folder` that may have `max_bytes`."""
   path = checked_path(folder, name)
   with opened(path) as (descriptor, size):

@@ -25,6 +25,7 @@ import jax
 import numpy as np
 from orbax import checkpoint as ocp
 from orbax.checkpoint.experimental.v1 import partial as ocp_partial
+import tensorstore
 
 from diffusiongemma import config as configs
 from diffusiongemma.checkpoints import CheckpointError
@@ -196,7 +197,8 @@ def _reason(error: Exception) -> str:
   from_system = re.search(r'OS error \d+: ([^\]]+)', str(error))
   if from_system:
     return from_system[1].split(' (')[0]
-  lines = str(error).strip().splitlines() or [type(error).__name__]
+  message = str(error).partition(' [tensorstore_spec')[0].strip()
+  lines = message.splitlines() or [type(error).__name__]
   return lines[0].rstrip('.')
 
 
@@ -267,6 +269,7 @@ def restore_step(
   verify: bool = True,
 ) -> Restored:
   """One step, verified array by array. Raises `CheckpointError`."""
+  _check_index(manager, step)
   wanted = {'params': _with_stored_types(manager, step, params)}
   if opt_state is not None:
     wanted['opt_state'] = opt_state
@@ -307,6 +310,20 @@ def _with_stored_types(
   except ValueError as error:  # Another tree.
     raise CheckpointError(
       f'Checkpoint {step} cannot be read: {_reason(error)}.'
+    ) from error
+
+
+def _check_index(manager: ocp.CheckpointManager, step: int) -> None:
+  """Reads where every array lies. Orbax, meeting a damaged index while it
+  reads a hundred arrays at once, answers with a hundred stack traces."""
+  directory = manager.directory / str(step) / 'params'
+  spec = {'driver': 'ocdbt', 'base': f'file://{directory}/'}
+  try:
+    tensorstore.KvStore.open(spec).result().list().result()
+  except Exception as error:  # TensorStore raises ValueError and more.
+    raise CheckpointError(
+      f'Checkpoint {step}: the index of its arrays cannot be read: '
+      f'{_reason(error)}.'
     ) from error
 
 
@@ -352,6 +369,7 @@ def read_arrays(
   Raises:
     CheckpointError: one of them is missing or differs from what was saved.
   """
+  _check_index(manager, step)
   directory = manager.directory / str(step) / 'params'
   handler = ocp.PyTreeCheckpointHandler()
   stored = _metadata(manager, step)

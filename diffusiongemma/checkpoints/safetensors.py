@@ -10,8 +10,6 @@ this name maps whole files and writes only what is all in memory at once.
 """
 
 from collections.abc import Callable
-from collections.abc import Collection
-from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
@@ -22,13 +20,13 @@ import itertools
 import json
 import math
 import os
-import stat
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from diffusiongemma.checkpoints import CheckpointError
+from diffusiongemma.checkpoints import files
 
 SINGLE = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
@@ -43,11 +41,11 @@ DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-MAX_JSON_BYTES = 100_000_000  # The format's own limit for a header.
-MAX_DIGITS = 20  # Of 2**64; reading a number is quadratic in its digits.
+# The format allows ten times as much; such JSON would take gigabytes to parse,
+# and the header of the released model has a tenth of a megabyte.
+MAX_JSON_BYTES = 10_000_000
 MAX_DIMENSIONS = 32  # More, NumPy before 2.0 and XLA can't hold.
 MAX_BYTES = 2**63 - 1  # Of an array, empty dimensions aside: NumPy's limit.
-CHUNK_BYTES = 64 * 2**20  # Of one system call; Linux stops short of 2**31.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,22 +91,22 @@ def list_tensors(folder: str) -> dict[str, Tensor]:
   # With both there, transformers takes the single file: so the weights are
   # the same here. A dangling link counts as there: it tells of a lost file.
   if os.path.lexists(os.path.join(folder, SINGLE)):
-    return _list_file(_checked_path(folder, SINGLE))
+    return _list_file(files.checked_path(folder, SINGLE))
   if os.path.lexists(os.path.join(folder, INDEX)):
     return _list_indexed(folder)
-  with _system_errors(f'{folder!r} cannot be read'):
-    files = os.listdir(folder)
-  pickles = [x for x in files if any(fnmatch.fnmatch(x, p) for p in PICKLES)]
+  with files.system_errors(f'{folder!r} cannot be read'):
+    names = os.listdir(folder)
+  pickles = [x for x in names if any(fnmatch.fnmatch(x, p) for p in PICKLES)]
   if pickles:
     raise CheckpointError(
-      f'{folder!r} holds pickles ({_listed(pickles)}), which can run any code '
-      'when opened and are not read here. Where you trust them, convert them '
-      "to safetensors with transformers' `save_pretrained` first."
+      f'{folder!r} holds pickles ({files.listed(pickles)}), which can run any '
+      'code when opened and are not read here. Where you trust them, convert '
+      "them to safetensors with transformers' `save_pretrained` first."
     )
-  others = [x for x in files if x.endswith('.safetensors')]
+  others = [x for x in names if x.endswith('.safetensors')]
   raise CheckpointError(
     f'{folder!r} holds neither {SINGLE} nor {INDEX}'
-    + (f', only {_listed(others)}.' if others else '.')
+    + (f', only {files.listed(others)}.' if others else '.')
   )
 
 
@@ -119,9 +117,9 @@ def read_tensor(tensor: Tensor) -> np.ndarray:
     CheckpointError: the file can't be read, has shrunk since it was listed,
       or there is no memory.
   """
-  what = f'Tensor {_quote(tensor.name)} in {tensor.path!r}'
+  what = f'Tensor {files.quote(tensor.name)} in {tensor.path!r}'
   end = tensor.offset + tensor.nbytes
-  with _opened(tensor.path) as (descriptor, size):
+  with files.opened(tensor.path) as (descriptor, size):
     if size < end:
       raise CheckpointError(
         f'{what} ends at byte {end}, and the file is now {size} bytes long: '
@@ -133,7 +131,7 @@ def read_tensor(tensor: Tensor) -> np.ndarray:
       raise CheckpointError(
         f'{what} needs {tensor.nbytes} bytes of memory, which are not there.'
       ) from error
-    _read_into(_bytes_of(array), descriptor, tensor.offset, what)
+    files.read_into(_bytes_of(array), descriptor, tensor.offset, what)
   return array
 
 
@@ -164,16 +162,16 @@ def write_folder(
   """
   groups = _split(tensors, max_shard_bytes)
   paths = [os.path.join(folder, x) for x in _file_names(len(groups))]
-  files = list(map(_place, paths, groups))
+  shards = list(map(_place, paths, groups))
   created: list[str] = []
   try:
-    for path, (head, placed) in zip(paths, files, strict=True):
+    for path, (head, placed) in zip(paths, shards, strict=True):
       nbytes = len(head) + sum(x.nbytes for x in placed)
       _create(path, head, nbytes, created)
-    for path, (_, placed) in zip(paths, files, strict=True):
+    for path, (_, placed) in zip(paths, shards, strict=True):
       _fill(path, placed, read, on_tensor)
-    if len(files) > 1:
-      index = _index_json([x for _, placed in files for x in placed])
+    if len(shards) > 1:
+      index = _index_json([x for _, placed in shards for x in placed])
       _create(os.path.join(folder, INDEX), index, len(index), created)
   except BaseException:
     for path in created:
@@ -182,142 +180,9 @@ def write_folder(
     raise
 
 
-# Messages: one line each, whatever a file's names are.
-
-
-def _quote(text: str) -> str:
-  """Quoted and cut; control characters must not reach a terminal."""
-  quoted = repr(text[:100])
-  if len(text) > 100 or len(quoted) > 120:
-    quoted = quoted[:100] + '...'
-  return quoted
-
-
-def _listed(names: Collection[str]) -> str:
-  """The first four, and how many more."""
-  more = f' and {len(names) - 4} more' if len(names) > 4 else ''
-  return ', '.join(map(_quote, sorted(names)[:4])) + more
-
-
-@contextlib.contextmanager
-def _system_errors(what: str) -> Iterator[None]:
-  """The system's refusals as `CheckpointError`."""
-  try:
-    yield
-  except OSError as error:
-    raise CheckpointError(f'{what}: {error.strerror or error}.') from error
-
-
-# Reading.
-
-
-def _checked_path(folder: str, name: str) -> str:
-  """The path of a file of `folder`; raises where a link leads elsewhere."""
-  path = os.path.join(folder, name)
-  if not os.path.exists(path):
-    reason = 'is missing'
-    if os.path.islink(path):
-      reason = f'is a link to {os.readlink(path)!r}, which is missing'
-    raise CheckpointError(f'{path!r} {reason}: download it again.')
-  real = os.path.realpath(path)
-  root = os.path.realpath(folder)
-  allowed = [root]
-  # The cache stores files once, by their hash, and each revision as links:
-  # models--owner--name/snapshots/<revision>/<file> -> ../../blobs/<hash>.
-  snapshots = os.path.dirname(root)
-  model = os.path.dirname(snapshots)
-  if os.path.basename(snapshots) == 'snapshots':
-    if os.path.basename(model).startswith('models--'):
-      allowed.append(os.path.join(model, 'blobs'))
-  if not any(os.path.commonpath([real, x]) == x for x in allowed):
-    raise CheckpointError(
-      f'{path!r} is a link to {real!r}, outside of its folder: put the file '
-      'itself there if it is meant.'
-    )
-  return path
-
-
-@contextlib.contextmanager
-def _opened(path: str) -> Iterator[tuple[int, int]]:
-  """Descriptor and bytes of a regular file; never waits for a pipe."""
-  with _system_errors(f'{path!r} cannot be read'):
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-      status = os.fstat(descriptor)
-      if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(f'{path!r} is not a regular file.')
-      yield descriptor, status.st_size
-    finally:
-      os.close(descriptor)
-
-
-def _read_into(
-  view: memoryview, descriptor: int, offset: int, what: str
-) -> None:
-  """Fills `view` from byte `offset` of a file."""
-  done = 0
-  while done < len(view):
-    part = view[done : done + CHUNK_BYTES]
-    count = os.preadv(descriptor, [part], offset + done)
-    if not count:
-      raise CheckpointError(
-        f'{what}: the file ends at byte {offset + done} while it is read.'
-      )
-    done += count
-
-
 def _bytes_of(array: np.ndarray) -> memoryview:
   """The bytes of a C-contiguous array, not copied."""
   return memoryview(array.reshape(-1).view(np.uint8))
-
-
-def _read_bytes(
-  descriptor: int, offset: int, nbytes: int, path: str
-) -> bytearray:
-  data = bytearray(nbytes)
-  _read_into(memoryview(data), descriptor, offset, repr(path))
-  return data
-
-
-def _parse_json(data: bytearray, what: str) -> dict:
-  """An object from JSON in UTF-8, in which no name is twice."""
-
-  def to_dict(pairs: list) -> dict:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-      seen = set()
-      twice = [k for k, _ in pairs if k in seen or seen.add(k)]
-      raise CheckpointError(f'{what} names {_listed(set(twice))} twice.')
-    return result
-
-  def to_int(digits: str) -> int:
-    if len(digits) > MAX_DIGITS:
-      raise CheckpointError(
-        f'{what} has a number of {len(digits)} digits: it is damaged.'
-      )
-    return int(digits)
-
-  def no_constant(text: str) -> None:
-    raise CheckpointError(f'{what} has {text}, which is not JSON.')
-
-  try:
-    result = json.loads(
-      data.decode('utf-8'),
-      object_pairs_hook=to_dict,
-      parse_int=to_int,
-      parse_constant=no_constant,
-    )
-  except UnicodeDecodeError as error:
-    raise CheckpointError(
-      f'{what} is not text: byte {error.start} is no UTF-8.'
-    ) from error
-  except (RecursionError, MemoryError) as error:
-    raise CheckpointError(f'{what} is nested too deeply.') from error
-  except ValueError as error:
-    raise CheckpointError(f'{what} is not JSON: {error}.') from error
-  if not isinstance(result, dict):
-    raise CheckpointError(f'{what} is JSON, but not an object.')
-  return result
 
 
 def _is_text(value: Any) -> bool:
@@ -339,13 +204,13 @@ def _is_text_map(value: Any) -> bool:
 
 def _list_file(path: str) -> dict[str, Tensor]:
   """The tensors of one file, in the order of their data."""
-  with _opened(path) as (descriptor, size):
+  with files.opened(path) as (descriptor, size):
     if size < 8:
       raise CheckpointError(
         f'{path!r} is {size} bytes long, too short for safetensors: download '
         'it again.'
       )
-    length = int.from_bytes(_read_bytes(descriptor, 0, 8, path), 'little')
+    length = int.from_bytes(files.read_bytes(descriptor, 0, 8, path), 'little')
     # Before it is read: a few bytes must not cost more memory than they are.
     if length > MAX_JSON_BYTES:
       raise CheckpointError(
@@ -357,8 +222,8 @@ def _list_file(path: str) -> dict[str, Tensor]:
         f'{path!r} is truncated: its header is {length} bytes long, the file '
         f'{size}; download it again.'
       )
-    data = _read_bytes(descriptor, 8, length, path)
-  header = _parse_json(data, f'The header of {path!r}')
+    data = files.read_bytes(descriptor, 8, length, path)
+  header = files.parse_json(data, f'The header of {path!r}')
   if not _is_text_map(header.pop('__metadata__', {})):
     raise CheckpointError(f'__metadata__ of {path!r} is not strings by name.')
   start = 8 + length
@@ -377,7 +242,7 @@ def _checked_entry(
   """One entry of the header, where its data begins at `start`."""
 
   def refuse(reason: str) -> CheckpointError:
-    return CheckpointError(f'Tensor {_quote(name)} in {path!r} {reason}.')
+    return CheckpointError(f'Tensor {files.quote(name)} in {path!r} {reason}.')
 
   if not _is_text(name):
     raise refuse('has a name that is not text')
@@ -386,7 +251,9 @@ def _checked_entry(
     raise refuse('has not exactly the fields dtype, shape and data_offsets')
   dtype, shape, offsets = entry['dtype'], entry['shape'], entry['data_offsets']
   if not isinstance(dtype, str) or dtype not in DTYPES:
-    kind = _quote(dtype) if isinstance(dtype, str) else 'that is not a string'
+    kind = (
+      files.quote(dtype) if isinstance(dtype, str) else 'that is not a string'
+    )
     raise refuse(f'has a dtype {kind}; supported are {", ".join(DTYPES)}')
   if not _are_sizes(shape):
     raise refuse('has a shape that is not a list of whole numbers >= 0')
@@ -432,7 +299,7 @@ def _check_cover(
   """
   place, before = start, 'the header'
   for tensor in tensors:
-    what = f'Tensor {_quote(tensor.name)} in {path!r}'
+    what = f'Tensor {files.quote(tensor.name)} in {path!r}'
     if tensor.offset < place:
       raise CheckpointError(
         f'{what} begins {place - tensor.offset} bytes before the end of '
@@ -443,7 +310,7 @@ def _check_cover(
         f'{what} begins {tensor.offset - place} bytes after the end of '
         f'{before}: a hole that belongs to no tensor.'
       )
-    place, before = tensor.offset + tensor.nbytes, _quote(tensor.name)
+    place, before = tensor.offset + tensor.nbytes, files.quote(tensor.name)
   if place != size:
     raise CheckpointError(
       f'{path!r} has {size - place} bytes after the end of {before}, its last: '
@@ -453,14 +320,14 @@ def _check_cover(
 
 def _list_indexed(folder: str) -> dict[str, Tensor]:
   """The tensors of all files that the index names."""
-  path = _checked_path(folder, INDEX)
-  with _opened(path) as (descriptor, size):
+  path = files.checked_path(folder, INDEX)
+  with files.opened(path) as (descriptor, size):
     if size > MAX_JSON_BYTES:
       raise CheckpointError(
         f'{path!r} is {size} bytes long, and {MAX_JSON_BYTES} are the limit.'
       )
-    data = _read_bytes(descriptor, 0, size, path)
-  index = _parse_json(data, repr(path))
+    data = files.read_bytes(descriptor, 0, size, path)
+  index = files.parse_json(data, repr(path))
   weight_map = index.get('weight_map')
   if not _is_text_map(weight_map):
     raise CheckpointError(
@@ -472,7 +339,7 @@ def _list_indexed(folder: str) -> dict[str, Tensor]:
   for shard in names:
     _check_shard_name(shard, path)
   # Before any is opened: most often a download was not finished.
-  paths = {shard: _checked_path(folder, shard) for shard in sorted(names)}
+  paths = {shard: files.checked_path(folder, shard) for shard in sorted(names)}
   tensors: dict[str, Tensor] = {}
   for shard in paths:
     found = _list_file(paths[shard])
@@ -486,8 +353,8 @@ def _check_shard_name(shard: str, path: str) -> None:
   plain = '/' not in shard and '\0' not in shard and len(shard) <= 255
   if not plain or not shard.endswith('.safetensors'):
     raise CheckpointError(
-      f'{path!r} names the file {_quote(shard)}, which is not the plain name '
-      'of a .safetensors file beside it.'
+      f'{path!r} names the file {files.quote(shard)}, which is not the plain '
+      'name of a .safetensors file beside it.'
     )
 
 
@@ -502,16 +369,16 @@ def _check_shard(
   lost = [x for x in wanted if x not in found]
   if lost:
     raise CheckpointError(
-      f'{path!r} places {_listed(lost)} in {_quote(shard)}, which has no such '
-      'tensor: the files are of different checkpoints.'
+      f'{path!r} places {files.listed(lost)} in {files.quote(shard)}, which '
+      'has no such tensor: the files are of different checkpoints.'
     )
   extra = [x for x in found if x not in wanted]
   if extra:
     places = {weight_map[x] for x in extra if x in weight_map}
-    where = f'in {_listed(places)}' if places else 'nowhere'
+    where = f'in {files.listed(places)}' if places else 'nowhere'
     raise CheckpointError(
-      f'{_quote(shard)} holds {_listed(extra)}, which {path!r} places {where}: '
-      'duplicates, or files of different checkpoints.'
+      f'{files.quote(shard)} holds {files.listed(extra)}, which {path!r} '
+      f'places {where}: duplicates, or files of different checkpoints.'
     )
 
 
@@ -542,11 +409,11 @@ def _split(
     dtype, shape = np.dtype(dtype), tuple(shape)
     if dtype not in DTYPE_NAMES:
       raise CheckpointError(
-        f'Tensor {_quote(name)} is of {dtype}; safetensors are written in '
+        f'Tensor {files.quote(name)} is of {dtype}; safetensors are written in '
         f'{", ".join(DTYPES)}.'
       )
     if name == '__metadata__' or not _is_text(name):
-      raise CheckpointError(f'No tensor can have the name {_quote(name)}.')
+      raise CheckpointError(f'No tensor can have the name {files.quote(name)}.')
     nbytes = math.prod(shape) * dtype.itemsize
     if groups[-1] and nbytes > room:
       groups.append([])
@@ -594,7 +461,7 @@ def _place(path: str, tensors: list[Tensor]) -> tuple[bytes, list[Tensor]]:
 def _create(path: str, head: bytes, nbytes: int, created: list[str]) -> None:
   """A new file that begins with `head` and has room for `nbytes`."""
   with (
-    _system_errors(f'{path!r} ({nbytes} bytes) cannot be written'),
+    files.system_errors(f'{path!r} ({nbytes} bytes) cannot be written'),
     open(path, 'xb', buffering=0) as file,
   ):
     created.append(path)
@@ -623,7 +490,7 @@ def _fill(
 ) -> None:
   """Writes the data of a file that was created."""
   # `read` stays outside of these: its own errors are not about this file.
-  errors = lambda: _system_errors(f'{path!r} cannot be written')
+  errors = lambda: files.system_errors(f'{path!r} cannot be written')
   with errors():
     descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
   try:
@@ -646,7 +513,7 @@ def _checked_bytes(tensor: Tensor, array: np.ndarray) -> memoryview:
   array = np.asarray(array)
   if array.dtype != tensor.dtype or array.shape != tensor.shape:
     raise CheckpointError(
-      f'Tensor {_quote(tensor.name)} for {tensor.path!r} is {array.dtype} '
+      f'Tensor {files.quote(tensor.name)} for {tensor.path!r} is {array.dtype} '
       f'{array.shape}, and {tensor.dtype} {tensor.shape} was declared.'
     )
   return _bytes_of(np.ascontiguousarray(array))
@@ -655,7 +522,7 @@ def _checked_bytes(tensor: Tensor, array: np.ndarray) -> memoryview:
 def _write(descriptor: int, view: memoryview) -> None:
   done = 0
   while done < len(view):
-    done += os.write(descriptor, view[done : done + CHUNK_BYTES])
+    done += os.write(descriptor, view[done : done + files.CHUNK_BYTES])
 
 
 def _index_json(tensors: list[Tensor]) -> bytes:

@@ -68,13 +68,21 @@ def write(
   Of more entries than slots, the last stay. Padding is not written.
   """
   B, S = slots_BSKH.shape[:2]
-  index_P = jnp.arange(new_BPKH.shape[1])
-  kept_BP = index_P < length_B[:, None]
-  kept_BP &= index_P >= length_B[:, None] - S
-  # A slot of its own beyond the end for each that is dropped: "unique".
-  slot_BP = jnp.where(
-    kept_BP, (start_B[:, None] + index_P) % S, S + index_P[None]
-  )
+  slot_BP = slots_for(start_B, length_B, new_BPKH.shape[1], S)
   return slots_BSKH.at[jnp.arange(B)[:, None], slot_BP].set(
     new_BPKH.astype(slots_BSKH.dtype), mode='drop', unique_indices=True
   )
+
+
+def slots_for(
+  start_B: jax.Array, length_B: jax.Array, num_new: int, num_slots: int
+) -> jax.Array:
+  """The slot of each new token, [B, P]; no two of a row are the same.
+
+  Padding, and what its successors would overwrite, get slots past the end.
+  """
+  index_P = jnp.arange(num_new)
+  kept_BP = index_P < length_B[:, None]
+  kept_BP &= index_P >= length_B[:, None] - num_slots
+  slot_BP = (start_B[:, None] + index_P) % num_slots
+  return jnp.where(kept_BP, slot_BP, num_slots + index_P)

@@ -92,6 +92,14 @@ def test_a_config_that_transformers_has_saved(released, tmp_path):
   assert huggingface_config.model_config(saved) == expected
 
 
+def test_the_last_layer_is_global_whatever_is_written(released):
+  """transformers overrules the config there, and so must we."""
+  values = copy.deepcopy(released)
+  values['text_config']['layer_types'][-1] = 'sliding_attention'
+  pattern = huggingface_config.model_config(values).attention_pattern
+  assert pattern[-1] == 'global'
+
+
 def test_defaults_are_those_of_transformers():
   """A config of nothing but what has no default."""
   transformers = pytest.importorskip(

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from diffusiongemma.checkpoints import CheckpointError
+from diffusiongemma.checkpoints import files
 from diffusiongemma.checkpoints import safetensors
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -303,7 +304,7 @@ def test_short_reads_and_writes(tmp_path, monkeypatch):
 
 
 def test_chunks(tmp_path, monkeypatch):
-  monkeypatch.setattr(safetensors, 'CHUNK_BYTES', 7)
+  monkeypatch.setattr(files, 'CHUNK_BYTES', 7)
   written, asked = [], []
   os_write, os_preadv = os.write, os.preadv
 
@@ -682,12 +683,12 @@ def test_good_files(tmp_path, what):
 
 def test_headers_are_bounded_before_they_are_read(tmp_path):
   path = tmp_path / 'model.safetensors'
-  path.write_bytes((100_000_001).to_bytes(8, 'little'))
+  path.write_bytes((10_000_001).to_bytes(8, 'little'))
   os.truncate(path, 200_000_000)
-  list_refused(tmp_path, str(path), '100000001 bytes', 'the limit')
+  list_refused(tmp_path, str(path), '10000001 bytes', 'the limit')
   path.write_bytes(b'\xff' * 8)
   list_refused(tmp_path, str(path), '18446744073709551615 bytes', 'the limit')
-  path.write_bytes((90_000_000).to_bytes(8, 'little') + b'{}')
+  path.write_bytes((9_000_000).to_bytes(8, 'little') + b'{}')
   list_refused(tmp_path, str(path), 'truncated', 'the file 10')
 
 

@@ -41,6 +41,16 @@ def test_write_keeps_the_last_tokens_of_each_row(num_slots):
     np.testing.assert_array_equal(slots[:, :, 0, 1], held)
 
 
+def test_no_slot_is_written_twice():
+  """A scatter to one place twice has no defined result on an accelerator."""
+  for num_slots in (1, 3, 8):
+    slot_BP = kv_cache.slots_for(
+      jnp.arange(5), jnp.array([0, 2, 6, 5, 3]), 6, num_slots
+    )
+    for row in np.asarray(slot_BP):
+      assert len(set(row)) == 6
+
+
 def test_local_layers_hold_their_window_only(model_config):
   cache = kv_cache.init_cache(model_config, 2, 100)
   slots = [k.shape[1] for k in cache.k]
