@@ -81,13 +81,18 @@ class ModelConfig:
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
   """The sampler (defaults of the released model). Temperatures divide the
-  logits, entropies are in nats."""
+  logits, entropies are in nats; `accept_confidence` is a probability, for the
+  strategy `confidence`."""
 
   canvas_length: int = 256
   max_denoising_steps: int = 48
   t_min: float = 0.4
   t_max: float = 0.8
+  strategy: Literal[
+    'entropy_bound', 'confidence', 'top_k_confident', 'ancestral'
+  ] = 'entropy_bound'
   entropy_bound: float = 0.1
+  accept_confidence: float = 0.9
   stability_threshold: int = 1
   confidence_threshold: float = 0.005
   stop_token_ids: tuple[int, ...] = (1, 106, 50)

@@ -293,7 +293,7 @@ def _sample(overrides: dict[str, str]) -> int:
   write = lambda **callbacks: generate.generate(
     config,
     params,
-    tokens,
+    [tokens],
     jax.random.key(_SEED.value),
     _MAX_NEW_TOKENS.value,
     **callbacks,
@@ -302,7 +302,7 @@ def _sample(overrides: dict[str, str]) -> int:
     tokenizer, prompt, config.diffusion.max_denoising_steps
   )
   if _FORMAT.value == 'json':
-    written = write()
+    (written,), _ = write()
     print(
       json.dumps(
         {'text': tokenizer.decode(written.tokens), **written._asdict()}
@@ -310,7 +310,9 @@ def _sample(overrides: dict[str, str]) -> int:
     )
   elif canvas.is_terminal:
     with canvas:
-      written = write(on_step=canvas.on_step, on_canvas=canvas.on_canvas)
+      (written,), _ = write(
+        on_step=canvas.on_step, on_canvas=lambda kept: canvas.on_canvas(kept[0])
+      )
       canvas.finish()
     print(
       f'\n{len(written.tokens)} tokens in {written.steps} steps '
@@ -318,7 +320,8 @@ def _sample(overrides: dict[str, str]) -> int:
       f'{written.stopped_by.replace("_", " ")}'
     )
   else:
-    print(prompt + tokenizer.decode(write().tokens))
+    (written,), _ = write()
+    print(prompt + tokenizer.decode(written.tokens))
   return 0
 
 

@@ -8,9 +8,10 @@ A row has converged when its draft has not changed for `stability_threshold`
 steps and its mean H is below `confidence_threshold`; it is then frozen. The
 result is the draft of the last step, not the renoised canvas.
 
-The network is a function (tokens_BL, sc_BLD, temperature, uniforms_BL2) ->
-Prediction; nothing else of it is known here. Entropy bound: Ben-Hamu et al.,
-https://arxiv.org/abs/2505.24857.
+The network is a function (tokens_BL, sc_BLD, temperature, uniforms_BL2, step)
+-> Prediction; nothing else of it is known here. What is accepted is a plain
+function, see `strategies.py`. Pinned positions keep their token from the first
+canvas on.
 """
 
 from collections.abc import Callable
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 
 from diffusiongemma.config import DiffusionConfig
 from diffusiongemma.diffusion import noise
+from diffusiongemma.diffusion import strategies
 
 
 @flax.struct.dataclass
@@ -31,6 +33,7 @@ class Prediction:
     sample_BL: int32, one draw from softmax(logits / T) at every position.
     argmax_BL: int32, its most probable token.
     entropy_BL: float32, its entropy in nats.
+    confidence_BL: float32, the probability of `argmax_BL`.
     sc_BLD: its mean embedding, the next step's self-conditioning.
     logits_BLV: the logits before temperature, where they exist at all.
   """
@@ -38,11 +41,13 @@ class Prediction:
   sample_BL: jax.Array
   argmax_BL: jax.Array
   entropy_BL: jax.Array
+  confidence_BL: jax.Array
   sc_BLD: jax.Array
   logits_BLV: jax.Array | None = None
 
 
-DenoiseFn = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], Prediction]
+# (tokens_BL, sc_BLD, temperature, uniforms_BL2, step) -> Prediction
+DenoiseFn = Callable[..., Prediction]
 
 
 @flax.struct.dataclass
@@ -52,10 +57,31 @@ class StepNoise:
   Attributes:
     uniforms_BL2: float32 in [0, 1), two a position: what `sample` is drawn by.
     tokens_BL: int32, what rejected positions are renoised with.
+    choice_BL: float32 in [0, 1), for strategies that choose at random.
+    vocab_size: V, of what `tokens_BL` are drawn from.
   """
 
   uniforms_BL2: jax.Array
   tokens_BL: jax.Array
+  choice_BL: jax.Array
+  vocab_size: int = flax.struct.field(pytree_node=False)
+
+
+@flax.struct.dataclass
+class Pinned:
+  """Positions that keep their token: infilling, editing, forced words.
+
+  Attributes:
+    mask_BL: bool, True where pinned.
+    tokens_BL: int32, the tokens there; anything elsewhere.
+  """
+
+  mask_BL: jax.Array
+  tokens_BL: jax.Array
+
+  def hold(self, tokens_BL: jax.Array) -> jax.Array:
+    """`tokens_BL` with the pinned ones in their places."""
+    return jnp.where(self.mask_BL, self.tokens_BL, tokens_BL)
 
 
 @flax.struct.dataclass
@@ -104,41 +130,43 @@ def temperature_at(config: DiffusionConfig, step: jax.Array) -> jax.Array:
   return config.t_min + (config.t_max - config.t_min) * share
 
 
-def entropy_bound(entropy_BL: jax.Array, bound: float) -> jax.Array:
-  """Accepts the most certain positions: bool [B, L].
-
-  The k lowest entropies for which the sum of all but the largest stays within
-  `bound` (nats), a bound on how much the accepted tokens can depend on each
-  other. One position is always accepted.
-  """
-  order_BL = jnp.argsort(entropy_BL, axis=-1)
-  sorted_BL = jnp.take_along_axis(entropy_BL, order_BL, axis=-1)
-  kept_BL = jnp.cumsum(sorted_BL, axis=-1) - sorted_BL <= bound
-  rank_BL = jnp.argsort(order_BL, axis=-1)
-  return jnp.take_along_axis(kept_BL, rank_BL, axis=-1)
-
-
 def denoise_step(
   denoise_fn: DenoiseFn,
   config: DiffusionConfig,
   state: SamplerState,
   step: jax.Array,
   drawn: StepNoise,
+  *,
+  strategy: Callable | None = None,
+  temperature: Callable = temperature_at,
+  pinned: Pinned | None = None,
 ) -> SamplerState:
-  """The one transition of the reverse process; `step` counts down to 1."""
+  """The one transition of the reverse process; `step` counts down to 1.
+
+  For the arguments after `drawn`, see `sample_canvas`.
+  """
+  strategy = strategy or strategies.STRATEGIES[config.strategy]
   prediction = denoise_fn(
     state.canvas_BL,
     state.sc_BLD,
-    temperature_at(config, step),
+    temperature(config, step),
     drawn.uniforms_BL2,
+    step,
   )
-  accepted_BL = entropy_bound(prediction.entropy_BL, config.entropy_bound)
-  canvas_BL = jnp.where(accepted_BL, prediction.sample_BL, drawn.tokens_BL)
+  free = prediction.entropy_BL.shape[-1]
+  if pinned is not None:
+    prediction = _certain(prediction, pinned)
+    free = jnp.maximum(jnp.sum(~pinned.mask_BL, axis=-1), 1)
+  canvas_BL, accepted_BL = strategy(
+    config, state.canvas_BL, prediction, step, drawn
+  )
+  if pinned is not None:
+    canvas_BL = pinned.hold(canvas_BL)
+    accepted_BL |= pinned.mask_BL
   same_B = jnp.all(prediction.argmax_BL == state.draft_BL, axis=-1)
   unchanged_B = jnp.where(same_B, state.unchanged_B + 1, 0)
-  confident_B = (
-    jnp.mean(prediction.entropy_BL, axis=-1) < config.confidence_threshold
-  )
+  mean_entropy_B = jnp.sum(prediction.entropy_BL, axis=-1) / free
+  confident_B = mean_entropy_B < config.confidence_threshold
   stable_B = unchanged_B >= config.stability_threshold
   moved = SamplerState(
     canvas_BL=canvas_BL,
@@ -158,6 +186,18 @@ def denoise_step(
   return jax.tree.map(freeze, state, moved)
 
 
+def _certain(prediction: Prediction, pinned: Pinned) -> Prediction:
+  """The prediction with nothing to predict where tokens are pinned: they take
+  no share of an entropy bound."""
+  mask_BL = pinned.mask_BL
+  return prediction.replace(
+    sample_BL=pinned.hold(prediction.sample_BL),
+    argmax_BL=pinned.hold(prediction.argmax_BL),
+    entropy_BL=jnp.where(mask_BL, 0.0, prediction.entropy_BL),
+    confidence_BL=jnp.where(mask_BL, 1.0, prediction.confidence_BL),
+  )
+
+
 def sample_canvas(
   denoise_fn: DenoiseFn,
   key: jax.Array,
@@ -167,6 +207,12 @@ def sample_canvas(
   vocab_size: int,
   embed_dim: int,
   trajectory: bool = False,
+  strategy: Callable | None = None,
+  temperature: Callable = temperature_at,
+  pinned: Pinned | None = None,
+  initial_canvas_BL: jax.Array | None = None,
+  noise_fn: Callable[[jax.Array], StepNoise] | None = None,
+  done_B: jax.Array | None = None,
 ) -> tuple[SamplerState, SamplerState | None]:
   """Denoises one canvas per row; pure, for use inside `jax.jit`.
 
@@ -180,17 +226,45 @@ def sample_canvas(
     embed_dim: D of the self-conditioning.
     trajectory: run all N steps and return every state, instead of stopping
       when all rows have converged. The result is the same.
+    strategy: (config, canvas_BL, prediction, step, drawn) -> (next canvas,
+      accepted); None is the one that `config.strategy` names.
+    temperature: (config, step) -> T > 0.
+    pinned: positions that keep their token at every step.
+    initial_canvas_BL: int32, where to start instead of noise.
+    noise_fn: step -> the random numbers of that step, instead of those that
+      follow from `key`.
+    done_B: bool, rows that are not to be sampled at all; they use no steps.
 
   Returns:
     (last state, its `draft_BL` is the text; states after each step stacked
     along a first axis of N, or None).
   """
   keys_B = row_keys(key, batch_size)
-  state = init_state(draw_canvas(keys_B, config, vocab_size), embed_dim)
+  shape = (batch_size, config.canvas_length)
+  if initial_canvas_BL is None:
+    initial_canvas_BL = draw_canvas(keys_B, config, vocab_size)
+  _check_shape('initial_canvas_BL', initial_canvas_BL, shape)
+  if pinned is not None:
+    _check_shape('pinned.mask_BL', pinned.mask_BL, shape)
+    _check_shape('pinned.tokens_BL', pinned.tokens_BL, shape)
+    initial_canvas_BL = pinned.hold(initial_canvas_BL)
+  state = init_state(initial_canvas_BL, embed_dim)
+  if done_B is not None:
+    state = state.replace(converged_B=done_B)
+  if noise_fn is None:
+    noise_fn = lambda step: draw_step_noise(keys_B, step, config, vocab_size)
 
   def transition(state, step):
-    drawn = draw_step_noise(keys_B, step, config, vocab_size)
-    return denoise_step(denoise_fn, config, state, step, drawn)
+    return denoise_step(
+      denoise_fn,
+      config,
+      state,
+      step,
+      noise_fn(step),
+      strategy=strategy,
+      temperature=temperature,
+      pinned=pinned,
+    )
 
   last_step = config.max_denoising_steps
   if trajectory:
@@ -213,6 +287,14 @@ def sample_canvas(
   start = (state, jnp.asarray(last_step, jnp.int32))
   state, _ = jax.lax.while_loop(unfinished, loop_body, start)
   return state, None
+
+
+def _check_shape(name: str, array: jax.Array, shape: tuple[int, int]) -> None:
+  if array.shape != shape:
+    raise ValueError(
+      f'{name} must be [batch_size, canvas_length] = {list(shape)}, it is '
+      f'{list(array.shape)}.'
+    )
 
 
 def row_keys(key: jax.Array, batch_size: int) -> jax.Array:
@@ -240,12 +322,15 @@ def draw_step_noise(
   """The random numbers of step n >= 1, each row from its own key."""
 
   def draw(key):
-    uniform_key, token_key = jax.random.split(jax.random.fold_in(key, step))
+    uniform_key, token_key, choice_key = jax.random.split(
+      jax.random.fold_in(key, step), 3
+    )
     L = config.canvas_length
     uniforms_L2 = jax.random.uniform(uniform_key, (L, 2))
-    return uniforms_L2, noise.prior_canvas(token_key, (L,), vocab_size)
+    tokens_L = noise.prior_canvas(token_key, (L,), vocab_size)
+    return uniforms_L2, tokens_L, jax.random.uniform(choice_key, (L,))
 
-  return StepNoise(*jax.vmap(draw)(keys_B))
+  return StepNoise(*jax.vmap(draw)(keys_B), vocab_size)
 
 
 def predict(
@@ -271,6 +356,7 @@ def predict(
     sample_BL=sample_categorical(p_BLV, uniforms_BL2),
     argmax_BL=jnp.argmax(scaled_BLV, axis=-1).astype(jnp.int32),
     entropy_BL=-jnp.sum(terms_BLV, axis=-1),
+    confidence_BL=jnp.max(p_BLV, axis=-1),
     sc_BLD=soft_embedding(p_BLV),
     logits_BLV=logits_BLV,
   )

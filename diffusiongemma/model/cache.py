@@ -43,6 +43,26 @@ def init_cache(config: ModelConfig, batch_size: int, capacity: int) -> KVCache:
   return KVCache(layers, layers, jnp.zeros((batch_size,), jnp.int32))
 
 
+def grow(config: ModelConfig, cache: KVCache, capacity: int) -> KVCache:
+  """The cache with room for texts of up to `capacity` tokens, or as it is.
+
+  A layer with fewer slots than its window has a slot for every token, so that
+  all stay in their places.
+  """
+  empty = jax.eval_shape(
+    lambda: init_cache(config, len(cache.length_B), capacity)
+  )
+
+  def pad(old_BSKH, new_BSKH):
+    more = max(0, new_BSKH.shape[1] - old_BSKH.shape[1])
+    return jnp.pad(old_BSKH, ((0, 0), (0, more), (0, 0), (0, 0)))
+
+  return cache.replace(
+    k=jax.tree.map(pad, cache.k, empty.k),
+    v=jax.tree.map(pad, cache.v, empty.v),
+  )
+
+
 def kv_shape(config: ModelConfig, kind: str) -> tuple[int, int]:
   """(K, H) of a 'local' or 'global' layer."""
   if kind == 'global':

@@ -51,7 +51,7 @@ def pool(x_IMW: jax.Array, positions_IM2: jax.Array, kernel: int) -> jax.Array:
   width_I1 = jnp.max(positions_IM2[..., 0], axis=1, keepdims=True) + 1
   square_IM2 = positions_IM2 // kernel
   slot_IM = square_IM2[..., 0] + width_I1 // kernel * square_IM2[..., 1]
-  slot_IM = jnp.where(is_patch(positions_IM2), slot_IM, -1)
+  # Padding, at (-1, -1), has a slot below zero, which `one_hot` leaves out.
   # A product, not a scatter: sums come out the same on every run. Of one-hots,
   # so that TPUs and GPUs must not round the other side to bfloat16 or TF32.
   summed_ITW = jnp.einsum(

@@ -1,4 +1,4 @@
-"""Prompt to text: prefill, then canvas after canvas.
+"""Prompts to text: prefill, then canvas after canvas.
 
   cache = prefill(prompt)
   repeat:  canvas = sample_canvas(denoise_fn(cache));  cut it at a stop token
@@ -9,7 +9,9 @@ parameters and cache into the function that the sampler calls.
 """
 
 from collections.abc import Callable
+from collections.abc import Sequence
 import functools
+from typing import Any
 from typing import NamedTuple
 
 import jax
@@ -21,6 +23,9 @@ from diffusiongemma.config import ModelConfig
 from diffusiongemma.diffusion import sampler
 from diffusiongemma.model import cache as kv_cache
 from diffusiongemma.model import denoiser
+from diffusiongemma.text import images as image_lib
+
+LogitHook = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class PromptError(ValueError):
@@ -33,7 +38,7 @@ class Generation(NamedTuple):
   Attributes:
     tokens: ids, a stop token included, padding not.
     steps: denoising passes used.
-    tokens_per_forward: tokens for each of them.
+    tokens_per_forward: tokens for each of them, pads not counted.
     stopped_by: 'stop_token' or 'max_new_tokens'.
   """
 
@@ -43,16 +48,37 @@ class Generation(NamedTuple):
   stopped_by: str
 
 
+class Generated(NamedTuple):
+  """What was written after a batch of prompts.
+
+  Attributes:
+    rows: one for each prompt.
+    cache: prompts and answers, to go on from; None unless it was asked for.
+  """
+
+  rows: list[Generation]
+  cache: kv_cache.KVCache | None
+
+
 def make_denoise_fn(
-  config: ModelConfig, params: dict, cache: kv_cache.KVCache
+  config: ModelConfig,
+  params: dict,
+  cache: kv_cache.KVCache,
+  logit_hook: LogitHook | None = None,
 ) -> sampler.DenoiseFn:
-  """The sampler's view of a network that has read the text in `cache`."""
+  """The sampler's view of a network that has read the text in `cache`.
+
+  `logit_hook` (logits_BLV, step) -> logits_BLV changes the logits before the
+  temperature: -inf bans a token, all others at -inf force it.
+  """
   model = denoiser.Denoiser(config)
   apply = functools.partial(model.apply, {'params': params})
 
-  def denoise(tokens_BL, sc_BLD, temperature, uniforms_BL2):
+  def denoise(tokens_BL, sc_BLD, temperature, uniforms_BL2, step):
     h_BLD = apply(tokens_BL, sc_BLD, cache, method='denoise')
     logits_BLV = apply(h_BLD, method='logits')
+    if logit_hook is not None:
+      logits_BLV = logit_hook(logits_BLV, step)
     soft_embedding = functools.partial(apply, method='soft_embedding')
     return sampler.predict(
       logits_BLV, temperature, uniforms_BL2, soft_embedding
@@ -158,23 +184,29 @@ def _piece_end(image_P: np.ndarray, start: int, length: int, size: int) -> int:
   return end
 
 
-@functools.partial(jax.jit, static_argnames='config')
+@functools.partial(jax.jit, static_argnames=('config', 'logit_hook'))
 def write_canvas(
-  config: Config, params: dict, cache: kv_cache.KVCache, keys_B: jax.Array
+  config: Config,
+  params: dict,
+  cache: kv_cache.KVCache,
+  keys_B: jax.Array,
+  done_B: jax.Array,
+  logit_hook: LogitHook | None = None,
 ) -> sampler.SamplerState:
   """Denoises one canvas after the cached text, all on the device."""
   state, _ = sampler.sample_canvas(
-    make_denoise_fn(config.model, params, cache),
+    make_denoise_fn(config.model, params, cache, logit_hook),
     keys_B,
     config.diffusion,
     batch_size=keys_B.shape[0],
     vocab_size=config.model.vocab_size,
     embed_dim=config.model.embed_dim,
+    done_B=done_B,
   )
   return state
 
 
-@functools.partial(jax.jit, static_argnames='config')
+@functools.partial(jax.jit, static_argnames=('config', 'logit_hook'))
 def write_step(
   config: Config,
   params: dict,
@@ -182,12 +214,13 @@ def write_step(
   keys_B: jax.Array,
   state: sampler.SamplerState,
   step: jax.Array,
+  logit_hook: LogitHook | None = None,
 ) -> sampler.SamplerState:
   """One step of `write_canvas`, for those who watch."""
   drawn = sampler.draw_step_noise(
     keys_B, step, config.diffusion, config.model.vocab_size
   )
-  denoise_fn = make_denoise_fn(config.model, params, cache)
+  denoise_fn = make_denoise_fn(config.model, params, cache, logit_hook)
   return sampler.denoise_step(denoise_fn, config.diffusion, state, step, drawn)
 
 
@@ -196,17 +229,20 @@ def watch_canvas(
   params: dict,
   cache: kv_cache.KVCache,
   keys_B: jax.Array,
+  done_B: jax.Array,
   on_step: Callable[[int, sampler.SamplerState], None],
+  logit_hook: LogitHook | None = None,
 ) -> sampler.SamplerState:
   """`write_canvas` with a call after every step; the same tokens."""
   canvas_BL = sampler.draw_canvas(
     keys_B, config.diffusion, config.model.vocab_size
   )
   state = sampler.init_state(canvas_BL, config.model.embed_dim)
+  state = state.replace(converged_B=done_B)
   on_step(0, state)
   total = config.diffusion.max_denoising_steps
   for step in range(total, 0, -1):
-    state = write_step(config, params, cache, keys_B, state, step)
+    state = write_step(config, params, cache, keys_B, state, step, logit_hook)
     on_step(total - step + 1, state)
     if bool(jnp.all(state.converged_B)):
       break
@@ -216,81 +252,196 @@ def watch_canvas(
 def generate(
   config: Config,
   params: dict,
-  prompt: list[int],
+  prompts: Sequence[Sequence[int]],
   key: jax.Array,
   max_new_tokens: int,
+  *,
+  pictures: Sequence[Sequence[Any]] | None = None,
+  cache: kv_cache.KVCache | None = None,
+  keep_cache: bool = False,
+  logit_hook: LogitHook | None = None,
   on_step: Callable[[int, sampler.SamplerState], None] | None = None,
-  on_canvas: Callable[[list[int]], None] | None = None,
-) -> Generation:
-  """Continues one prompt.
+  on_canvas: Callable[[list[list[int]]], None] | None = None,
+) -> Generated:
+  """Continues a batch of prompts of any lengths, canvas after canvas.
+
+  A row is written as it would be alone: its noise follows from its own key,
+  and no row sees another or its padding. Prompts are padded to a power of
+  two, so that similar lengths share a compilation.
 
   Args:
     config: network and sampler.
     params: parameters of the network.
-    prompt: token ids, beginning with bos.
-    key: the noise; the same key writes the same tokens.
-    max_new_tokens: upper limit; whole canvases are denoised and then cut.
+    prompts: token ids of each row, beginning with bos; with a `cache`, what
+      comes after the text there.
+    key: the noise; one key, from which each row gets its own, or one a row
+      [B]. The same key writes the same tokens.
+    max_new_tokens: of each row; whole canvases are denoised and then cut.
+    pictures: for each row, the images of its `image_token_id`s, in order; see
+      `images.load_image` for what they may be.
+    cache: what an earlier call has returned, for the next turn of the same
+      rows.
+    keep_cache: read the last canvases too, and return the cache.
+    logit_hook: see `make_denoise_fn`; the same function object compiles once.
     on_step: called with (steps done, state) after every denoising step.
-    on_canvas: called with the tokens kept of every finished canvas.
+    on_canvas: called with the tokens kept of every row, at every canvas.
 
   Raises:
-    PromptError: the prompt is empty, or does not fit the context together
-      with the canvases asked for.
+    PromptError: there is no prompt, one is empty or does not fit the context
+      together with the canvases asked for, or pictures and image tokens do
+      not agree.
+    ImageError: an image can't be used.
   """
   C = config.diffusion.canvas_length
-  canvases = -(-max_new_tokens // C)
-  check_prompt(config, prompt, max_new_tokens)
-  # Powers of two, so that prompts of similar length share a compilation.
-  bucket = max(16, 1 << (len(prompt) - 1).bit_length())
-  tokens_BP = np.full((1, bucket), config.diffusion.pad_token_id, np.int32)
-  tokens_BP[0, : len(prompt)] = prompt
-  capacity = bucket + canvases * C
-  cache = kv_cache.init_cache(config.model, 1, capacity)
-  length_B = np.array([len(prompt)], np.int32)
-  cache = read_prompt(config.model, params, tokens_BP, length_B, cache)
+  B, canvases = len(prompts), -(-max_new_tokens // C)
+  if not B:
+    raise PromptError('There is no prompt.')
+  used_B = [0] * B if cache is None else np.asarray(cache.length_B).tolist()
+  if len(used_B) != B:
+    raise PromptError(f'{B} prompts for a cache of {len(used_B)} rows.')
+  prompts, seen = _with_pictures(config.model, params, prompts, pictures)
+  for prompt, used in zip(prompts, used_B, strict=True):
+    check_prompt(config, prompt, max_new_tokens, used)
+  bucket = max(16, _power_of_two(max(map(len, prompts))))
+  tokens_BP = np.full((B, bucket), config.diffusion.pad_token_id, np.int32)
+  for row, prompt in enumerate(prompts):
+    tokens_BP[row, : len(prompt)] = prompt
+  length_B = np.array([len(prompt) for prompt in prompts], np.int32)
+  longest = int(np.max(used_B + length_B))
+  capacity = max(bucket, _power_of_two(longest)) + canvases * C
+  if cache is None:
+    cache = kv_cache.init_cache(config.model, B, capacity)
+  else:
+    cache = kv_cache.grow(config.model, cache, capacity)
+  images = seen and denoiser.SoftTokens(
+    seen.soft_ITD,
+    image_lib.place(
+      tokens_BP, seen.counts, config.model.vision, seen.soft_ITD.shape[1]
+    ),
+  )
+  cache = read_prompt(config.model, params, tokens_BP, length_B, cache, images)
 
-  tokens, steps, stopped_by = [], 0, 'max_new_tokens'
-  canvas_length_B = np.array([C], np.int32)
+  keys_B = sampler.row_keys(key, B)
+  tokens, steps_B = [[] for _ in range(B)], np.zeros(B, int)
+  stopped_by = [None] * B
   for index in range(canvases):
-    keys_B = jax.random.fold_in(key, index)[None]
-    if on_step is None:
-      state = write_canvas(config, params, cache, keys_B)
-    else:
-      state = watch_canvas(config, params, cache, keys_B, on_step)
-    steps += int(state.steps_B[0])
-    kept, stopped = cut_at_stop(
-      np.asarray(state.draft_BL[0]), config.diffusion.stop_token_ids
+    canvas_keys_B = jax.vmap(lambda k, i=index: jax.random.fold_in(k, i))(
+      keys_B
     )
-    kept = kept[: max_new_tokens - len(tokens)]
-    tokens += kept
+    done_B = jnp.array([reason is not None for reason in stopped_by])
+    if on_step is None:
+      state = write_canvas(
+        config, params, cache, canvas_keys_B, done_B, logit_hook
+      )
+    else:
+      state = watch_canvas(
+        config, params, cache, canvas_keys_B, done_B, on_step, logit_hook
+      )
+    steps_B += np.asarray(state.steps_B)
+    draft_BL = np.asarray(state.draft_BL)
+    kept = [[] for _ in range(B)]
+    for row in range(B):
+      if stopped_by[row] is None:
+        kept[row], stopped_by[row] = _keep(
+          draft_BL[row], config, max_new_tokens - len(tokens[row])
+        )
+        tokens[row] += kept[row]
     if on_canvas is not None:
       on_canvas(kept)
-    if stopped and kept and kept[-1] in config.diffusion.stop_token_ids:
-      stopped_by = 'stop_token'
+    finished = None not in stopped_by
+    if keep_cache or not finished:
+      kept_B = np.array([len(row) for row in kept], np.int32)
+      draft_BL = np.maximum(draft_BL, 0)  # Rows that are done have none.
+      cache = prefill(config.model, params, draft_BL, kept_B, cache)
+    if finished:
       break
-    if index + 1 < canvases:
-      cache = prefill(
-        config.model, params, state.draft_BL, canvas_length_B, cache
-      )
-  return Generation(tokens, steps, len(tokens) / steps, stopped_by)
+  pad = config.diffusion.pad_token_id
+  rows = [
+    Generation(
+      written, int(steps), sum(t != pad for t in written) / int(steps), reason
+    )
+    for written, steps, reason in zip(tokens, steps_B, stopped_by, strict=True)
+  ]
+  return Generated(rows, cache if keep_cache else None)
+
+
+def _keep(
+  draft_L: np.ndarray, config: Config, room: int
+) -> tuple[list[int], str | None]:
+  """(tokens of a canvas that are kept, why the row ends with it, if so)."""
+  kept, stopped = cut_at_stop(draft_L, config.diffusion.stop_token_ids)
+  if stopped and len(kept) <= room:
+    return kept, 'stop_token'
+  return kept[:room], 'max_new_tokens' if len(kept) >= room else None
+
+
+def _power_of_two(number: int) -> int:
+  return 1 << (max(1, number) - 1).bit_length()
+
+
+class _Seen(NamedTuple):
+  """Encoded pictures of a batch; `counts` has a list for each row."""
+
+  soft_ITD: jax.Array
+  counts: list[list[int]]
+
+
+def _with_pictures(
+  config: ModelConfig,
+  params: dict,
+  prompts: Sequence[Sequence[int]],
+  pictures: Sequence[Sequence[Any]] | None,
+) -> tuple[list[list[int]], _Seen | None]:
+  """Prompts in which each image token stands for a whole picture."""
+  prompts = [[int(token) for token in prompt] for prompt in prompts]
+  if not pictures or not any(pictures):
+    for row, prompt in enumerate(prompts):
+      if config.vision and config.vision.image_token_id in prompt:
+        raise PromptError(
+          f'Prompt {row} has an image token, and there is no picture for it.'
+        )
+    return prompts, None
+  if config.vision is None:
+    raise PromptError('This network reads text only; it can see no picture.')
+  if len(pictures) != len(prompts):
+    raise PromptError(
+      f'{len(pictures)} lists of pictures for {len(prompts)} prompts.'
+    )
+  flat = [picture for row in pictures for picture in row]
+  patches = image_lib.preprocess(flat, config.vision)
+  counts, remaining = [], iter(patches.counts_I.tolist())
+  for row, prompt in enumerate(prompts):
+    counts.append([next(remaining) for _ in pictures[row]])
+    prompts[row] = image_lib.expand_image_tokens(
+      prompt, counts[row], config.vision
+    )
+  soft_ITD = encode_images(
+    config, params, patches.patches_IMX, patches.positions_IM2
+  )
+  return prompts, _Seen(soft_ITD, counts)
 
 
 def check_prompt(
-  config: Config, prompt: list[int], max_new_tokens: int
+  config: Config, prompt: Sequence[int], max_new_tokens: int, used: int = 0
 ) -> None:
-  """Raises `PromptError` unless prompt and canvases fit the context."""
+  """Raises `PromptError` unless prompt and canvases fit the context, of which
+  `used` tokens are taken."""
   if max_new_tokens < 1:
     raise PromptError(f'max_new_tokens = {max_new_tokens} must be positive.')
-  text = [t for t in prompt if t != config.diffusion.bos_token_id]
-  if not text:
+  if all(token == config.diffusion.bos_token_id for token in prompt):
     raise PromptError('The prompt is empty; give it a few words to go on from.')
+  vocab_size = config.model.vocab_size
+  if not all(0 <= token < vocab_size for token in prompt):
+    raise PromptError(
+      f'The prompt has tokens outside the vocabulary of {vocab_size}.'
+    )
   C, context = config.diffusion.canvas_length, config.model.context_length
-  canvases = -(-max_new_tokens // C)
-  if len(prompt) + canvases * C > context:
-    room = (context - len(prompt)) // C * C
+  canvases, length = -(-max_new_tokens // C), used + len(prompt)
+  if length + canvases * C > context:
+    room = (context - length) // C * C
     remedy = f'ask for at most {room} new tokens' if room > 0 else 'shorten it'
     raise PromptError(
-      f'The prompt has {len(prompt)} tokens; with {canvases} canvases of {C} '
+      f'The prompt has {length} tokens; with {canvases} canvases of {C} '
       f'that is more than the context of {context}: {remedy}.'
     )
 

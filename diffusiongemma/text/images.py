@@ -153,8 +153,8 @@ def target_size(
   """(height, width) in pixels that an image is scaled to, up or down.
 
   Both are rounded down to units of `pooling_kernel * patch_size`, which may
-  change the shape a little. A side that would vanish gets one unit and the
-  other `soft_tokens` units at most: what is narrower than that is squeezed.
+  change the shape a little. Where a side would vanish it gets one unit and the
+  other `soft_tokens` units: what is narrower than that is squeezed.
   Source: transformers' Gemma4ImageProcessor, with its order of roundings.
   """
   unit = vision.pooling_kernel * vision.patch_size
@@ -162,9 +162,9 @@ def target_size(
   rows = math.floor(factor * height / unit)
   columns = math.floor(factor * width / unit)
   if rows == 0:
-    rows, columns = 1, min(width // height, soft_tokens)
+    rows, columns = 1, soft_tokens
   elif columns == 0:
-    rows, columns = min(height // width, soft_tokens), 1
+    rows, columns = soft_tokens, 1
   return rows * unit, columns * unit
 
 
@@ -228,8 +228,7 @@ def _cut(pixels: np.ndarray, patch: int) -> np.ndarray:
   height, width, _ = pixels.shape
   grid = pixels.reshape(height // patch, patch, width // patch, patch, 3)
   patches_MX = grid.transpose(0, 2, 1, 3, 4).reshape(-1, 3 * patch**2)
-  # The product in float64, to be equal to transformers in the last bit.
-  return (patches_MX * (1 / 255)).astype(np.float32)
+  return patches_MX.astype(np.float32) / 255
 
 
 def expand_image_tokens(

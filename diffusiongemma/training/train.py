@@ -275,10 +275,10 @@ def report_quality(
     step % train.sample_every == 0 or step == train.steps
   ):
     prompt = [tokenizer.bos_id] + tokenizer.encode(train.sample_prompt)
-    written = generate.generate(
+    (written,), _ = generate.generate(
       config,
       params,
-      prompt,
+      [prompt],
       jax.random.key(train.seed),
       config.diffusion.canvas_length,
     )

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
   diffusiongemma.generate(
     run.config,
     run.params,
-    [run.tokenizer.bos_id] + run.tokenizer.encode(_PROMPT.value),
+    [[run.tokenizer.bos_id] + run.tokenizer.encode(_PROMPT.value)],
     jax.random.key(_SEED.value),
     run.config.diffusion.canvas_length,
     on_step=states.__setitem__,

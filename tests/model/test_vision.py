@@ -246,7 +246,11 @@ def test_bfloat16():
   half = make_config('bfloat16')
   params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_params(config))
   ours = encode(half, params, patches_IMX, positions_IM2)
-  assert ours.dtype == jnp.bfloat16
+  # What the layers get is bfloat16, not only what comes out at the end.
+  embedded = vision.VisionEncoder(half).apply(
+    {'params': params}, patches_IMX, positions_IM2, method='embed'
+  )
+  assert embedded.dtype == ours.dtype == jnp.bfloat16
   assert 1e-4 < error(ours, exact) < 0.03
   theirs, _ = Reference(config, params, 'bfloat16')(patches_IMX, positions_IM2)
   assert error(stripped(ours, config, positions_IM2), theirs) < 0.03
@@ -327,11 +331,11 @@ def test_pooling_takes_squares_in_reading_order():
 @pytest.mark.parametrize('num_blocks', [2, 5])
 def test_blocked_queries_equal_all_at_once(num_blocks):
   rng = np.random.default_rng(0)
-  shape = (2, 12, 4, 8)
+  shape = (2, 13, 4, 8)
   q, k, v = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(3))
   k, v = k[:, :, :2], v[:, :, :2]
-  seen_IM = jnp.arange(12) < jnp.asarray([[12], [7]])
-  scores = 2 * 4 * 12 * 12
+  seen_IM = jnp.arange(13) < jnp.asarray([[13], [7]])
+  scores = 2 * 4 * 13 * 13
 
   def total(max_scores, q, k, v):
     out = vision.attend(q, k, v, seen_IM, max_scores)

@@ -10,6 +10,7 @@ import pytest
 from diffusiongemma.config import Config
 from diffusiongemma.config import DiffusionConfig
 from diffusiongemma.config import VisionConfig
+from diffusiongemma.diffusion import sampler
 from diffusiongemma.model import cache as kv_cache
 from diffusiongemma.model import denoiser
 from diffusiongemma.text import generate
@@ -21,15 +22,16 @@ PROMPT = [2, 10, 20, 30]
 @pytest.fixture(scope='module')
 def config(model_config):
   diffusion = DiffusionConfig(
-    canvas_length=C, max_denoising_steps=4, stop_token_ids=(1,)
+    canvas_length=C, max_denoising_steps=4, stop_token_ids=()
   )
   return Config(model=model_config, diffusion=diffusion)
 
 
 def run(config, params, new_tokens, **callbacks):
-  return generate.generate(
-    config, params, PROMPT, jax.random.key(0), new_tokens, **callbacks
+  (row,), _ = generate.generate(
+    config, params, [PROMPT], jax.random.key(0), new_tokens, **callbacks
   )
+  return row
 
 
 def test_watching_changes_nothing(config, params):
@@ -41,7 +43,7 @@ def test_watching_changes_nothing(config, params):
     params,
     2 * C,
     on_step=lambda step, state: steps.append(step),
-    on_canvas=canvases.append,
+    on_canvas=lambda kept: canvases.append(kept[0]),
   )
   assert watched == quiet
   assert steps == [0, 1, 2, 3, 4] * 2
@@ -75,8 +77,11 @@ def test_second_canvas_continues_the_first(config, params):
   cache = generate.prefill(
     config.model, params, np.array([text]), np.array([len(text)]), cache
   )
-  keys_B = jax.random.fold_in(jax.random.key(0), 1)[None]
-  state = generate.write_canvas(config, params, cache, keys_B)
+  (row_key,) = sampler.row_keys(jax.random.key(0), 1)
+  keys_B = jax.random.fold_in(row_key, 1)[None]
+  state = generate.write_canvas(
+    config, params, cache, keys_B, jnp.zeros(1, bool)
+  )
   assert state.draft_BL[0].tolist() == whole.tokens[C:]
 
 
@@ -85,7 +90,7 @@ def test_prompts_of_one_bucket_compile_once(config, params):
   before = generate.prefill._cache_size(), generate.write_canvas._cache_size()
   for length in (2, 7, 16):
     prompt = list(range(2, 2 + length))
-    generate.generate(config, params, prompt, jax.random.key(1), C)
+    generate.generate(config, params, [prompt], jax.random.key(1), C)
   after = generate.prefill._cache_size(), generate.write_canvas._cache_size()
   assert after == before
 
@@ -98,13 +103,106 @@ def test_prompts_of_one_bucket_compile_once(config, params):
     ([2] + [5] * 300, 4, 'more than the context of 256: shorten it'),
     ([2] + [5] * 200, 100, 'ask for at most 54 new tokens'),
     ([2, 5], 0, 'must be positive'),
+    ([2, 97], 4, 'outside the vocabulary of 97'),
+    ([2, -1], 4, 'outside the vocabulary of 97'),
   ],
 )
 def test_prompts_that_cannot_be_continued(
   config, params, prompt, new_tokens, message
 ):
   with pytest.raises(generate.PromptError, match=message):
-    generate.generate(config, params, prompt, jax.random.key(0), new_tokens)
+    generate.generate(config, params, [prompt], jax.random.key(0), new_tokens)
+
+
+def test_rows_of_a_batch_are_what_they_are_alone(config, params):
+  """Prompts of many lengths; whatever the other rows hold, and when some of
+  them stop before others."""
+  rng = np.random.default_rng(0)
+  prompts = [rng.integers(2, 97, n).tolist() for n in (1, 9, 17, 30)]
+  keys_B = jax.random.split(jax.random.key(4), 4)
+  together, _ = generate.generate(config, params, prompts, keys_B, 3 * C)
+  stop = together[1].tokens[C + 2]  # Row 1 stops in its second canvas.
+  diffusion = dataclasses.replace(config.diffusion, stop_token_ids=(stop,))
+  for case in (config, dataclasses.replace(config, diffusion=diffusion)):
+    together, _ = generate.generate(case, params, prompts, keys_B, 3 * C)
+    for row, prompt in enumerate(prompts):
+      (alone,), _ = generate.generate(
+        case, params, [prompt], keys_B[row : row + 1], 3 * C
+      )
+      assert alone == together[row]
+  assert together[1].stopped_by == 'stop_token'
+  assert len({row.steps for row in together}) > 1
+
+
+def test_a_turn_goes_on_from_the_cache_of_the_last(config, params):
+  """As if the whole conversation were the prompt; one row stops early, and
+  its unread rest is not in the cache."""
+  prompts = [[2, 10, 20, 30], [2, 40]]
+  keys_B = jax.random.split(jax.random.key(5), 2)
+  first, _ = generate.generate(config, params, prompts, keys_B, 2 * C)
+  stop = first[0].tokens[2]
+  diffusion = dataclasses.replace(config.diffusion, stop_token_ids=(stop,))
+  config = dataclasses.replace(config, diffusion=diffusion)
+  first, cache = generate.generate(
+    config, params, prompts, keys_B, 2 * C, keep_cache=True
+  )
+  lengths = [
+    len(p) + len(r.tokens) for p, r in zip(prompts, first, strict=True)
+  ]
+  assert cache.length_B.tolist() == lengths and lengths[0] < 4 + C
+  news = [[50, 51, 52], [60]]
+  second, _ = generate.generate(
+    config, params, news, keys_B, C, cache=cache, keep_cache=True
+  )
+  whole = [
+    prompt + row.tokens + new
+    for prompt, row, new in zip(prompts, first, news, strict=True)
+  ]
+  assert generate.generate(config, params, whole, keys_B, C)[0] == second
+
+
+def test_a_logit_hook_bans_and_forces(config, params):
+  """Only even tokens, and the third is always 42; the step counts down."""
+  steps = []
+
+  def hook(logits_BLV, step):
+    jax.debug.callback(lambda n: steps.append(int(n)), step, ordered=True)
+    even_V = jnp.arange(97) % 2 == 0
+    logits_BLV = jnp.where(even_V, logits_BLV, -jnp.inf)
+    forced_BLV = jnp.where(jnp.arange(97) == 42, logits_BLV, -jnp.inf)
+    is_third_L1 = (jnp.arange(C) == 2)[:, None]
+    return jnp.where(is_third_L1, forced_BLV, logits_BLV)
+
+  row = run(config, params, 2 * C, logit_hook=hook)
+  jax.effects_barrier()
+  assert all(token % 2 == 0 for token in row.tokens)
+  assert row.tokens[2] == row.tokens[C + 2] == 42
+  assert steps == [4, 3, 2, 1] * 2
+
+
+def test_pads_do_not_count_as_tokens_per_forward(config, params):
+  whole = run(config, params, C)
+  diffusion = dataclasses.replace(
+    config.diffusion, pad_token_id=whole.tokens[0]
+  )
+  padded = run(dataclasses.replace(config, diffusion=diffusion), params, C)
+  assert padded.tokens == whole.tokens
+  pads = whole.tokens.count(whole.tokens[0])
+  assert padded.tokens_per_forward == (C - pads) / whole.steps
+
+
+def test_batches_that_do_not_fit(config, params):
+  key = jax.random.key(0)
+  with pytest.raises(generate.PromptError, match='There is no prompt'):
+    generate.generate(config, params, [], key, C)
+  cache = kv_cache.init_cache(config.model, 2, 40)
+  with pytest.raises(generate.PromptError, match='1 prompts for a cache of 2'):
+    generate.generate(config, params, [PROMPT], key, C, cache=cache)
+  cache = cache.replace(length_B=jnp.array([3, 250]))
+  with pytest.raises(generate.PromptError, match='has 254 tokens; with 1'):
+    generate.generate(config, params, [PROMPT] * 2, key, C, cache=cache)
+  with pytest.raises(generate.PromptError, match='reads text only'):
+    generate.generate(config, params, [PROMPT], key, C, pictures=[['a.png']])
 
 
 def test_cut_at_stop():
@@ -126,7 +224,7 @@ def seeing(model_config):
     mlp_dim=8,
     patch_size=2,
     pooling_kernel=2,
-    position_table_size=16,
+    position_table_size=64,
     image_token_id=90,
     begin_image_token_id=91,
     end_image_token_id=92,
@@ -188,6 +286,40 @@ def test_a_prompt_in_pieces_equals_the_whole(seeing, chunk_length):
       )
     )
   np.testing.assert_allclose(*outputs, atol=2e-5)
+
+
+def test_generate_sees_pictures(seeing):
+  """Two rows, one with two pictures; the same as soft tokens by hand."""
+  config, params = seeing
+  diffusion = DiffusionConfig(
+    canvas_length=C, max_denoising_steps=3, stop_token_ids=(1,)
+  )
+  vision = dataclasses.replace(config.vision, soft_tokens_per_image=70)
+  model = dataclasses.replace(config, vision=vision, context_length=512)
+  config = Config(model=model, diffusion=diffusion)
+  rng = np.random.default_rng(0)
+  pictures = [
+    [rng.integers(0, 256, (8, 12, 3)).astype(np.uint8) for _ in range(2)],
+    [],
+  ]
+  prompts = [[2, 90, 5, 90, 6], [2, 7]]
+  key = jax.random.key(0)
+  rows, _ = generate.generate(
+    config, params, prompts, key, C, pictures=pictures
+  )
+  other = [[pictures[0][0], 255 - pictures[0][1]], []]
+  changed, _ = generate.generate(
+    config, params, prompts, key, C, pictures=other
+  )
+  assert rows[0] != changed[0] and rows[1] == changed[1]
+  with pytest.raises(generate.PromptError, match='no picture for it'):
+    generate.generate(config, params, prompts, key, C)
+  with pytest.raises(ValueError, match='2 image tokens, and there are 1'):
+    generate.generate(
+      config, params, prompts, key, C, pictures=[pictures[0][:1], []]
+    )
+  with pytest.raises(generate.PromptError, match='1 lists of pictures for 2'):
+    generate.generate(config, params, prompts, key, C, pictures=pictures[:1])
 
 
 def test_images_change_what_follows_and_themselves_both_ways(seeing):

@@ -241,6 +241,7 @@ def encoded(suffix):
   return file.getvalue()
 
 
+@pytest.mark.filterwarnings('ignore::UserWarning')
 @pytest.mark.parametrize(
   'suffix', ['png', 'jpeg', 'gif', 'webp', 'tiff', 'bmp']
 )

@@ -297,8 +297,8 @@ def test_overfits_one_batch_and_samples_it_back(model_config):
   for _ in range(250):
     state, numbers = step(state, batch)
   assert numbers['loss_ar'] < 0.02 and numbers['loss_denoise'] < 0.05
-  written = generate.generate(
-    config, state.params, row[:5].tolist(), jax.random.key(0), 2 * C
+  (written,), _ = generate.generate(
+    config, state.params, [row[:5]], jax.random.key(0), 2 * C
   )
   assert written.tokens == row[5 : 5 + 2 * C].tolist()
   assert written.steps < 30, 'a sure network stops early'

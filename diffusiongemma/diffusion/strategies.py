@@ -1,0 +1,101 @@
+"""What a step does with a prediction: plain functions, one signature.
+
+  strategy(config, canvas_BL, prediction, step, drawn)
+    -> (canvas_BL, accepted_BL)
+
+Step n of N..1 goes from time t = n/N to s = (n-1)/N. The first three accept
+some positions, which take their sample, and draw all others anew; what was
+accepted before has no privilege. `ancestral` follows the process itself:
+
+  q(x_s | x_t, x_0) ~ q(x_t | x_s) q(x_s | x_0),   x_0 = sample
+  q(x_s | x_0) = alpha_s 1[x_s = x_0] + (1 - alpha_s) / V,   alpha_t = 1 - t
+"""
+
+import jax
+import jax.numpy as jnp
+
+from diffusiongemma.config import DiffusionConfig
+
+
+def entropy_bound(config: DiffusionConfig, canvas_BL, prediction, step, drawn):
+  """The k lowest entropies for which the sum of all but the largest stays
+  within `config.entropy_bound` nats, a bound on how much the accepted tokens
+  can depend on each other. One is always accepted.
+
+  Source: Ben-Hamu et al., https://arxiv.org/abs/2505.24857.
+  """
+  del canvas_BL, step
+  order_BL = jnp.argsort(prediction.entropy_BL, axis=-1)
+  sorted_BL = jnp.take_along_axis(prediction.entropy_BL, order_BL, axis=-1)
+  kept_BL = jnp.cumsum(sorted_BL, axis=-1) - sorted_BL <= config.entropy_bound
+  accepted_BL = jnp.take_along_axis(kept_BL, _rank(order_BL), axis=-1)
+  return renoise(accepted_BL, prediction, drawn)
+
+
+def confidence(config: DiffusionConfig, canvas_BL, prediction, step, drawn):
+  """Positions whose most probable token has at least the probability
+  `config.accept_confidence`, and always the most confident one."""
+  del canvas_BL, step
+  best_BL = _rank(_most_confident_first(prediction)) == 0
+  accepted_BL = prediction.confidence_BL >= config.accept_confidence
+  return renoise(accepted_BL | best_BL, prediction, drawn)
+
+
+def top_k_confident(
+  config: DiffusionConfig, canvas_BL, prediction, step, drawn
+):
+  """The most confident positions, an equal number more with every step: L at
+  the last of `config.max_denoising_steps`."""
+  L, N = canvas_BL.shape[-1], config.max_denoising_steps
+  k = jnp.ceil(L * (N - step + 1) / N)
+  accepted_BL = _rank(_most_confident_first(prediction)) < k
+  return renoise(accepted_BL, prediction, drawn)
+
+
+def ancestral(config: DiffusionConfig, canvas_BL, prediction, step, drawn):
+  """A draw from the posterior of the uniform process, exact when the network
+  is: each position takes its sample, stays as it is, or is drawn anew.
+
+  Accepted are those that hold their sample. The text is the last canvas
+  (`canvas_BL`), a sample, where that of the others is the draft.
+  """
+  N, V = config.max_denoising_steps, drawn.vocab_size
+  s, t = (step - 1) / N, step / N
+  kept = (1 - t) / (1 - s)  # alpha_t / alpha_s, the share kept from s to t.
+  same_BL = prediction.sample_BL == canvas_BL
+  # The posterior as a mixture of x_t, x_0 and the uniform distribution over
+  # all V tokens, each weight times V.
+  anew = (1 - kept) * s
+  take_BL = jnp.where(same_BL, 0.0, (1 - kept) * (1 - s))
+  stay_BL = kept * s + jnp.where(
+    same_BL, V * kept * (1 - s) + (1 - kept) * (1 - s), 0.0
+  )
+  place_BL = drawn.choice_BL * (anew + take_BL + stay_BL)
+  next_BL = jnp.where(place_BL < take_BL, prediction.sample_BL, drawn.tokens_BL)
+  stays_BL = (place_BL >= take_BL) & (place_BL < take_BL + stay_BL)
+  next_BL = jnp.where(stays_BL, canvas_BL, next_BL)
+  return next_BL, next_BL == prediction.sample_BL
+
+
+STRATEGIES = {
+  'entropy_bound': entropy_bound,
+  'confidence': confidence,
+  'top_k_confident': top_k_confident,
+  'ancestral': ancestral,
+}
+
+
+def renoise(accepted_BL: jax.Array, prediction, drawn):
+  """Samples where accepted, new uniform tokens elsewhere."""
+  canvas_BL = jnp.where(accepted_BL, prediction.sample_BL, drawn.tokens_BL)
+  return canvas_BL, accepted_BL
+
+
+def _most_confident_first(prediction) -> jax.Array:
+  """Positions in order, ties by place."""
+  return jnp.argsort(-prediction.confidence_BL, axis=-1)
+
+
+def _rank(order_BL: jax.Array) -> jax.Array:
+  """The place of each position in an order."""
+  return jnp.argsort(order_BL, axis=-1)
