@@ -11,7 +11,8 @@ Public names: `Config` and its parts, `Denoiser` and `init_params` (the
 network), `init_cache`, `prefill`, `read_prompt` (long ones), `encode_images`
 and `SoftTokens` (images in a prompt), `make_denoise_fn` (a network that has
 read a text, as the sampler sees it), `sample_canvas` (the sampler, for use
-inside `jax.jit`), `generate` (prompt to tokens), `load` (a trained run or a
+inside `jax.jit`) with `Pinned` and the module `strategies`, `generate` (prompts
+to tokens), `load` (a trained run or a
 Hugging Face folder), `convert` and `export` (one into the other).
 """
 
@@ -22,6 +23,8 @@ from diffusiongemma.config import VisionConfig
 from diffusiongemma.conversion import convert
 from diffusiongemma.conversion import export
 from diffusiongemma.conversion import load
+from diffusiongemma.diffusion import strategies
+from diffusiongemma.diffusion.sampler import Pinned
 from diffusiongemma.diffusion.sampler import Prediction
 from diffusiongemma.diffusion.sampler import sample_canvas
 from diffusiongemma.model.cache import KVCache
@@ -43,6 +46,7 @@ __all__ = [
   'DiffusionConfig',
   'KVCache',
   'ModelConfig',
+  'Pinned',
   'Prediction',
   'SoftTokens',
   'Tokenizer',
@@ -59,4 +63,5 @@ __all__ = [
   'prefill',
   'read_prompt',
   'sample_canvas',
+  'strategies',
 ]
