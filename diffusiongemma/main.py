@@ -259,7 +259,8 @@ def _both_folders(overrides: dict[str, str]) -> tuple[str, str]:
       f'--mode={_MODE.value} takes no --config; the checkpoint has its own.'
     )
   # So that what a stopped conversion has written is removed.
-  signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, _: sys.exit(128 + number))
   return _HF_DIR.value, _WORKDIR.value
 
 

@@ -1,4 +1,4 @@
-"""A network of 6.9 GB with small tensors, to be converted, not run."""
+"""A network of 5.7 GB with small tensors, to be converted, not run."""
 
 from diffusiongemma import config
 
@@ -8,7 +8,7 @@ def get_config() -> config.Config:
     model=config.ModelConfig(
       vocab_size=65536,
       embed_dim=1024,
-      attention_pattern=('local',) * 31 + ('global',),
+      attention_pattern=('local',) * 25 + ('global',),
       num_heads=4,
       num_kv_heads=2,
       head_dim=64,

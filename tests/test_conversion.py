@@ -4,10 +4,13 @@ import json
 import os
 import pathlib
 import resource
+import runpy
 import shutil
+import signal
 import struct
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -479,20 +482,48 @@ def test_arrays_go_straight_to_their_shards(hf_dir, workdir):
   assert output.split() == ['equal', 'equal']
 
 
+SCRIPT = pathlib.Path(__file__).parents[1] / 'experiments' / 'conversion'
+LARGE_CONFIG = pathlib.Path(__file__).parent / 'large_config.py'
+
+
 @pytest.mark.skipif(
   not pathlib.Path('/proc/self/status').exists(), reason='needs Linux /proc'
 )
 def test_memory_does_not_grow_with_the_model(tmp_path):
-  """Nearly four times the budget of 1.5 GB + twice the largest tensor."""
-  here = pathlib.Path(__file__).parent
-  script = here.parent / 'experiments' / 'conversion' / 'convert_zeros.py'
+  """Three times the budget of 1.5 GB + twice the largest tensor."""
+  script = str(SCRIPT / 'convert_zeros.py')
   run_alone(
-    f'import runpy; runpy.run_path({str(script)!r}, run_name="__main__")',
-    f'--config={here / "large_config.py"}',
+    f'import runpy; runpy.run_path({script!r}, run_name="__main__")',
+    f'--config={LARGE_CONFIG}',
     f'--folder={tmp_path / "zeros"}',
     f'--output={tmp_path / "numbers.json"}',
   )
   numbers = json.loads((tmp_path / 'numbers.json').read_text())
   budget = 1.5e9 + 2 * numbers['largest_bytes']
-  assert numbers['bytes'] > 3.5 * budget
+  assert numbers['bytes'] > 3 * budget
   assert numbers['peak_bytes'] < budget, numbers
+
+
+def test_a_stopped_conversion_leaves_nothing(tmp_path):
+  """Stopped while it writes."""
+  zeros = runpy.run_path(str(SCRIPT / 'convert_zeros.py'))
+  config = configs.load_config(str(LARGE_CONFIG))
+  zeros['write_zeros'](config, str(tmp_path / 'in'))
+  runs = tmp_path / 'runs'
+  runs.mkdir()
+  process = subprocess.Popen(
+    [
+      *(sys.executable, '-m', 'diffusiongemma.main', '--mode=convert'),
+      *(f'--hf_dir={tmp_path / "in"}', f'--workdir={runs / "out"}'),
+    ],
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  while not list(runs.glob('.out-*/checkpoints')):
+    assert process.poll() is None, process.stderr.read()
+    time.sleep(0.05)
+  process.send_signal(signal.SIGTERM)
+  _, errors = process.communicate(timeout=60)
+  assert process.returncode == 143, errors
+  assert 'Traceback' not in errors and not os.listdir(runs)
