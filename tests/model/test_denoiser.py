@@ -103,7 +103,7 @@ def test_prefill_in_pieces_equals_prefill_at_once(
 
 def influence(function, x):
   """[outputs, inputs]: whether a position's output depends on an input's."""
-  jacobian = jax.jacobian(lambda x: function(x).sum(-1)[0])(x)
+  jacobian = jax.jit(jax.jacobian(lambda x: function(x).sum(-1)[0]))(x)
   return np.abs(np.asarray(jacobian))[:, 0].sum(-1) > 1e-9
 
 
@@ -204,8 +204,8 @@ def test_bfloat16_is_bfloat16(model_config, params, tokens_BP):
   """Activations and cache are 16 bits wide, logits 32."""
   config = dataclasses.replace(model_config, dtype='bfloat16')
   model = denoiser.Denoiser(config)
-  h, cache, _ = model.apply(
-    {'params': params}, tokens_BP, jnp.array([P, P]), method='prefill'
+  h, cache, _ = jax.jit(functools.partial(model.apply, method='prefill'))(
+    {'params': params}, tokens_BP, jnp.array([P, P])
   )
   assert h.dtype == cache.k[0].dtype == cache.v[1].dtype == jnp.bfloat16
   logits = model.apply({'params': params}, h, method='logits')

@@ -36,12 +36,18 @@ def test_ar_loss_is_that_of_one_token_after_the_other(config, params, document):
   short = document[:12]
   windows = data.heldout_windows([short], 16, 2, 0)
   network = evaluate.bind_network(config, params)
+
+  @jax.jit
+  def log_p_after(prefix_P, length):
+    h_BPD, _, _ = network.prefill(prefix_P[None], length[None])
+    return jax.nn.log_softmax(network.logits(h_BPD[0, length - 1]))
+
   nats = []
   for end in range(len(short)):
-    prefix = np.concatenate([[2], short[:end]])[None]
-    h, _, _ = network.prefill(prefix, np.array([end + 1]))
-    log_p = jax.nn.log_softmax(network.logits(h[0, -1]))
-    nats.append(-float(log_p[short[end]]))
+    prefix_P = np.full(16, 7)  # Padding, which no real token sees.
+    prefix_P[: end + 1] = [2, *short[:end]]
+    log_p_V = log_p_after(prefix_P, np.int32(end + 1))
+    nats.append(-float(log_p_V[short[end]]))
   got = evaluate.ar_nats_per_token(config, params, windows)
   np.testing.assert_allclose(got, np.mean(nats), rtol=1e-5)
 
