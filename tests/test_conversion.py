@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import resource
 import runpy
 import shutil
 import signal
@@ -12,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import disk
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -390,17 +390,12 @@ def test_a_file_that_shrinks_meanwhile_leaves_nothing(
 
 
 def test_no_room_leaves_nothing(tmp_path, hf_dir, workdir):
-  before = resource.getrlimit(resource.RLIMIT_FSIZE)
   for function, source in (
     (diffusiongemma.convert, hf_dir),
     (diffusiongemma.export, workdir),
   ):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, before[1]))
-    try:
-      with pytest.raises(CheckpointError) as caught:
-        function(str(source), str(tmp_path / 'out'))
-    finally:
-      resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with disk.full_disk(6000), pytest.raises(CheckpointError) as caught:
+      function(str(source), str(tmp_path / 'out'))
     assert 'File too large' in str(caught.value)
     assert not os.listdir(tmp_path)
 

@@ -2,8 +2,8 @@
 
 import contextlib
 import pathlib
-import resource
 
+import disk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,21 +118,10 @@ def test_another_shape_is_refused(manager):
     native.restore_newest(manager, params, opt_state)
 
 
-@contextlib.contextmanager
-def full_disk(room):
-  """No file of this process may grow past `room` bytes."""
-  before = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
-  try:
-    yield
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_a_full_disk_keeps_the_last_good_checkpoint(manager):
   save(manager, 1)
   failure = pytest.raises(native.CheckpointError, match='Step 2 could not be')
-  with full_disk(4000), failure:
+  with disk.full_disk(4000), failure:
     save(manager, 2)
   restored = native.restore_newest(manager, *make(0))
   assert restored.step == 1 and equal(restored.params, make(1)[0])

@@ -4,11 +4,11 @@ import contextlib
 import errno
 import json
 import os
-import resource
 import signal
 import tracemalloc
 import weakref
 
+import disk
 import hypothesis
 from hypothesis import strategies as st
 import ml_dtypes
@@ -423,16 +423,6 @@ def test_files_that_exist_are_kept(tmp_path):
   refused(lambda: write(tmp_path / 'none', arrays), 'No such file')
 
 
-@contextlib.contextmanager
-def no_file_past(room):
-  before = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
-  try:
-    yield
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_room_is_claimed_before_anything_is_read(tmp_path, monkeypatch):
   def never(name):
     raise AssertionError('asked for a tensor')
@@ -441,7 +431,7 @@ def test_room_is_claimed_before_anything_is_read(tmp_path, monkeypatch):
   action = lambda: safetensors.write_folder(
     str(tmp_path), specs, never, max_shard_bytes=5000
   )
-  with no_file_past(4000):
+  with disk.full_disk(4000):
     refused(action, 'model-00001-of-00003', 'File too large')
   assert not list(tmp_path.iterdir())
 
@@ -465,7 +455,7 @@ def test_a_disk_that_fills_while_writing(tmp_path, monkeypatch):
 
   monkeypatch.setattr(os, 'posix_fallocate', unable)
   arrays = {name: np.ones(1000, 'f4') for name in 'abc'}
-  with no_file_past(8000):
+  with disk.full_disk(8000):
     refused(
       lambda: write(tmp_path, arrays), 'model.safetensors', 'File too large'
     )
