@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import runpy
 import shutil
 import signal
 import struct
@@ -501,9 +500,13 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
 
 def test_a_stopped_conversion_leaves_nothing(tmp_path):
   """Stopped while it writes."""
-  zeros = runpy.run_path(str(SCRIPT / 'convert_zeros.py'))
-  config = configs.load_config(str(LARGE_CONFIG))
-  zeros['write_zeros'](config, str(tmp_path / 'in'))
+  run_alone(
+    'import runpy, sys; from diffusiongemma import config; '
+    'script, path, folder = sys.argv[1:]; '
+    'write_zeros = runpy.run_path(script)["write_zeros"]; '
+    'write_zeros(config.load_config(path), folder)',
+    *(SCRIPT / 'convert_zeros.py', LARGE_CONFIG, tmp_path / 'in'),
+  )
   runs = tmp_path / 'runs'
   runs.mkdir()
   process = subprocess.Popen(
