@@ -52,7 +52,6 @@ COMPANIONS = (
   'README.md',
   'LICENSE',
 )
-MAX_COMPANION_BYTES = 100_000_000
 MAX_SHARD_BYTES = 5 * 10**9
 
 # Where an array is to live: (path in the parameters, shape) -> sharding.
@@ -72,11 +71,13 @@ def read_config(hf_dir: str) -> Config:
       f'There is no {path!r}: give the folder that has {CONFIG} beside its '
       'safetensors.'
     )
-  values = files.read_json(hf_dir, CONFIG, MAX_COMPANION_BYTES)
+  values = files.read_json(hf_dir, CONFIG, workdirs.MAX_TEXT_BYTES)
   model = huggingface_config.model_config(values, path)
   generation = {}
   if os.path.lexists(os.path.join(hf_dir, GENERATION_CONFIG)):
-    generation = files.read_json(hf_dir, GENERATION_CONFIG, MAX_COMPANION_BYTES)
+    generation = files.read_json(
+      hf_dir, GENERATION_CONFIG, workdirs.MAX_TEXT_BYTES
+    )
   diffusion = huggingface_config.diffusion_config(
     values, generation, model.vocab_size, hf_dir
   )
@@ -221,14 +222,15 @@ def load(
       node = node.setdefault(part, {})
     node[entry.path[-1]] = _to_device(array, entry.path, sharding)
   tokenizer = workdirs.find_tokenizer(config, path)
-  return workdirs.Run(config, tokenizer, 0, params)
+  template = workdirs.find_chat_template(path)
+  return workdirs.Run(config, tokenizer, 0, params, template)
 
 
 def is_huggingface(path: str) -> bool:
   """Whether the config.json there is one of Hugging Face's."""
   if not os.path.isfile(os.path.join(path, CONFIG)):
     return False
-  values = files.read_json(path, CONFIG, MAX_COMPANION_BYTES)
+  values = files.read_json(path, CONFIG, workdirs.MAX_TEXT_BYTES)
   return 'model_type' in values or 'architectures' in values
 
 
@@ -246,7 +248,7 @@ def read_companions(folder: str) -> Iterator[tuple[str, bytes]]:
   """(name, content) of what lies beside the weights."""
   for name in COMPANIONS:
     if os.path.lexists(os.path.join(folder, name)):
-      yield name, files.read_file(folder, name, MAX_COMPANION_BYTES)
+      yield name, files.read_file(folder, name, workdirs.MAX_TEXT_BYTES)
 
 
 def _companions_of(
@@ -269,7 +271,9 @@ def _companions_of(
       if unchanged or name not in (CONFIG, GENERATION_CONFIG):
         yield name, content
   else:
-    content = files.read_file(workdir, 'tokenizer.model', MAX_COMPANION_BYTES)
+    content = files.read_file(
+      workdir, 'tokenizer.model', workdirs.MAX_TEXT_BYTES
+    )
     yield 'tokenizer.model', content
   if not unchanged:
     for name, values in (

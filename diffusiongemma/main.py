@@ -3,12 +3,13 @@
   python -m diffusiongemma.main --config=configs/tiny.py
   python -m diffusiongemma.main --mode=sample --workdir=runs/tiny \\
       --prompt="ROMEO."
+  python -m diffusiongemma.main --mode=sample --hf_dir=IN
   python -m diffusiongemma.main --mode=convert --hf_dir=IN --workdir=OUT
 
 `--mode=train` trains, and goes on with a run that was stopped; `evaluate`
-measures a run on held-out text; `sample` writes text; `convert` makes a
-Hugging Face folder a run, `export` a run a Hugging Face folder. Single fields
-of the config: `--config.train.steps=100`.
+measures a run on held-out text; `sample` chats, or goes on from a text;
+`convert` makes a Hugging Face folder a run, `export` a run a Hugging Face
+folder. Single fields of the config: `--config.train.steps=100`.
 
 Exit codes: 0 done, 1 failed (the message says why), 2 wrong usage, 128 + n
 stopped by signal n after saving (130 Ctrl-C, 143 SIGTERM).
@@ -19,6 +20,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shlex
 import signal
 import sys
 
@@ -32,10 +34,9 @@ from rich import table as rich_table
 from diffusiongemma import checkpoints
 from diffusiongemma import config as configs
 from diffusiongemma import conversion
-from diffusiongemma.text import generate
-from diffusiongemma.text import terminal
-from diffusiongemma.text import tokenizer as tokenizers
-from diffusiongemma.training import data
+from diffusiongemma.text import chat
+from diffusiongemma.text import sample
+from diffusiongemma.training import corpus as corpora
 from diffusiongemma.training import evaluate as evaluation
 from diffusiongemma.training import train
 from diffusiongemma.training import workdir as workdirs
@@ -53,14 +54,41 @@ _MODE = flags.DEFINE_enum(
   'What to do.',
 )
 _HF_DIR = flags.DEFINE_string(
-  'hf_dir', None, 'convert: the Hugging Face folder to read; export: to make.'
+  'hf_dir',
+  None,
+  'convert, sample: the Hugging Face folder to read; export: to make.',
 )
-_PROMPT = flags.DEFINE_string('prompt', None, 'sample: the text to go on from.')
+_PROMPT = flags.DEFINE_string(
+  'prompt', None, 'sample: the message, or the text to go on from.'
+)
+_SYSTEM = flags.DEFINE_string(
+  'system', '', 'sample: what the model is told before the first message.'
+)
+_IMAGE = flags.DEFINE_multi_string(
+  'image', [], 'sample: a picture for the first message; may be repeated.'
+)
+_THINK = flags.DEFINE_bool(
+  'think', False, 'sample: let the model think before it answers.'
+)
+_TOOLS = flags.DEFINE_string(
+  'tools', None, 'sample: JSON file, a list of functions it may call.'
+)
+_INFILL = flags.DEFINE_string(
+  'infill', None, 'sample: a text with holes, an underscore a token: "a ___."'
+)
+_CHAT = flags.DEFINE_bool(
+  'chat', None, 'sample: prompts are messages. Default: if there are turns.'
+)
+_TRACE = flags.DEFINE_string(
+  'trace', '', 'sample: .html or .png to draw the denoising steps in.'
+)
 _SEED = flags.DEFINE_integer(
   'seed', 0, 'sample: of the noise.', lower_bound=0, upper_bound=2**63 - 1
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
-  'max_new_tokens', 128, 'sample: upper limit of tokens to write.'
+  'max_new_tokens',
+  None,
+  'sample: most tokens of a text or reply. Default: four canvases.',
 )
 _FORMAT = flags.DEFINE_enum(
   'format', 'text', ['text', 'json'], 'sample, evaluate: what to print.'
@@ -69,10 +97,9 @@ _FORMAT = flags.DEFINE_enum(
 # Errors that are the user's to mend: a message, no stack trace.
 EXPECTED_ERRORS = (
   configs.ConfigError,
-  data.DataError,
-  generate.PromptError,
+  corpora.DataError,
   checkpoints.CheckpointError,
-  tokenizers.TokenizerError,
+  *sample.EXPECTED_ERRORS,
   train.TrainingError,
   workdirs.WorkdirError,
 )
@@ -103,7 +130,7 @@ def main(argv: list[str]) -> None:
       'export': _export,
     }
     code = run[_MODE.value](overrides)
-  except configs.ConfigError as error:
+  except (configs.ConfigError, sample.SampleError, chat.ToolsError) as error:
     _fail_usage(str(error))
   except EXPECTED_ERRORS as error:
     print(f'Error: {error}', file=sys.stderr)
@@ -183,21 +210,28 @@ def _workdir() -> str:
 
 
 def _load_run(overrides: dict[str, str]) -> workdirs.Run:
-  """The run in the workdir, with single fields of its config changed."""
-  own = config = workdirs.read_config(_workdir())
+  """The run in the workdir, or what is in a Hugging Face folder, with single
+  fields of its config changed."""
+  if _HF_DIR.value and _WORKDIR.value:
+    raise configs.ConfigError('Give --workdir or --hf_dir, not both.')
+  folder = _HF_DIR.value or _workdir()
+  if _HF_DIR.value:
+    own = config = conversion.read_config(folder)
+  else:
+    own = config = workdirs.read_config(folder)
   for field, text in overrides.items():
     config = configs.override(config, field, text)
   configs.validate(config)
   compute = {'dtype': config.model.dtype}
   if config.model != dataclasses.replace(own.model, **compute):
     raise configs.ConfigError(
-      f'The network of {_workdir()} is trained: config.model stays as it is, '
+      f'The network of {folder} is trained: config.model stays as it is, '
       'but for its dtype.'
     )
-  run = workdirs.load(_workdir(), config)
+  run = conversion.load(folder, config)
   if run.tokenizer is None:
     raise workdirs.WorkdirError(
-      f'{_workdir()} has no tokenizer; put its tokenizer.json or '
+      f'{folder} has no tokenizer; put its tokenizer.json or '
       'tokenizer.model there.'
     )
   return run
@@ -208,10 +242,11 @@ def _train(overrides: dict[str, str]) -> int:
   workdir = _workdir()
   code = train.train(config, workdir)
   if code == 0:
+    prompt = shlex.quote(config.train.sample_prompt.strip() or '...')
     print(
       f'Done; the checkpoint is in {workdir}. Write with it:\n'
       f'  python -m diffusiongemma.main --mode=sample --workdir={workdir} '
-      f'--prompt="ROMEO."'
+      f'--prompt={prompt}'
     )
   elif code > 128:
     print(f'Stopped and saved in {workdir}; the same command goes on.')
@@ -265,8 +300,8 @@ def _both_folders(overrides: dict[str, str]) -> tuple[str, str]:
 
 
 def _evaluate(overrides: dict[str, str]) -> int:
-  config, tokenizer, step, params = _load_run(overrides)
-  corpus = data.load_corpus(
+  config, tokenizer, step, params, _ = _load_run(overrides)
+  corpus = corpora.load_corpus(
     config.data, tokenizer, config.diffusion.canvas_length
   )
   numbers = {'step': step, **evaluation.evaluate(config, params, corpus)}
@@ -287,43 +322,26 @@ def _evaluate(overrides: dict[str, str]) -> int:
 
 
 def _sample(overrides: dict[str, str]) -> int:
-  config, tokenizer, _, params = _load_run(overrides)
-  prompt = _PROMPT.value or ''
-  tokens = [tokenizer.bos_id] + tokenizer.encode(prompt)
-  generate.check_prompt(config, tokens, _MAX_NEW_TOKENS.value)
-  write = lambda **callbacks: generate.generate(
-    config,
-    params,
-    [tokens],
-    jax.random.key(_SEED.value),
-    _MAX_NEW_TOKENS.value,
-    **callbacks,
+  tools = ()
+  if _TOOLS.value:
+    try:
+      tools = chat.read_tools(pathlib.Path(_TOOLS.value).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+      raise chat.ToolsError(f'{_TOOLS.value} cannot be read: {error}') from None
+  request = sample.Request(
+    prompt=_PROMPT.value,
+    system=_SYSTEM.value,
+    images=tuple(_IMAGE.value),
+    thinking=_THINK.value,
+    tools=tools,
+    infill=_INFILL.value,
+    chat=_CHAT.value,
+    max_new_tokens=_MAX_NEW_TOKENS.value,
+    seed=_SEED.value,
+    trace=_TRACE.value,
+    as_json=_FORMAT.value == 'json',
   )
-  canvas = terminal.LiveCanvas(
-    tokenizer, prompt, config.diffusion.max_denoising_steps
-  )
-  if _FORMAT.value == 'json':
-    (written,), _ = write()
-    print(
-      json.dumps(
-        {'text': tokenizer.decode(written.tokens), **written._asdict()}
-      )
-    )
-  elif canvas.is_terminal:
-    with canvas:
-      (written,), _ = write(
-        on_step=canvas.on_step, on_canvas=lambda kept: canvas.on_canvas(kept[0])
-      )
-      canvas.finish()
-    print(
-      f'\n{len(written.tokens)} tokens in {written.steps} steps '
-      f'({written.tokens_per_forward:.1f} a step), stopped by '
-      f'{written.stopped_by.replace("_", " ")}'
-    )
-  else:
-    (written,), _ = write()
-    print(prompt + tokenizer.decode(written.tokens))
-  return 0
+  return sample.sample(_load_run(overrides), request)
 
 
 if __name__ == '__main__':

@@ -1,14 +1,18 @@
 """Shared by all tests: the CPU, a compilation cache and tiny networks."""
 
+import io
 import os
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax
 import pytest
+import sentencepiece
 
 from diffusiongemma import config as configs
 from diffusiongemma.model import denoiser
+from diffusiongemma.text import tokenizer as tokenizers
+from diffusiongemma.training import workdir
 
 
 @pytest.fixture(scope='session')
@@ -45,3 +49,65 @@ def params(model_config):
     for k, x in zip(keys, leaves, strict=True)
   ]
   return jax.tree.unflatten(tree, leaves)
+
+
+@pytest.fixture(scope='session')
+def chat_tokenizer() -> tokenizers.Tokenizer:
+  """SentencePiece with pieces that are never split, as Gemma's."""
+  names = ('turn', 'channel', 'tool', 'tool_call', 'tool_response', 'image')
+  control = [f'<|{name}>' for name in names] + [f'<{name}|>' for name in names]
+  control += ['<|think|>', '<|image|>', '<|"|>', '<unused7>', '<mask>']
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(['user model thought what is this ' * 9]),
+    model_writer=model,
+    vocab_size=320,
+    model_type='bpe',
+    byte_fallback=True,
+    add_dummy_prefix=False,
+    remove_extra_whitespaces=False,
+    normalization_rule_name='identity',
+    hard_vocab_limit=False,
+    pad_id=0,
+    eos_id=1,
+    bos_id=2,
+    unk_id=3,
+    pad_piece='<pad>',
+    eos_piece='<eos>',
+    bos_piece='<bos>',
+    user_defined_symbols=[*control, '[multimodal]', '<h1>', '\n'],
+    minloglevel=2,
+  )
+  return tokenizers.SentencePieceTokenizer(model.getvalue())
+
+
+@pytest.fixture(scope='session')
+def chat_run(chat_tokenizer) -> workdir.Run:
+  """A random network that knows turns, of canvases of eight tokens."""
+  config = configs.Config(
+    model=configs.ModelConfig(
+      vocab_size=chat_tokenizer.vocab_size,
+      embed_dim=16,
+      attention_pattern=('local', 'global'),
+      num_heads=2,
+      num_kv_heads=1,
+      head_dim=8,
+      num_global_kv_heads=1,
+      global_head_dim=8,
+      sliding_window=8,
+      mlp_dim=16,
+      num_experts=2,
+      experts_per_token=1,
+      expert_dim=8,
+      context_length=1024,
+      dtype='float32',
+    ),
+    diffusion=configs.DiffusionConfig(
+      canvas_length=8,
+      max_denoising_steps=3,
+      stop_token_ids=(1, chat_tokenizer.control_tokens['<turn|>']),
+    ),
+  )
+  model = denoiser.Denoiser(config.model)
+  params = denoiser.init_params(model, jax.random.key(0))
+  return workdir.Run(config, chat_tokenizer, 0, params)

@@ -68,6 +68,20 @@ def test_sample_as_json_follows_the_seed(workdir):
   assert result['tokens_per_forward'] == ratio
 
 
+def test_sample_from_a_hugging_face_folder(workdir, tmp_path):
+  """Says what the run says that was exported there."""
+  folder = str(tmp_path / 'exported')
+  code, _, errors = run(
+    '--mode=export', f'--workdir={workdir}', f'--hf_dir={folder}'
+  )
+  assert code == 0, errors
+  arguments = ('--prompt=To be', '--max_new_tokens=12', '--format=json')
+  theirs = run('--mode=sample', f'--hf_dir={folder}', *arguments)
+  assert theirs == sample(workdir, *arguments) and theirs[0] == 0
+  code, _, errors = sample(workdir, f'--hf_dir={folder}', *arguments)
+  assert code == 2 and 'not both' in errors
+
+
 def test_evaluate(workdir):
   code, output, _ = run(
     '--mode=evaluate',
@@ -130,6 +144,13 @@ def test_wrong_usage(name):
     ('--config.model.embed_dim=32', 'config.model stays as it is'),
     ('--seed=99999999999999999999', 'seed'),
     ('--seed=-1', 'seed'),
+    ('--think', '--think is for a chat'),
+    ('--chat', 'knows no turns'),
+    ('--infill=no hole', 'needs a hole'),
+    ('--tools=none.json', 'none.json cannot be read'),
+    ('--config.diffusion.strategy=best', "'entropy_bound' or 'confidence'"),
+    ('--config.diffusion.max_denoising_steps=0', 'must be positive'),
+    ('--config.diffusion.t_min=-1', 't_min must be'),
   ],
 )
 def test_wrong_usage_of_sample(workdir, argument, message):
@@ -157,6 +178,9 @@ def test_no_run_there(tmp_path):
     (['--prompt=' + 'word ' * 70], 'more than the context of 64'),
     (['--prompt=x', '--max_new_tokens=900'], 'ask for at most'),
     (['--prompt=x', '--max_new_tokens=0'], 'must be positive'),
+    (['--prompt=x', '--image=a.png'], 'reads text only'),
+    (['--prompt=x', '--trace=a.gif'], 'must end in .html or .png'),
+    (['--infill=' + 'word ' * 70 + '___'], 'more than the context of 64'),
   ],
 )
 def test_prompts_that_cannot_be_continued(workdir, arguments, message):

@@ -15,11 +15,15 @@ canvas on.
 """
 
 from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
 
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from diffusiongemma import config as configs
 from diffusiongemma.config import DiffusionConfig
 from diffusiongemma.diffusion import noise
 from diffusiongemma.diffusion import strategies
@@ -82,6 +86,32 @@ class Pinned:
   def hold(self, tokens_BL: jax.Array) -> jax.Array:
     """`tokens_BL` with the pinned ones in their places."""
     return jnp.where(self.mask_BL, self.tokens_BL, tokens_BL)
+
+
+def pin(
+  rows: Sequence[Mapping[int, int]], canvas_length: int, vocab_size: int
+) -> Pinned:
+  """`Pinned` of a batch, from {index on the canvas: token} of each row.
+
+  Raises:
+    ValueError: an index outside the canvas, a token outside the vocabulary.
+  """
+  mask_BL = np.zeros((len(rows), canvas_length), bool)
+  tokens_BL = np.zeros((len(rows), canvas_length), np.int32)
+  for row, tokens in enumerate(rows):
+    for index, token in tokens.items():
+      if not 0 <= index < canvas_length:
+        raise ValueError(
+          f'Row {row} pins index {index}, outside of its canvas of '
+          f'{canvas_length}.'
+        )
+      if not 0 <= token < vocab_size:
+        raise ValueError(
+          f'Row {row} pins token {token}, outside of the vocabulary of '
+          f'{vocab_size}.'
+        )
+      mask_BL[row, index], tokens_BL[row, index] = True, token
+  return Pinned(jnp.asarray(mask_BL), jnp.asarray(tokens_BL))
 
 
 @flax.struct.dataclass
@@ -238,7 +268,12 @@ def sample_canvas(
   Returns:
     (last state, its `draft_BL` is the text; states after each step stacked
     along a first axis of N, or None).
+
+  Raises:
+    ConfigError: no step, a temperature that is not positive, no such strategy.
+    ValueError: an array of another shape.
   """
+  configs.validate_diffusion(config)
   keys_B = row_keys(key, batch_size)
   shape = (batch_size, config.canvas_length)
   if initial_canvas_BL is None:

@@ -9,6 +9,7 @@ parameters and cache into the function that the sampler calls.
 """
 
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
 from typing import Any
@@ -54,10 +55,12 @@ class Generated(NamedTuple):
   Attributes:
     rows: one for each prompt.
     cache: prompts and answers, to go on from; None unless it was asked for.
+    prompt_cache: the same without the answers.
   """
 
   rows: list[Generation]
   cache: kv_cache.KVCache | None
+  prompt_cache: kv_cache.KVCache | None
 
 
 def make_denoise_fn(
@@ -192,6 +195,7 @@ def write_canvas(
   keys_B: jax.Array,
   done_B: jax.Array,
   logit_hook: LogitHook | None = None,
+  pinned: sampler.Pinned | None = None,
 ) -> sampler.SamplerState:
   """Denoises one canvas after the cached text, all on the device."""
   state, _ = sampler.sample_canvas(
@@ -202,6 +206,7 @@ def write_canvas(
     vocab_size=config.model.vocab_size,
     embed_dim=config.model.embed_dim,
     done_B=done_B,
+    pinned=pinned,
   )
   return state
 
@@ -215,13 +220,16 @@ def write_step(
   state: sampler.SamplerState,
   step: jax.Array,
   logit_hook: LogitHook | None = None,
+  pinned: sampler.Pinned | None = None,
 ) -> sampler.SamplerState:
   """One step of `write_canvas`, for those who watch."""
   drawn = sampler.draw_step_noise(
     keys_B, step, config.diffusion, config.model.vocab_size
   )
   denoise_fn = make_denoise_fn(config.model, params, cache, logit_hook)
-  return sampler.denoise_step(denoise_fn, config.diffusion, state, step, drawn)
+  return sampler.denoise_step(
+    denoise_fn, config.diffusion, state, step, drawn, pinned=pinned
+  )
 
 
 def watch_canvas(
@@ -232,17 +240,22 @@ def watch_canvas(
   done_B: jax.Array,
   on_step: Callable[[int, sampler.SamplerState], None],
   logit_hook: LogitHook | None = None,
+  pinned: sampler.Pinned | None = None,
 ) -> sampler.SamplerState:
   """`write_canvas` with a call after every step; the same tokens."""
   canvas_BL = sampler.draw_canvas(
     keys_B, config.diffusion, config.model.vocab_size
   )
+  if pinned is not None:
+    canvas_BL = pinned.hold(canvas_BL)
   state = sampler.init_state(canvas_BL, config.model.embed_dim)
   state = state.replace(converged_B=done_B)
   on_step(0, state)
   total = config.diffusion.max_denoising_steps
   for step in range(total, 0, -1):
-    state = write_step(config, params, cache, keys_B, state, step, logit_hook)
+    state = write_step(
+      config, params, cache, keys_B, state, step, logit_hook, pinned
+    )
     on_step(total - step + 1, state)
     if bool(jnp.all(state.converged_B)):
       break
@@ -257,6 +270,7 @@ def generate(
   max_new_tokens: int,
   *,
   pictures: Sequence[Sequence[Any]] | None = None,
+  pinned: Sequence[Mapping[int, int]] | None = None,
   cache: kv_cache.KVCache | None = None,
   keep_cache: bool = False,
   logit_hook: LogitHook | None = None,
@@ -279,17 +293,19 @@ def generate(
     max_new_tokens: of each row; whole canvases are denoised and then cut.
     pictures: for each row, the images of its `image_token_id`s, in order; see
       `images.load_image` for what they may be.
+    pinned: for each row, tokens that the new text must have, by their place in
+      it: {0: first token, ...}. It does not end before the last of them.
     cache: what an earlier call has returned, for the next turn of the same
       rows.
-    keep_cache: read the last canvases too, and return the cache.
+    keep_cache: read the last canvases too, and return both caches.
     logit_hook: see `make_denoise_fn`; the same function object compiles once.
     on_step: called with (steps done, state) after every denoising step.
     on_canvas: called with the tokens kept of every row, at every canvas.
 
   Raises:
     PromptError: there is no prompt, one is empty or does not fit the context
-      together with the canvases asked for, or pictures and image tokens do
-      not agree.
+      together with the canvases asked for, pictures and image tokens do not
+      agree, or a pinned place is outside of the canvases.
     ImageError: an image can't be used.
   """
   C = config.diffusion.canvas_length
@@ -302,6 +318,7 @@ def generate(
   prompts, seen = _with_pictures(config.model, params, prompts, pictures)
   for prompt, used in zip(prompts, used_B, strict=True):
     check_prompt(config, prompt, max_new_tokens, used)
+  pins = None if pinned is None else _pins(pinned, B, canvases, config)
   bucket = max(16, _power_of_two(max(map(len, prompts))))
   tokens_BP = np.full((B, bucket), config.diffusion.pad_token_id, np.int32)
   for row, prompt in enumerate(prompts):
@@ -320,6 +337,7 @@ def generate(
     ),
   )
   cache = read_prompt(config.model, params, tokens_BP, length_B, cache, images)
+  prompt_cache = cache
 
   keys_B = sampler.row_keys(key, B)
   tokens, steps_B = [[] for _ in range(B)], np.zeros(B, int)
@@ -329,21 +347,23 @@ def generate(
       keys_B
     )
     done_B = jnp.array([reason is not None for reason in stopped_by])
+    start = (config, params, cache, canvas_keys_B, done_B)
+    pins_here = None if pins is None else pins[index]
     if on_step is None:
-      state = write_canvas(
-        config, params, cache, canvas_keys_B, done_B, logit_hook
-      )
+      state = write_canvas(*start, logit_hook, pins_here)
     else:
-      state = watch_canvas(
-        config, params, cache, canvas_keys_B, done_B, on_step, logit_hook
-      )
+      state = watch_canvas(*start, on_step, logit_hook, pins_here)
     steps_B += np.asarray(state.steps_B)
     draft_BL = np.asarray(state.draft_BL)
     kept = [[] for _ in range(B)]
     for row in range(B):
       if stopped_by[row] is None:
+        last_pin = max(pinned[row], default=0) if pinned else 0
         kept[row], stopped_by[row] = _keep(
-          draft_BL[row], config, max_new_tokens - len(tokens[row])
+          draft_BL[row],
+          config,
+          max_new_tokens - len(tokens[row]),
+          max(0, last_pin - index * C),
         )
         tokens[row] += kept[row]
     if on_canvas is not None:
@@ -362,14 +382,48 @@ def generate(
     )
     for written, steps, reason in zip(tokens, steps_B, stopped_by, strict=True)
   ]
-  return Generated(rows, cache if keep_cache else None)
+  if not keep_cache:
+    cache = prompt_cache = None
+  return Generated(rows, cache, prompt_cache)
+
+
+def _pins(
+  pinned: Sequence[Mapping[int, int]], B: int, canvases: int, config: Config
+) -> list[sampler.Pinned]:
+  """The pinned tokens of each canvas, from those of each row's new text."""
+  C = config.diffusion.canvas_length
+  if len(pinned) != B:
+    raise PromptError(f'{len(pinned)} rows of pinned tokens for {B} prompts.')
+  for row, tokens in enumerate(pinned):
+    for place in tokens:
+      if not 0 <= place < canvases * C:
+        raise PromptError(
+          f'Place {place} that prompt {row} pins is outside of its {canvases} '
+          f'canvases of {C} tokens.'
+        )
+  try:
+    return [
+      sampler.pin(
+        [
+          {i - c * C: t for i, t in row.items() if c * C <= i < (c + 1) * C}
+          for row in pinned
+        ],
+        C,
+        config.model.vocab_size,
+      )
+      for c in range(canvases)
+    ]
+  except ValueError as error:
+    raise PromptError(str(error)) from error
 
 
 def _keep(
-  draft_L: np.ndarray, config: Config, room: int
+  draft_L: np.ndarray, config: Config, room: int, no_stop_before: int
 ) -> tuple[list[int], str | None]:
   """(tokens of a canvas that are kept, why the row ends with it, if so)."""
-  kept, stopped = cut_at_stop(draft_L, config.diffusion.stop_token_ids)
+  stop_token_ids = config.diffusion.stop_token_ids
+  rest, stopped = cut_at_stop(draft_L[no_stop_before:], stop_token_ids)
+  kept = draft_L[:no_stop_before].tolist() + rest
   if stopped and len(kept) <= room:
     return kept, 'stop_token'
   return kept[:room], 'max_new_tokens' if len(kept) >= room else None
@@ -428,8 +482,8 @@ def check_prompt(
   `used` tokens are taken."""
   if max_new_tokens < 1:
     raise PromptError(f'max_new_tokens = {max_new_tokens} must be positive.')
-  if all(token == config.diffusion.bos_token_id for token in prompt):
-    raise PromptError('The prompt is empty; give it a few words to go on from.')
+  if not prompt:
+    raise PromptError('The prompt is empty; it has at least bos.')
   vocab_size = config.model.vocab_size
   if not all(0 <= token < vocab_size for token in prompt):
     raise PromptError(

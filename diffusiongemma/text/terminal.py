@@ -53,8 +53,8 @@ def printable(text: str) -> str:
 class LiveCanvas:
   """Shows a generation as it goes; hand its methods to `generate`.
 
-  A context manager. `on_step` and `on_canvas` are the callbacks. Where the
-  output is no terminal, nothing is shown until the text is there.
+  A context manager, which leaves nothing on the screen. `on_step` and
+  `on_canvas` are the callbacks.
   """
 
   def __init__(self, tokenizer: Tokenizer, prompt: str, max_steps: int):
@@ -99,11 +99,6 @@ class LiveCanvas:
   def on_canvas(self, tokens: list[int]) -> None:
     """Keeps a finished canvas."""
     self._written.append(printable(self._tokenizer.decode(tokens)), ACCEPTED)
-
-  def finish(self) -> None:
-    """Leaves the whole text on the screen."""
-    self._live.stop()
-    self._console.print(self._written, soft_wrap=True)
 
   def _fit(self, body: rich_text.Text, status: rich_text.Text):
     """The end of the text, as many lines as the terminal has."""

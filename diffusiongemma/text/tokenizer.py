@@ -1,11 +1,17 @@
 """Text to tokens and back, from a SentencePiece model or a tokenizer.json.
 
 Control pieces are never read out of text: the four characters `</s>` in a
-document are four ordinary characters, not the end of it.
+document are four ordinary characters, not the end of it, and `<|turn>` in a
+message is no turn. Only `encode_template` writes control tokens, and only where
+the template itself has them.
 """
 
+import abc
+from collections.abc import Iterator
+from collections.abc import Sequence
 import os
 import pathlib
+import re
 
 import sentencepiece
 import tokenizers as huggingface_tokenizers
@@ -14,19 +20,114 @@ ASSETS = pathlib.Path(__file__).parents[1] / 'assets'
 SHIPPED_MODEL = ASSETS / 'shakespeare.model'
 UNKNOWN = '\N{REPLACEMENT CHARACTER}'
 
+# Tokenizer files don't tell `<|turn>` from `<h1>`: both are pieces that are
+# never split. These are the ones that mean something to the network.
+_CONTROL = re.compile(
+  r'<\|[^<>|\s]+\|?>|<[^<>|\s]+\|>|<mask>|<unused\d+>|\[multimodal\]'
+)
+
 
 class TokenizerError(ValueError):
   """A tokenizer file that can't be used."""
 
 
-class Tokenizer:
-  """A SentencePiece model.
+class Tokenizer(abc.ABC):
+  """Text to ids and back.
 
   Attributes:
     vocab_size: number of pieces.
     pad_id, bos_id, eos_id: ids of the control pieces.
+    control_tokens: ids of all pieces that no text spells, by their spelling.
     model: the serialised model, so that a run can keep a copy.
   """
+
+  vocab_size: int
+  pad_id: int
+  bos_id: int
+  eos_id: int
+  control_tokens: dict[str, int]
+  model: bytes
+
+  def encode(self, text: str) -> list[int]:
+    """Ids of the pieces of `text`, without bos or eos; no control tokens.
+
+    Raises:
+      TokenizerError: `text` can't be UTF-8 (it holds half of a surrogate
+        pair, as from a command line in another encoding).
+    """
+    parts = self._apart(_checked(text))
+    return [i for part in parts for i in self._encode(part)]
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """Text of `ids`; control pieces, and ids past the last, are left out."""
+    control = self._control_ids
+    kept = (int(i) for i in ids)
+    return self._decode(
+      [i for i in kept if i < self.vocab_size and i not in control]
+    )
+
+  def pieces(self, ids: Sequence[int]) -> list[str]:
+    """What each id alone looks like, a space for the sign `▁`."""
+    return [
+      self._piece(int(i)).replace('▁', ' ') if i < self.vocab_size else UNKNOWN
+      for i in ids
+    ]
+
+  def escape(self, text: str, mark: str) -> str:
+    """`text` with a `mark` inside whatever spells a control piece."""
+    return mark.join(self._apart(text))
+
+  def encode_template(self, text: str, mark: str) -> list[int]:
+    """Ids of a filled-in template, in which control pieces are control tokens.
+
+    Args:
+      text: the template, with what was filled in escaped.
+      mark: what it was escaped with; it has no ids.
+    """
+    ids, start = [], 0
+    while match := self._find_control(text, start):
+      ids += self.encode(text[start : match.start()].replace(mark, ''))
+      ids.append(self.control_tokens[match.group()])
+      start = match.end()
+    return ids + self.encode(text[start:].replace(mark, ''))
+
+  def _set_control_tokens(self, pieces: dict[str, int]) -> None:
+    self.control_tokens = pieces
+    self._control_ids = set(pieces.values())
+    # Thousands of alternatives would be slow; nearly all look alike.
+    others = [re.escape(p) for p in pieces if not _CONTROL.fullmatch(p)]
+    longest_first = sorted(others, key=len, reverse=True)
+    self._candidate = re.compile('|'.join([*longest_first, _CONTROL.pattern]))
+
+  def _find_control(self, text: str, start: int) -> re.Match | None:
+    """The first control piece that `text` spells from `start` on."""
+    while match := self._candidate.search(text, start):
+      if match.group() in self.control_tokens:
+        return match
+      start = match.start() + 1
+    return None
+
+  def _apart(self, text: str) -> Iterator[str]:
+    """`text` in parts, cut after the first character of whatever spells a
+    control piece."""
+    start = 0
+    while match := self._find_control(text, start):
+      yield text[start : match.start() + 1]
+      start = match.start() + 1
+    yield text[start:]
+
+  @abc.abstractmethod
+  def _encode(self, text: str) -> list[int]: ...
+
+  @abc.abstractmethod
+  def _decode(self, ids: list[int]) -> str: ...
+
+  @abc.abstractmethod
+  def _piece(self, token: int) -> str: ...
+
+
+class SentencePieceTokenizer(Tokenizer):
+  """A tokenizer.model of SentencePiece."""
 
   def __init__(self, model: bytes):
     try:
@@ -41,44 +142,33 @@ class Tokenizer:
     for name in ('pad', 'bos', 'eos'):
       if getattr(self, f'{name}_id') < 0:
         raise TokenizerError(f'The SentencePiece model has no {name} piece.')
+    pieces = map(self._piece, range(self.vocab_size))
+    self._set_control_tokens(
+      {
+        piece: i
+        for i, piece in enumerate(pieces)
+        if self._processor.is_control(i) or _CONTROL.fullmatch(piece)
+      }
+    )
 
-  def encode(self, text: str) -> list[int]:
-    """Ids of the pieces of `text`, without bos or eos.
+  def _encode(self, text: str) -> list[int]:
+    return self._processor.encode(text)
 
-    Raises:
-      TokenizerError: `text` can't be UTF-8 (it holds half of a surrogate
-        pair, as from a command line in another encoding).
-    """
-    return self._processor.encode(_checked(text))
+  def _decode(self, ids: list[int]) -> str:
+    return self._processor.decode(ids)
 
-  def decode(self, ids: list[int]) -> str:
-    """Text of `ids`; control pieces, and ids past the last, are left out."""
-    kept = [
-      int(i)
-      for i in ids
-      if i < self.vocab_size and not self._processor.is_control(int(i))
-    ]
-    return self._processor.decode(kept)
-
-  def pieces(self, ids: list[int]) -> list[str]:
-    """What each id alone looks like, a space for SentencePiece's `▁`."""
-    return [
-      self._processor.id_to_piece(int(i)).replace('▁', ' ')
-      if i < self.vocab_size
-      else UNKNOWN
-      for i in ids
-    ]
+  def _piece(self, token: int) -> str:
+    return self._processor.id_to_piece(token)
 
 
-class JsonTokenizer:
-  """A tokenizer.json of Hugging Face; the interface of `Tokenizer`."""
+class JsonTokenizer(Tokenizer):
+  """A tokenizer.json of Hugging Face."""
 
   def __init__(self, model: bytes):
     try:
       self._tokenizer = huggingface_tokenizers.Tokenizer.from_buffer(model)
     except Exception as error:  # The library raises nothing narrower.
       raise TokenizerError(f'Not a tokenizer.json: {error}') from error
-    self._tokenizer.encode_special_tokens = True
     self.model = model
     self.vocab_size = self._tokenizer.get_vocab_size()
     for name in ('pad', 'bos', 'eos'):
@@ -86,28 +176,32 @@ class JsonTokenizer:
       if token is None:
         raise TokenizerError(f'The tokenizer.json has no <{name}> token.')
       setattr(self, f'{name}_id', token)
+    special = {
+      f'<{name}>': getattr(self, f'{name}_id') for name in ('pad', 'bos', 'eos')
+    }
+    for i, token in self._tokenizer.get_added_tokens_decoder().items():
+      if token.special or _CONTROL.fullmatch(token.content):
+        special[token.content] = i
+    self._set_control_tokens(special)
 
-  def encode(self, text: str) -> list[int]:
-    """See `Tokenizer.encode`."""
-    return self._tokenizer.encode(_checked(text), add_special_tokens=False).ids
+  def _encode(self, text: str) -> list[int]:
+    return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-  def decode(self, ids: list[int]) -> str:
-    """See `Tokenizer.decode`."""
-    kept = [int(i) for i in ids if i < self.vocab_size]
-    return self._tokenizer.decode(kept, skip_special_tokens=True)
+  def _decode(self, ids: list[int]) -> str:
+    return self._tokenizer.decode(ids, skip_special_tokens=False)
 
-  def pieces(self, ids: list[int]) -> list[str]:
-    """See `Tokenizer.pieces`."""
-    pieces = [self._tokenizer.id_to_token(int(i)) for i in ids]
-    return [UNKNOWN if p is None else p.replace('▁', ' ') for p in pieces]
+  def _piece(self, token: int) -> str:
+    piece = self._tokenizer.id_to_token(token)
+    return UNKNOWN if piece is None else piece
 
 
-def load_tokenizer(path: str = '') -> Tokenizer | JsonTokenizer:
+def load_tokenizer(path: str = '') -> Tokenizer:
   """The tokenizer in the file `path`; empty is the shipped one."""
   file = pathlib.Path(path) if path else SHIPPED_MODEL
   if not os.path.isfile(file):
     raise TokenizerError(f'No tokenizer at {str(file)!r}.')
-  kind = JsonTokenizer if file.suffix == '.json' else Tokenizer
+  is_json = file.suffix == '.json'
+  kind = JsonTokenizer if is_json else SentencePieceTokenizer
   return kind(file.read_bytes())
 
 

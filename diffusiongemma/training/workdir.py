@@ -18,11 +18,11 @@ import jax
 from orbax import checkpoint as ocp
 
 from diffusiongemma import config as configs
+from diffusiongemma.checkpoints import CheckpointError
+from diffusiongemma.checkpoints import files
 from diffusiongemma.checkpoints import native
 from diffusiongemma.config import Config
-from diffusiongemma.model import denoiser
 from diffusiongemma.text import tokenizer as tokenizers
-from diffusiongemma.training import optimizer as optimizers
 from diffusiongemma.training import train_state
 
 # Fields that don't change what is learnt: a run may go on with other values.
@@ -39,6 +39,7 @@ FREE_FIELDS = (
 
 # What came with a converted checkpoint: configs, tokenizer, chat template.
 COMPANIONS_DIR = 'huggingface'
+MAX_TEXT_BYTES = 100_000_000  # Of a file beside the weights.
 
 
 class WorkdirError(ValueError):
@@ -142,6 +143,36 @@ def find_tokenizer(config: Config, folder: str) -> tokenizers.Tokenizer | None:
   return None
 
 
+def find_chat_template(folder: str) -> str | None:
+  """The chat template in a run's folder or a Hugging Face one, None without.
+
+  Raises:
+    CheckpointError: the file that should have it can't be read.
+  """
+  for place in (folder, os.path.join(folder, COMPANIONS_DIR)):
+    if os.path.lexists(os.path.join(place, 'chat_template.jinja')):
+      content = files.read_file(place, 'chat_template.jinja', MAX_TEXT_BYTES)
+      try:
+        return content.decode()
+      except UnicodeDecodeError as error:
+        raise CheckpointError(
+          f'{place}/chat_template.jinja is not UTF-8: byte {error.start}.'
+        ) from error
+    for name in ('chat_template.json', 'tokenizer_config.json'):
+      if not os.path.lexists(os.path.join(place, name)):
+        continue
+      template = files.read_json(place, name, MAX_TEXT_BYTES).get(
+        'chat_template'
+      )
+      if isinstance(template, list):  # Several, by name.
+        named = [t for t in template if isinstance(t, dict)]
+        of_name = {t.get('name'): t.get('template') for t in named}
+        template = of_name.get('default')
+      if isinstance(template, str):
+        return template
+  return None
+
+
 def _check_special_ids(config: Config, tokenizer: tokenizers.Tokenizer) -> None:
   diffusion = config.diffusion
   for name, wanted, found in (
@@ -161,11 +192,7 @@ def _check_special_ids(config: Config, tokenizer: tokenizers.Tokenizer) -> None:
 
 def abstract_state(config: Config) -> train_state.TrainState:
   """Shapes and types of a run's state, with nothing computed."""
-  model = denoiser.Denoiser(config.model)
-  optimizer = optimizers.make_optimizer(config.optimizer, config.train.steps)
-  return jax.eval_shape(
-    lambda: train_state.init_train_state(model, optimizer, config.train.seed)
-  )
+  return jax.eval_shape(lambda: train_state.init_train_state(config))
 
 
 class Run(NamedTuple):
@@ -176,12 +203,14 @@ class Run(NamedTuple):
     tokenizer: the one it was trained with; None where it came without.
     step: training steps done here.
     params: parameters of the network, a nested dict of arrays.
+    chat_template: Jinja, where one came with it.
   """
 
   config: Config
   tokenizer: tokenizers.Tokenizer | None
   step: int
   params: dict
+  chat_template: str | None = None
 
 
 def load(
@@ -214,7 +243,8 @@ def load(
   with contextlib.closing(open_checkpoints(workdir)) as manager:
     restored = native.restore_newest(manager, params, verify=verify)
   tokenizer = find_tokenizer(config, workdir)
-  return Run(config, tokenizer, restored.step, restored.params)
+  template = find_chat_template(workdir)
+  return Run(config, tokenizer, restored.step, restored.params, template)
 
 
 def open_checkpoints(workdir: str) -> ocp.CheckpointManager:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusiongemma.config import ConfigError
 from diffusiongemma.config import DiffusionConfig
 from diffusiongemma.diffusion import sampler
 from diffusiongemma.diffusion import strategies
@@ -320,3 +321,29 @@ def test_inside_jit_vmap_and_scan():
 def test_wrong_shapes_are_named(options, message):
   with pytest.raises(ValueError, match=message):
     sample(**options)
+
+
+def test_pin_by_index():
+  pinned = sampler.pin([{0: 5, 3: 6}, {}], 4, V)
+  assert pinned.mask_BL.tolist() == [[True, False, False, True], [False] * 4]
+  assert pinned.hold(jnp.full((2, 4), 9)).tolist() == [[5, 9, 9, 6], [9] * 4]
+  for index in (-1, 4):
+    with pytest.raises(ValueError, match=f'index {index}, outside of its canv'):
+      sampler.pin([{index: 5}], 4, V)
+  with pytest.raises(ValueError, match='Row 1 pins token 31, outside of the'):
+    sampler.pin([{}, {1: V}], 4, V)
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    ({'strategy': 'entropy_bond'}, "'entropy_bound' or 'confidence' or"),
+    ({'max_denoising_steps': 0}, 'max_denoising_steps must be positive'),
+    ({'t_min': 0.0}, 't_min must be positive'),
+    ({'t_max': -1.0}, 't_max must be positive'),
+    ({'t_min': 0.9}, 't_min is above'),
+  ],
+)
+def test_settings_that_cannot_be(changes, message):
+  with pytest.raises(ConfigError, match=message):
+    sample(config=dataclasses.replace(CONFIG, **changes))

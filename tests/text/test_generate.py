@@ -1,6 +1,9 @@
 """Prompt to tokens with a random network: the seams between the parts."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +31,7 @@ def config(model_config):
 
 
 def run(config, params, new_tokens, **callbacks):
-  (row,), _ = generate.generate(
+  (row,), *_ = generate.generate(
     config, params, [PROMPT], jax.random.key(0), new_tokens, **callbacks
   )
   return row
@@ -98,7 +101,6 @@ def test_prompts_of_one_bucket_compile_once(config, params):
 @pytest.mark.parametrize(
   'prompt, new_tokens, message',
   [
-    ([2], 4, 'The prompt is empty'),
     ([], 4, 'The prompt is empty'),
     ([2] + [5] * 300, 4, 'more than the context of 256: shorten it'),
     ([2] + [5] * 200, 100, 'ask for at most 54 new tokens'),
@@ -120,13 +122,13 @@ def test_rows_of_a_batch_are_what_they_are_alone(config, params):
   rng = np.random.default_rng(0)
   prompts = [rng.integers(2, 97, n).tolist() for n in (1, 9, 17, 30)]
   keys_B = jax.random.split(jax.random.key(4), 4)
-  together, _ = generate.generate(config, params, prompts, keys_B, 3 * C)
+  together, *_ = generate.generate(config, params, prompts, keys_B, 3 * C)
   stop = together[1].tokens[C + 2]  # Row 1 stops in its second canvas.
   diffusion = dataclasses.replace(config.diffusion, stop_token_ids=(stop,))
   for case in (config, dataclasses.replace(config, diffusion=diffusion)):
-    together, _ = generate.generate(case, params, prompts, keys_B, 3 * C)
+    together, *_ = generate.generate(case, params, prompts, keys_B, 3 * C)
     for row, prompt in enumerate(prompts):
-      (alone,), _ = generate.generate(
+      (alone,), *_ = generate.generate(
         case, params, [prompt], keys_B[row : row + 1], 3 * C
       )
       assert alone == together[row]
@@ -139,11 +141,11 @@ def test_a_turn_goes_on_from_the_cache_of_the_last(config, params):
   its unread rest is not in the cache."""
   prompts = [[2, 10, 20, 30], [2, 40]]
   keys_B = jax.random.split(jax.random.key(5), 2)
-  first, _ = generate.generate(config, params, prompts, keys_B, 2 * C)
+  first, *_ = generate.generate(config, params, prompts, keys_B, 2 * C)
   stop = first[0].tokens[2]
   diffusion = dataclasses.replace(config.diffusion, stop_token_ids=(stop,))
   config = dataclasses.replace(config, diffusion=diffusion)
-  first, cache = generate.generate(
+  first, cache, _ = generate.generate(
     config, params, prompts, keys_B, 2 * C, keep_cache=True
   )
   lengths = [
@@ -151,7 +153,7 @@ def test_a_turn_goes_on_from_the_cache_of_the_last(config, params):
   ]
   assert cache.length_B.tolist() == lengths and lengths[0] < 4 + C
   news = [[50, 51, 52], [60]]
-  second, _ = generate.generate(
+  second, *_ = generate.generate(
     config, params, news, keys_B, C, cache=cache, keep_cache=True
   )
   whole = [
@@ -159,6 +161,72 @@ def test_a_turn_goes_on_from_the_cache_of_the_last(config, params):
     for prompt, row, new in zip(prompts, first, news, strict=True)
   ]
   assert generate.generate(config, params, whole, keys_B, C)[0] == second
+
+
+def test_the_cache_of_the_prompts_alone(config, params):
+  """Another answer after the same prompt, which is not read again."""
+  keys_B = jax.random.split(jax.random.key(5), 2)
+  prompts = [[2, 10, 20, 30], [2, 40]]
+  *_, prompt_cache = generate.generate(
+    config, params, prompts, keys_B, 2 * C, keep_cache=True
+  )
+  assert prompt_cache.length_B.tolist() == [4, 2]
+  news = [[50, 51, 52], [60]]
+  after, *_ = generate.generate(
+    config, params, news, keys_B, C, cache=prompt_cache
+  )
+  whole = [p + new for p, new in zip(prompts, news, strict=True)]
+  assert generate.generate(config, params, whole, keys_B, C).rows == after
+
+
+def test_pinned_tokens_over_several_canvases(config, params):
+  """They are where they were put, in both drivers, and the rest is not as it
+  was without them; a row without pins is what it is alone."""
+  keys_B = jax.random.split(jax.random.key(6), 2)
+  prompts = [[2, 10, 20, 30], [2, 40]]
+  pinned = [{0: 7, 3: 8, C: 9, 2 * C - 1: 10}, {}]
+  start = (config, params, prompts, keys_B, 2 * C)
+  free, *_ = generate.generate(*start)
+  held, *_ = generate.generate(*start, pinned=pinned)
+  watched, *_ = generate.generate(
+    *start, pinned=pinned, on_step=lambda step, state: None
+  )
+  assert held == watched and held[1] == free[1]
+  for place, token in pinned[0].items():
+    assert held[0].tokens[place] == token != free[0].tokens[place]
+  others = [i for i in range(2 * C) if i not in pinned[0]]
+  assert [held[0].tokens[i] for i in others] != [
+    free[0].tokens[i] for i in others
+  ]
+
+
+def test_a_text_does_not_end_before_its_last_pin(config, params):
+  """A stop token between pins is a token like others; a pinned one stops."""
+  whole = run(config, params, 2 * C)
+  stop = whole.tokens[1]
+  assert whole.tokens.index(stop) <= 1
+  diffusion = dataclasses.replace(config.diffusion, stop_token_ids=(stop,))
+  config = dataclasses.replace(config, diffusion=diffusion)
+  assert len(run(config, params, 2 * C).tokens) <= 2
+  places = {i: whole.tokens[i] for i in range(C)}
+  held = run(config, params, 2 * C, pinned=[places | {C + 2: stop}])
+  assert held.tokens[:C] == whole.tokens[:C]
+  assert held.tokens[-1] == stop and len(held.tokens) == C + 3
+  assert held.stopped_by == 'stop_token'
+
+
+@pytest.mark.parametrize(
+  'pinned, message',
+  [
+    ([{2 * C: 5}], 'Place 12 that prompt 0 pins is outside of its 2 canvases'),
+    ([{-1: 5}], 'Place -1'),
+    ([{0: 97}], 'pins token 97, outside of the vocabulary of 97'),
+    ([{}, {}], '2 rows of pinned tokens for 1 prompts'),
+  ],
+)
+def test_pins_that_cannot_be(config, params, pinned, message):
+  with pytest.raises(generate.PromptError, match=message):
+    run(config, params, 2 * C, pinned=pinned)
 
 
 def test_a_logit_hook_bans_and_forces(config, params):
@@ -304,11 +372,11 @@ def test_generate_sees_pictures(seeing):
   ]
   prompts = [[2, 90, 5, 90, 6], [2, 7]]
   key = jax.random.key(0)
-  rows, _ = generate.generate(
+  rows, *_ = generate.generate(
     config, params, prompts, key, C, pictures=pictures
   )
   other = [[pictures[0][0], 255 - pictures[0][1]], []]
-  changed, _ = generate.generate(
+  changed, *_ = generate.generate(
     config, params, prompts, key, C, pictures=other
   )
   assert rows[0] != changed[0] and rows[1] == changed[1]
@@ -353,3 +421,69 @@ def test_an_image_longer_than_a_piece(seeing):
     generate.read_prompt(
       config, params, *arguments[:2], cache, arguments[2], chunk_length=6
     )
+
+
+ON_EIGHT_DEVICES = """
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import numpy as np
+from diffusiongemma.config import Config
+from diffusiongemma.config import DiffusionConfig
+from diffusiongemma.config import ModelConfig
+from diffusiongemma.model import cache as kv_cache
+from diffusiongemma.model import denoiser
+from diffusiongemma.text import generate
+
+model = ModelConfig(
+  vocab_size=97, embed_dim=24, attention_pattern=('local', 'global'),
+  num_heads=4, num_kv_heads=2, head_dim=8, num_global_kv_heads=1,
+  global_head_dim=16, sliding_window=5, mlp_dim=20, num_experts=6,
+  experts_per_token=2, expert_dim=12, context_length=256, dtype='float32')
+config = Config(model=model, diffusion=DiffusionConfig(
+  canvas_length=6, max_denoising_steps=4, stop_token_ids=(9,)))
+params = denoiser.init_params(denoiser.Denoiser(model), jax.random.key(0))
+mesh = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
+everywhere = NamedSharding(mesh, PartitionSpec())
+by_row = NamedSharding(mesh, PartitionSpec('data'))
+keys_B = jax.random.split(jax.random.key(1), 8)
+rng = np.random.default_rng(0)
+
+prompts = rng.integers(10, 97, (8, 7)).astype(np.int32)
+cache = generate.read_prompt(model, params, prompts, np.arange(8) % 7 + 1,
+                             kv_cache.init_cache(model, 8, 8))
+done_B = np.zeros(8, bool)
+one = generate.write_canvas(config, params, cache, keys_B, done_B)
+eight = generate.write_canvas(
+  config, jax.device_put(params, everywhere), jax.device_put(cache, by_row),
+  jax.device_put(keys_B, by_row), jax.device_put(done_B, by_row))
+assert len(one.draft_BL.sharding.device_set) == 1
+assert eight.draft_BL.sharding.is_equivalent_to(by_row, 2)
+for name in ('draft_BL', 'canvas_BL', 'accepted_BL', 'steps_B'):
+  assert (getattr(one, name) == np.asarray(getattr(eight, name))).all(), name
+
+ragged = [row[: i % 7 + 1].tolist() for i, row in enumerate(prompts)]
+single = generate.generate(config, params, ragged, keys_B, 18)
+spread = generate.generate(
+  config, jax.device_put(params, everywhere), ragged, keys_B, 18)
+assert single.rows == spread.rows
+print(len({row.steps for row in single.rows}), 'equal')
+"""
+
+
+def test_the_same_tokens_on_one_device_and_on_eight():
+  """Rows on a device each, and everything on all of them."""
+  environment = {
+    **os.environ,
+    'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
+    'JAX_PLATFORMS': 'cpu',
+  }
+  done = subprocess.run(
+    [sys.executable, '-c', ON_EIGHT_DEVICES],
+    env=environment,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.endswith('equal\n')

@@ -149,7 +149,7 @@ def test_trajectories_are_equal(pair, case, monkeypatch):
   keys_B = jax.random.split(jax.random.key(11), 2)
   prompts = pair.prompt_BP[:, :9]
   states = []
-  ours, _ = generate.generate(
+  ours, *_ = generate.generate(
     config,
     pair.params,
     prompts.tolist(),
