@@ -11,9 +11,9 @@ Public names: `Config` and its parts, `Denoiser` and `init_params` (the
 network), `init_cache`, `prefill`, `read_prompt` (long ones), `encode_images`
 and `SoftTokens` (images in a prompt), `make_denoise_fn` (a network that has
 read a text, as the sampler sees it), `sample_canvas` (the sampler, for use
-inside `jax.jit`) with `Pinned` and the module `strategies`, `generate` (prompts
-to tokens), `load` (a trained run or a
-Hugging Face folder), `convert` and `export` (one into the other).
+inside `jax.jit`) with `pin` and `Pinned` and the module `strategies`,
+`generate` (prompts to tokens), `load` (a trained run or a Hugging Face folder),
+`convert` and `export` (one into the other).
 """
 
 from diffusiongemma.config import Config
@@ -26,6 +26,7 @@ from diffusiongemma.conversion import load
 from diffusiongemma.diffusion import strategies
 from diffusiongemma.diffusion.sampler import Pinned
 from diffusiongemma.diffusion.sampler import Prediction
+from diffusiongemma.diffusion.sampler import pin
 from diffusiongemma.diffusion.sampler import sample_canvas
 from diffusiongemma.model.cache import KVCache
 from diffusiongemma.model.cache import init_cache
@@ -60,6 +61,7 @@ __all__ = [
   'init_params',
   'load',
   'make_denoise_fn',
+  'pin',
   'prefill',
   'read_prompt',
   'sample_canvas',

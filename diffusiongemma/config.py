@@ -103,7 +103,8 @@ class DiffusionConfig:
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
   """The text. An empty `path` is the shipped Shakespeare; otherwise a file, a
-  folder or a glob of `.txt` and `.jsonl` (`{"text": ...}`) files. Without a
+  folder or a glob of `.txt` and `.jsonl` files (`{"text": ...}`, or
+  `{"prompt": ..., "response": ...}`: only the response is learnt). Without a
   `heldout_path`, every n-th document is held out (n = `heldout_every`); the
   shipped corpus has its own held-out plays. `tokenizer` is a SentencePiece
   model; empty is the shipped one. `sequence_length` is in tokens."""
@@ -119,9 +120,12 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """Adam with decoupled weight decay; the rate rises over `warmup_steps`, then
-  falls as a cosine to `final_rate_fraction` of its peak, or stays."""
+  """Adam with decoupled weight decay, or Adafactor, which keeps no second
+  moment of a matrix; the rate rises over `warmup_steps`, then falls as a cosine
+  to `final_rate_fraction` of its peak, or stays. `freeze` has patterns such as
+  `*/router/*` of parameters that stay as they are. `b1` and `b2` are Adam's."""
 
+  kind: Literal['adam', 'adafactor'] = 'adam'
   peak_learning_rate: float = 1.5e-4
   schedule: Literal['cosine', 'constant'] = 'cosine'
   warmup_steps: int = 100
@@ -131,16 +135,32 @@ class OptimizerConfig:
   epsilon: float = 1e-8
   weight_decay: float = 1e-4
   clip_norm: float = 1.0
+  freeze: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-  """The training run; every `*_every` is in steps."""
+  """The training run; every `*_every` is in steps.
+
+  A batch is worked through in `accumulate_steps` parts. `remat` computes each
+  layer again in the backward pass instead of keeping what it computed. With an
+  `ema_decay`, checkpoints hold the running mean of the parameters, for
+  sampling. A step whose loss or gradient is not finite, or, with a
+  `spike_factor`, whose gradient is so many times longer than those before, is
+  left out; after `max_bad_steps` in a row the run stops.
+  """
 
   steps: int = 1000
   seed: int = 0
+  objective: Literal['ce', 'loo_ce'] = 'ce'
+  canvases: Literal['one', 'all'] = 'one'
   self_conditioning_probability: float = 0.5
   ar_loss_weight: float = 1.0
+  accumulate_steps: int = 1
+  remat: bool = False
+  ema_decay: float = 0.0
+  max_bad_steps: int = 5
+  spike_factor: float = 0.0
   log_every: int = 10
   evaluate_every: int = 500
   evaluate_batches: int = 8
@@ -216,13 +236,9 @@ def override(config: Config, field: str, text: str) -> Config:
 def validate(config: Config) -> None:
   """Raises `ConfigError` naming the first field that can't be used."""
   _check_types(config, 'config')
+  _check_numbers(config, 'config')
   model, diffusion, data = config.model, config.diffusion, config.data
-  for name, value in flatten(config).items():
-    positive = not name.startswith(_MAY_BE_ZERO)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-      if not math.isfinite(value) or value < 0 or (positive and value == 0):
-        kind = 'positive' if positive else 'zero or more'
-        raise ConfigError(f'{name} must be {kind}, it is {value}.')
+  validate_diffusion(diffusion)
   if not model.attention_pattern:
     raise ConfigError('config.model.attention_pattern names no layer.')
   for kind in model.attention_pattern:
@@ -249,8 +265,6 @@ def validate(config: Config) -> None:
       f'config.model.experts_per_token = {model.experts_per_token} is more '
       f'than config.model.num_experts = {model.num_experts}.'
     )
-  if diffusion.t_min > diffusion.t_max:
-    raise ConfigError('config.diffusion.t_min is above config.diffusion.t_max.')
   for name in ('pad_token_id', 'bos_token_id', 'stop_token_ids'):
     ids = getattr(diffusion, name)
     for token in ids if isinstance(ids, tuple) else (ids,):
@@ -267,10 +281,28 @@ def validate(config: Config) -> None:
   for name, seed in (('data', data.seed), ('train', config.train.seed)):
     if seed >= 2**63:
       raise ConfigError(f'config.{name}.seed must be below 2^63.')
-  if config.train.self_conditioning_probability > 1:
+  train = config.train
+  if train.self_conditioning_probability > 1:
     raise ConfigError(
       'config.train.self_conditioning_probability is a probability, at most 1.'
     )
+  if train.ema_decay >= 1:
+    raise ConfigError('config.train.ema_decay must be below 1.')
+  if 0 < train.spike_factor <= 1:
+    raise ConfigError('config.train.spike_factor must be above 1, or 0 (off).')
+  if data.batch_size % train.accumulate_steps:
+    raise ConfigError(
+      f'config.train.accumulate_steps = {train.accumulate_steps} must divide '
+      f'config.data.batch_size = {data.batch_size}.'
+    )
+
+
+def validate_diffusion(diffusion: DiffusionConfig) -> None:
+  """The part of `validate` that the sampler alone can see."""
+  _check_types(diffusion, 'config.diffusion')
+  _check_numbers(diffusion, 'config.diffusion')
+  if diffusion.t_min > diffusion.t_max:
+    raise ConfigError('config.diffusion.t_min is above config.diffusion.t_max.')
 
 
 def _validate_vision(vision: VisionConfig) -> None:
@@ -309,6 +341,8 @@ _MAY_BE_ZERO = (
   'config.train.seed',
   'config.train.self_conditioning_probability',
   'config.train.ar_loss_weight',
+  'config.train.ema_decay',
+  'config.train.spike_factor',
 )
 
 
@@ -433,6 +467,15 @@ def _check_types(config: Any, prefix: str) -> None:
       _check_types(value, f'{prefix}.{name}')
     else:
       _check_type(value, hint, f'{prefix}.{name}')
+
+
+def _check_numbers(config: Any, prefix: str) -> None:
+  for name, value in flatten(config, prefix).items():
+    positive = not name.startswith(_MAY_BE_ZERO)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+      if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        kind = 'positive' if positive else 'zero or more'
+        raise ConfigError(f'{name} must be {kind}, it is {value}.')
 
 
 def _check_type(value: Any, hint: Any, name: str) -> None:

@@ -329,7 +329,7 @@ def compare_layers(pair: Pair) -> dict[str, float]:
     note('keys and values', v[:, -held:], their_v)
     window = config.sliding_window if kind == 'local' else None
     cached_BS = positions[:, -held:]
-    mask = masks.denoise_mask(length_B, cached_BS, L, window)
+    mask = masks.denoise_mask(length_B[:, None], cached_BS, L, window)
     canvas_positions = PROMPT + jnp.broadcast_to(jnp.arange(L), (2, L))
     layers = len(config.attention_pattern)
     for x_in, x_out in (
@@ -451,8 +451,9 @@ def training_example(pair: Pair):
     'target_mask_BS': rng.random((2, S)) < 0.7,
   }
   drawn = losses.Noise(
-    start_B=jnp.full((2,), TEXT_START + C),  # After a clean canvas.
-    t_B=jnp.full((2,), 0.5),
+    start_BK=jnp.full((2, 1), TEXT_START + C),  # After a clean canvas.
+    valid_BK=jnp.ones((2, 1), bool),
+    t_BK=jnp.full((2, 1), 0.5),
     canvas_BL=jnp.asarray(pair.canvas_BL),
     corrupted_BL=jnp.ones((2, C), bool),
     self_condition_B=jnp.array([True, False]),
@@ -495,7 +496,7 @@ def their_gradients(pair: Pair) -> tuple[float, dict]:
   canvas: its cache forgets what local layers don't need."""
   theirs, C, V = pair.theirs, pair.canvas_length, pair.config.vocab_size
   batch, drawn = training_example(pair)
-  begin = int(drawn.start_B[0])
+  begin = int(drawn.start_BK[0, 0])
   tokens = torch.tensor(batch['tokens_BS'], dtype=torch.long)
   canvas = torch.tensor(pair.canvas_BL, dtype=torch.long)
   theirs.zero_grad()

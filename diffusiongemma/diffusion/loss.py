@@ -1,12 +1,14 @@
 """The training objective: denoising plus autoregressive cross entropy.
 
-  t ~ U(1e-4, 1 - 1e-4),  z ~ q(z_t | x_sel),  sel ~ U(valid canvases)
+  t ~ U(1e-4, 1 - 1e-4),  z ~ q(z_t | x_sel),  sel ~ U(valid canvases), or all
   s = 0, or with probability p the soft embedding of a first pass (no grad)
   loss = mean_i CE(f(z, s | prompt, canvases < sel), x_sel_i)
          + ar_weight * mean_j CE(prefill(x)_j, x_j+1)
 
-The mean is over all C positions of the canvas, kept ones too, with no 1/t
-weight. This is a loss: neither a likelihood nor a bound of one.
+The mean is over all C positions of a canvas, kept ones too, with no 1/t
+weight. This is a loss: neither a likelihood nor a bound of one. `loo_ce`
+teaches f to tell x_i from all of z but z_i (leave-one-out), by handing it the
+evidence of z_i:  CE(f + log(1 + V alpha / (1 - alpha)) onehot(z), x).
 """
 
 from collections.abc import Callable
@@ -28,7 +30,7 @@ class Network(NamedTuple):
 
   Attributes:
     prefill: (tokens_BS, length_B) -> (h_BSD, cache, auxiliary).
-    denoise: (tokens_BL, sc_BLD, cache) -> h_BLD.
+    denoise: (tokens_BL, sc_BLD, cache, start_BK) -> h_BLD.
     logits: h [..., D] -> float32 [..., V].
     soft_embedding: probabilities [..., V] -> [..., D].
   """
@@ -40,18 +42,20 @@ class Network(NamedTuple):
 
 
 class Noise(NamedTuple):
-  """Every random choice of one batch.
+  """Every random choice of one batch, for K canvases of each row; L = K * C.
 
   Attributes:
-    start_B: int32, position of the selected canvas.
-    t_B: float32, its time.
-    canvas_BL: int32, the noisy canvas.
+    start_BK: int32, position of each canvas.
+    valid_BK: bool, canvases that the row has; others are not learnt.
+    t_BK: float32, the time of each.
+    canvas_BL: int32, the noisy canvases.
     corrupted_BL: bool, the positions drawn anew.
     self_condition_B: bool, rows that see the first pass.
   """
 
-  start_B: jax.Array
-  t_B: jax.Array
+  start_BK: jax.Array
+  valid_BK: jax.Array
+  t_BK: jax.Array
   canvas_BL: jax.Array
   corrupted_BL: jax.Array
   self_condition_B: jax.Array
@@ -87,27 +91,48 @@ def draw_noise(
   canvas_length: int,
   vocab_size: int,
   self_conditioning_probability: float,
+  canvases: str = 'one',
 ) -> Noise:
-  """Draws canvas, time, corruption and self-conditioning for each row."""
+  """Draws canvas, time, corruption and self-conditioning for each row.
+
+  `canvases` is 'one', drawn from those of the row, or 'all' of them.
+  """
   select_key, time_key, corrupt_key, sc_key = jax.random.split(key, 4)
-  B = batch['tokens_BS'].shape[0]
-  prompt_B = batch['prompt_length_B']
-  count_B = (batch['length_B'] - prompt_B) // canvas_length
-  selected_B = jax.random.randint(select_key, (B,), 0, jnp.maximum(count_B, 1))
-  start_B = prompt_B + selected_B * canvas_length
-  t_B = jax.random.uniform(time_key, (B,), minval=T_MARGIN, maxval=1 - T_MARGIN)
-  clean_BL = slice_rows(batch['tokens_BS'], start_B, canvas_length)
+  (B, S), C = batch['tokens_BS'].shape, canvas_length
+  prompt_B1 = batch['prompt_length_B'][:, None]
+  count_B1 = (batch['length_B'][:, None] - prompt_B1) // C
+  if canvases == 'one':
+    index_BK = jax.random.randint(
+      select_key, (B, 1), 0, jnp.maximum(count_B1, 1)
+    )
+  else:
+    index_BK = jnp.tile(jnp.arange((S - 1) // C), (B, 1))
+  valid_BK = index_BK < count_B1
+  # Those that a row does not have still lie somewhere in it.
+  start_BK = jnp.where(valid_BK, prompt_B1 + index_BK * C, 0)
+  t_BK = jax.random.uniform(
+    time_key, start_BK.shape, minval=T_MARGIN, maxval=1 - T_MARGIN
+  )
+  clean_BL = slice_canvases(batch['tokens_BS'], start_BK, C)
   canvas_BL, corrupted_BL = noise.corrupt(
-    corrupt_key, clean_BL, t_B, vocab_size
+    corrupt_key, clean_BL, jnp.repeat(t_BK, C, axis=1), vocab_size
   )
   self_condition_B = jax.random.bernoulli(
     sc_key, self_conditioning_probability, (B,)
   )
-  return Noise(start_B, t_B, canvas_BL, corrupted_BL, self_condition_B)
+  return Noise(
+    start_BK, valid_BK, t_BK, canvas_BL, corrupted_BL, self_condition_B
+  )
 
 
 def diffusion_loss(
-  network: Network, batch: dict, drawn: Noise, ar_loss_weight: float
+  network: Network,
+  batch: dict,
+  drawn: Noise,
+  ar_loss_weight: float,
+  *,
+  objective: str = 'ce',
+  num_targets: jax.Array | None = None,
 ) -> tuple[jax.Array, dict]:
   """The joint loss of one batch.
 
@@ -116,13 +141,18 @@ def diffusion_loss(
     batch: see `check_batch`.
     drawn: see `draw_noise`.
     ar_loss_weight: weight of the autoregressive term.
+    objective: 'ce' or 'loo_ce', see the top of the file.
+    num_targets: what the sum of the AR losses is divided by, instead of by
+      their number: for a part of a larger batch.
 
   Returns:
     (loss in nats a token, metrics): `loss_denoise`, `loss_ar`, both in nats a
     token; `accuracy`, the share of corrupted positions whose argmax is right;
-    and whatever `network.prefill` returns third, under `auxiliary`.
+    and whatever `network.prefill` returns third, under `auxiliary`. Every row
+    counts the same, and every canvas of a row.
   """
-  C = drawn.canvas_BL.shape[1]
+  K = drawn.start_BK.shape[1]
+  C = drawn.canvas_BL.shape[1] // K
   check_batch(batch, C)
   h_BSD, cache, auxiliary = network.prefill(
     batch['tokens_BS'], batch['length_B']
@@ -131,58 +161,91 @@ def diffusion_loss(
   targets_BS = jnp.roll(batch['tokens_BS'], -1, axis=1)
   mask_BS = jnp.roll(batch['target_mask_BS'], -1, axis=1).at[:, -1].set(False)
   ar_BS, _ = cross_entropy(network.logits, h_BSD, targets_BS)
-  loss_ar = masked_mean(ar_BS, mask_BS)
+  if num_targets is None:
+    num_targets = count_targets(batch)
+  loss_ar = jnp.sum(jnp.where(mask_BS, ar_BS, 0.0)) / num_targets
 
   sc_off_BLD = jnp.zeros((*drawn.canvas_BL.shape, h_BSD.shape[-1]), h_BSD.dtype)
   h_BLD = denoise_twice(network, cache, drawn, sc_off_BLD)
-  clean_BL = slice_rows(batch['tokens_BS'], drawn.start_B, C)
-  denoise_BL, right_BL = cross_entropy(network.logits, h_BLD, clean_BL)
-  loss_denoise = jnp.mean(denoise_BL)
+  clean_BL = slice_canvases(batch['tokens_BS'], drawn.start_BK, C)
+  evidence = None
+  if objective == 'loo_ce':
+    t_BL = jnp.repeat(drawn.t_BK, C, axis=1)
+    evidence = (drawn.canvas_BL, t_BL)
+  denoise_BL, right_BL = cross_entropy(
+    network.logits, h_BLD, clean_BL, evidence
+  )
+  valid_BL = jnp.repeat(drawn.valid_BK, C, axis=1)
+  share_BL = valid_BL / jnp.maximum(valid_BL.sum(1, keepdims=True), 1)
+  loss_denoise = jnp.sum(share_BL * denoise_BL) / share_BL.shape[0]
   loss = loss_denoise + ar_loss_weight * loss_ar
   metrics = {
     'loss': loss,
     'loss_denoise': loss_denoise,
     'loss_ar': loss_ar,
-    'accuracy': masked_mean(right_BL, drawn.corrupted_BL),
+    'accuracy': masked_mean(right_BL, drawn.corrupted_BL & valid_BL),
     'auxiliary': auxiliary,
   }
   return loss, metrics
 
 
+def count_targets(batch: dict) -> jax.Array:
+  """How many tokens the AR loss predicts; at least 1."""
+  return jnp.maximum(jnp.sum(batch['target_mask_BS'][:, 1:]), 1)
+
+
 def denoise_twice(
   network: Network, cache, drawn: Noise, sc_off_BLD: jax.Array
 ) -> jax.Array:
-  """Both passes over the selected canvas; only the second has gradients.
+  """Both passes over the canvases; only the second has gradients.
 
-  The canvas sees the text before it and nothing else: the cache is cut to
-  `start_B`, so the clean canvas itself is out of reach.
+  A canvas sees the clean text before it and nothing else, though the cache
+  holds the answer too.
   """
-  cache = cache.replace(length_B=drawn.start_B)
   first_BLD = network.denoise(
-    drawn.canvas_BL, sc_off_BLD, jax.lax.stop_gradient(cache)
+    drawn.canvas_BL, sc_off_BLD, jax.lax.stop_gradient(cache), drawn.start_BK
   )
   sc_BLD = soft_embedding(network, jax.lax.stop_gradient(first_BLD))
   use_B11 = drawn.self_condition_B[:, None, None]
   sc_BLD = jnp.where(use_B11, sc_BLD, sc_off_BLD)
-  return network.denoise(drawn.canvas_BL, jax.lax.stop_gradient(sc_BLD), cache)
+  return network.denoise(
+    drawn.canvas_BL, jax.lax.stop_gradient(sc_BLD), cache, drawn.start_BK
+  )
 
 
 def cross_entropy(
-  logits_fn: Callable, h_BLD: jax.Array, targets_BL: jax.Array
+  logits_fn: Callable,
+  h_BLD: jax.Array,
+  targets_BL: jax.Array,
+  evidence: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Cross entropy in nats and argmax hits, [B, L] each, float32.
 
   Logits exist for one chunk of positions at a time, in the backward pass too.
+  With `evidence` (z_BL, t_BL), they are those of a leave-one-out predictor,
+  and what z tells of its own position is added.
   """
 
-  def chunk(h_MD, targets_M):
+  def chunk(h_MD, targets_M, *evidence_M):
     logits_MV = logits_fn(h_MD)
+    if evidence_M:
+      logits_MV = add_evidence(logits_MV, *evidence_M)
     log_normalizer_M = jax.nn.logsumexp(logits_MV, axis=-1)
     picked_M = jnp.take_along_axis(logits_MV, targets_M[:, None], axis=-1)
     right_M = jnp.argmax(logits_MV, axis=-1) == targets_M
     return log_normalizer_M - picked_M[:, 0], right_M.astype(jnp.float32)
 
-  return _in_chunks(logits_fn, chunk, h_BLD, targets_BL)
+  return _in_chunks(logits_fn, chunk, h_BLD, targets_BL, *(evidence or ()))
+
+
+def add_evidence(
+  logits_MV: jax.Array, z_M: jax.Array, t_M: jax.Array
+) -> jax.Array:
+  """log p(x_i | z) up to a constant, from log p(x_i | z without z_i): Bayes'
+  rule with  q(z | x) ~ 1 + V alpha / (1 - alpha)  where x = z, 1 elsewhere."""
+  V, alpha_M = logits_MV.shape[-1], noise.noise_schedule(t_M)
+  bonus_M = jnp.log1p(V * alpha_M / (1 - alpha_M))
+  return logits_MV + bonus_M[:, None] * jax.nn.one_hot(z_M, V)
 
 
 def soft_embedding(network: Network, h_BLD: jax.Array) -> jax.Array:
@@ -218,13 +281,13 @@ def _in_chunks(logits_fn: Callable, chunk: Callable, h_BLD, *others_BL):
   return jax.tree.map(lambda x: x.reshape(B, L, *x.shape[1:]), out)
 
 
-def slice_rows(
-  tokens_BS: jax.Array, start_B: jax.Array, length: int
+def slice_canvases(
+  tokens_BS: jax.Array, start_BK: jax.Array, canvas_length: int
 ) -> jax.Array:
-  """`length` tokens of each row, from its own start."""
-  return jax.vmap(
-    lambda row, start: jax.lax.dynamic_slice(row, (start,), (length,))
-  )(tokens_BS, start_B)
+  """The canvases of each row that start there, [B, K * C]."""
+  place_BKC = start_BK[:, :, None] + jnp.arange(canvas_length)
+  place_BL = place_BKC.reshape(len(start_BK), -1)
+  return jnp.take_along_axis(tokens_BS, place_BL, axis=1, mode='clip')
 
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:

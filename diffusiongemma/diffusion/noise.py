@@ -23,14 +23,14 @@ def prior_canvas(
 
 
 def corrupt(
-  key: jax.Array, tokens_BL: jax.Array, t_B: jax.Array, vocab_size: int
+  key: jax.Array, tokens_BL: jax.Array, t_BL: jax.Array, vocab_size: int
 ) -> tuple[jax.Array, jax.Array]:
   """Samples z_t given x.
 
   Args:
     key: one key; every row and position draws its own noise.
     tokens_BL: int32, the clean canvas.
-    t_B: float32 in [0, 1], the time of each row.
+    t_BL: float32 in [0, 1], the time of each position, or [B, 1] of each row.
     vocab_size: V.
 
   Returns:
@@ -38,6 +38,6 @@ def corrupt(
   """
   keep_key, noise_key = jax.random.split(key)
   uniforms_BL = jax.random.uniform(keep_key, tokens_BL.shape)
-  corrupted_BL = uniforms_BL >= noise_schedule(t_B)[:, None]
+  corrupted_BL = uniforms_BL >= noise_schedule(t_BL)
   noise_BL = prior_canvas(noise_key, tokens_BL.shape, vocab_size)
   return jnp.where(corrupted_BL, noise_BL, tokens_BL), corrupted_BL

@@ -127,9 +127,12 @@ class Denoiser(nn.Module):
   >>> params = init_params(model, jax.random.key(0))
   >>> h_BPD, cache, _ = model.apply(
   ...     {'params': params}, tokens_BP, length_B, method='prefill')
+
+  With `remat`, a backward pass computes each layer again.
   """
 
   config: ModelConfig
+  remat: bool = False
 
   def setup(self):
     cfg = self.config
@@ -138,8 +141,11 @@ class Denoiser(nn.Module):
     self.embedding = self.param(
       'embedding', init, shape, jnp.dtype(cfg.param_dtype)
     )
+    layer = Layer
+    if self.remat:
+      layer = nn.remat(Layer, methods=['prefill', 'denoise'])
     self.layers = [
-      Layer(cfg, kind, name=f'layer_{index:02d}')
+      layer(cfg, kind, name=f'layer_{index:02d}')
       for index, kind in enumerate(cfg.attention_pattern)
     ]
     self.final_norm = layers.RMSNorm(cfg.embed_dim, cfg.norm_epsilon)
@@ -213,24 +219,33 @@ class Denoiser(nn.Module):
     return self.final_norm(x_BPD), longer, tuple(routings)
 
   def denoise(
-    self, tokens_BL: jax.Array, sc_BLD: jax.Array, cache: kv_cache.KVCache
+    self,
+    tokens_BL: jax.Array,
+    sc_BLD: jax.Array,
+    cache: kv_cache.KVCache,
+    start_BK: jax.Array | None = None,
   ) -> jax.Array:
-    """Bidirectional pass over a noisy canvas that follows the cached text.
+    """Bidirectional pass over noisy canvases, each with the text before it.
 
     Args:
-      tokens_BL: int32, the canvas.
+      tokens_BL: int32, one canvas, or K after each other: L = K * C.
       sc_BLD: soft embedding of the previous step; zeros at the first.
-      cache: the text before.
+      cache: the text. What a canvas sees of it ends where the canvas starts.
+      start_BK: int32, where each canvas starts; None is one canvas that
+        follows the text.
 
     Returns:
       h_BLD after the final norm.
     """
-    L, length_B = tokens_BL.shape[1], cache.length_B
-    positions_BL = length_B[:, None] + jnp.arange(L)
+    if start_BK is None:
+      start_BK = cache.length_B[:, None]
+    (B, L), K = tokens_BL.shape, start_BK.shape[1]
+    positions_BKC = start_BK[:, :, None] + jnp.arange(L // K)
+    positions_BL = positions_BKC.reshape(B, L)
     mask_of_kind = self.per_kind(
       cache,
       lambda cached_BS, window: masks.denoise_mask(
-        length_B, cached_BS, L, window
+        start_BK, cached_BS, L // K, window
       ),
     )
     x_BLD = self.self_conditioning(self.embed(tokens_BL), sc_BLD)

@@ -15,6 +15,15 @@ Denoising the canvas `1 2 3` after the prefix `a b c d`, W = 3:
     1 x x x x x x x   global      1 . . x x x x x   local: the last W - 1 of
     2 x x x x x x x               2 . . x x x x x   the prefix, the same for
     3 x x x x x x x               3 . . x x x x x   every canvas position
+
+Training on every canvas of a text at once, here `c d` and `e f` after the
+prompt `a b`: the noisy `1 2` and `3 4` each see the clean text before them.
+
+      a b c d e f 1 2 3 4
+    1 x x . . . . x x . .
+    2 x x . . . . x x . .
+    3 x x x x . . . . x x
+    4 x x x x . . . . x x
 """
 
 import jax
@@ -52,27 +61,37 @@ def prefill_mask(
   return mask_BPS
 
 
-def prefix_mask(
-  length_B: jax.Array, cached_BS: jax.Array, window: int | None
-) -> jax.Array:
-  """What a canvas sees of its prefix: [B, 1, S], the same for all L queries.
-
-  A local layer sees the last W - 1 tokens (the cache of the Hugging Face
-  implementation keeps so many; Google's mask has W).
-  """
-  mask_BS = cached_BS >= 0
-  if window is not None:
-    mask_BS &= cached_BS >= length_B[:, None] - (window - 1)
-  return mask_BS[:, None, :]
-
-
 def denoise_mask(
-  length_B: jax.Array,
+  start_BK: jax.Array,
   cached_BS: jax.Array,
   canvas_length: int,
   window: int | None,
 ) -> jax.Array:
-  """The prefix, then the whole canvas: [B, 1, S + L]."""
-  prefix_B1S = prefix_mask(length_B, cached_BS, window)
-  canvas_B1L = jnp.ones((length_B.shape[0], 1, canvas_length), bool)
-  return jnp.concatenate([prefix_B1S, canvas_B1L], axis=-1)
+  """What canvases see: what is before them, and themselves.
+
+  A local layer sees the last W - 1 tokens before the canvas (the cache of the
+  Hugging Face implementation keeps so many; Google's mask has W).
+
+  Args:
+    start_BK: int32, position of the first token of each canvas.
+    cached_BS: int32, position held by each slot of the cache, negative where
+      empty. It may hold what comes after a canvas.
+    canvas_length: C.
+    window: W; None is all (global).
+
+  Returns:
+    [B, 1, S + C] for a single canvas, whose tokens all see the same; else
+    [B, K * C, S + K * C], where no canvas sees another.
+  """
+  (B, K), C = start_BK.shape, canvas_length
+  key_B1S, start_BK1 = cached_BS[:, None, :], start_BK[:, :, None]
+  prefix_BKS = (key_B1S >= 0) & (key_B1S < start_BK1)
+  if window is not None:
+    prefix_BKS &= key_B1S >= start_BK1 - (window - 1)
+  if K == 1:
+    own_B1L = jnp.ones((B, 1, C), bool)
+    return jnp.concatenate([prefix_BKS, own_B1L], axis=-1)
+  canvas_L = jnp.arange(K * C) // C
+  own_BLL = jnp.tile(canvas_L[:, None] == canvas_L, (B, 1, 1))
+  prefix_BLS = jnp.repeat(prefix_BKS, C, axis=1)
+  return jnp.concatenate([prefix_BLS, own_BLL], axis=-1)

@@ -1,16 +1,13 @@
-"""Documents on disk to batches of token windows, with Grain.
+"""Examples to batches of token rows, with Grain.
 
-  files -> documents -> tokens -> windows -> global shuffle -> this process's
-  share -> rows with a random split into prompt and canvases -> batches
+  documents -> windows, each with a random split into prompt and canvases
+  prompts with a response -> one row each
+  rows -> global shuffle -> this process's share -> batches
 
 Everything random follows from `DataConfig.seed` and the row's index, so the
 iterator's state is one number and a resumed run reads on where it stopped.
 """
 
-import glob
-import json
-import lzma
-import pathlib
 from typing import NamedTuple
 
 import grain
@@ -18,173 +15,8 @@ import numpy as np
 
 from diffusiongemma.config import DataConfig
 from diffusiongemma.text import tokenizer as tokenizers
-
-SHIPPED_CORPUS = tokenizers.ASSETS / 'shakespeare.jsonl.xz'
-SUFFIXES = ('.txt', '.jsonl', '.jsonl.xz')
-
-
-class DataError(ValueError):
-  """Text that can't be used; the message names the file and the remedy."""
-
-
-class Document(NamedTuple):
-  """One text. `origin` says where it came from, for messages; `split` is
-  'train', 'heldout' or '' (not said)."""
-
-  text: str
-  origin: str
-  split: str = ''
-
-
-class Corpus(NamedTuple):
-  """Tokens of every document, int32, each ending in eos.
-
-  Attributes:
-    train: documents to learn from.
-    heldout: documents to evaluate on.
-    heldout_texts: their text.
-  """
-
-  train: list[np.ndarray]
-  heldout: list[np.ndarray]
-  heldout_texts: list[str]
-
-
-def find_files(path: str) -> list[pathlib.Path]:
-  """The text files of a file name, a folder (searched in depth) or a glob."""
-  given = pathlib.Path(path)
-  if given.is_file():
-    if not given.name.endswith(SUFFIXES):
-      raise DataError(
-        f'{path!r} is neither text nor JSON lines; name it one of '
-        f'{", ".join(SUFFIXES)}.'
-      )
-    return [given]
-  if given.is_dir():
-    candidates = given.rglob('*')
-  else:
-    candidates = map(pathlib.Path, glob.glob(path, recursive=True))
-  files = sorted(
-    file
-    for file in candidates
-    if file.is_file() and file.name.endswith(SUFFIXES)
-  )
-  if not files and not given.exists() and not glob.has_magic(path):
-    raise DataError(f'There is nothing at {path!r}.')
-  if not files:
-    raise DataError(f'{path!r} holds no file named {" or ".join(SUFFIXES)}.')
-  return files
-
-
-def read_documents(path: str) -> list[Document]:
-  """All documents at `path`; see `find_files`. Raises `DataError`.
-
-  A text file is one document, a line of a JSON lines file another: an object
-  with a `text` and, if it likes, a `split`.
-  """
-  documents = []
-  for file in find_files(path):
-    if file.name.endswith('.txt'):
-      documents.append(Document(_read_text(file), str(file)))
-      continue
-    for number, line in enumerate(_read_text(file).split('\n'), 1):
-      if line.strip():
-        documents.append(_parse_line(line, f'{file}, line {number}'))
-  documents = [d for d in documents if d.text]
-  if not documents:
-    raise DataError(f'The files at {path!r} are empty.')
-  return documents
-
-
-def _read_text(file: pathlib.Path) -> str:
-  try:
-    opener = lzma.open if file.suffix == '.xz' else open
-    with opener(file, 'rb') as stream:
-      return stream.read().decode('utf-8-sig')  # a byte order mark is no text
-  except UnicodeDecodeError as error:
-    raise DataError(
-      f'{file} is not UTF-8: byte {error.start} is 0x'
-      f'{error.object[error.start]:02x}. Convert it first, for example with '
-      f'iconv -t UTF-8.'
-    ) from error
-  except lzma.LZMAError as error:
-    raise DataError(f'{file} is not an xz file: {error}.') from error
-  except OSError as error:
-    raise DataError(f'{file} cannot be read: {error.strerror}.') from error
-
-
-def _parse_line(line: str, origin: str) -> Document:
-  try:
-    record = json.loads(line)
-  except (json.JSONDecodeError, RecursionError) as error:
-    raise DataError(f'{origin} is not JSON: {error}.') from error
-  if not isinstance(record, dict) or not isinstance(record.get('text'), str):
-    raise DataError(f'{origin} is not an object with a text: {{"text": ...}}.')
-  split = record.get('split', '')
-  if split not in ('', 'train', 'heldout'):
-    raise DataError(f'{origin}: split {split!r} is neither train nor heldout.')
-  return Document(record['text'], origin, split)
-
-
-def split_documents(
-  documents: list[Document], every: int
-) -> tuple[list[Document], list[Document]]:
-  """(train, heldout): as the documents say, else every n-th is held out.
-
-  With fewer than n documents, the last n-th of each is held out instead.
-  """
-  if any(d.split for d in documents):
-    train = [d for d in documents if d.split != 'heldout']
-    return train, [d for d in documents if d.split == 'heldout']
-  if len(documents) >= every > 1:
-    heldout = documents[every - 1 :: every]
-    train = [d for i, d in enumerate(documents) if (i + 1) % every]
-    return train, heldout
-  train, heldout = [], []
-  for document in documents:
-    cut = len(document.text) - len(document.text) // max(every, 2)
-    train.append(document._replace(text=document.text[:cut]))
-    heldout.append(
-      Document(document.text[cut:], f'{document.origin} (its held-out end)')
-    )
-  return train, heldout
-
-
-def load_corpus(
-  data: DataConfig, tokenizer: tokenizers.Tokenizer, canvas_length: int
-) -> Corpus:
-  """Reads, splits and tokenises the text of a config. Raises `DataError`."""
-  documents = read_documents(data.path or str(SHIPPED_CORPUS))
-  if data.heldout_path:
-    train, heldout = documents, read_documents(data.heldout_path)
-  else:
-    train, heldout = split_documents(documents, data.heldout_every)
-  for name, part in (('train on', train), ('hold out', heldout)):
-    if not part:
-      raise DataError(
-        f'{data.path!r} leaves nothing to {name}: give more documents, or '
-        'name others in config.data.heldout_path.'
-      )
-
-  def tokenize(document):
-    try:
-      tokens = tokenizer.encode(document.text) + [tokenizer.eos_id]
-    except tokenizers.TokenizerError as error:
-      raise DataError(f'{document.origin}: {error}') from error
-    # A row is bos and, at least, a canvas.
-    if len(tokens) < canvas_length:
-      raise DataError(
-        f'{document.origin}: {len(tokens)} tokens are shorter than a canvas '
-        f'of {canvas_length}. Leave it out, join it with another, or lower '
-        'config.diffusion.canvas_length.'
-      )
-    return np.array(tokens, np.int32)
-
-  return Corpus(
-    [tokenize(d) for d in train],
-    [tokenize(d) for d in heldout],
-    [d.text for d in heldout],
-  )
+from diffusiongemma.training.corpus import DataError
+from diffusiongemma.training.corpus import Example
 
 
 def make_row(
@@ -198,36 +30,48 @@ def make_row(
   return row, len(tokens) + 1
 
 
-class _RandomRow(grain.transforms.RandomMap):
-  """A window's place to a row, with random offset and prompt length."""
+class _Rows(grain.transforms.RandomMap):
+  """The place of an example to its row; see `make_dataset`."""
 
-  def __init__(self, documents, length, canvas_length, bos_id, pad_id):
-    self.documents = documents
+  def __init__(self, examples, length, canvas_length, tokenizer):
+    self.examples = examples
     self.length = length
     self.canvas_length = canvas_length
-    self.bos_id = bos_id
-    self.pad_id = pad_id
+    self.bos_id = tokenizer.bos_id
+    self.pad_id = tokenizer.pad_id
 
   def random_map(self, place, rng: np.random.Generator):
     index, start = place
-    document, stride = self.documents[index], self.length - 1
-    start = start + int(rng.integers(stride))
-    start = min(start, max(0, len(document) - stride))
-    row, length = make_row(
-      document, start, self.length, self.bos_id, self.pad_id
-    )
-    prompt_length = int(rng.integers(1, length - self.canvas_length + 1))
+    example = self.examples[index]
     position = np.arange(self.length)
+    if example.prompt_length is None:
+      row, length = self._window(example.tokens, start, rng)
+      prompt_length = int(rng.integers(1, length - self.canvas_length + 1))
+      targets = (position > 0) & (position < length)
+    else:
+      row, length = make_row(
+        example.tokens, 0, self.length, self.bos_id, self.pad_id
+      )
+      prompt_length = 1 + example.prompt_length
+      end = prompt_length + example.num_targets
+      targets = (position >= prompt_length) & (position < end)
     return {
       'tokens_BS': row,
       'length_B': np.int32(length),
       'prompt_length_B': np.int32(prompt_length),
-      'target_mask_BS': (position > 0) & (position < length),
+      'target_mask_BS': targets,
     }
+
+  def _window(self, document, start, rng):
+    """A row from somewhere in the window that begins at `start`."""
+    stride = self.length - 1
+    start = start + int(rng.integers(stride))
+    start = min(start, max(0, len(document) - stride))
+    return make_row(document, start, self.length, self.bos_id, self.pad_id)
 
 
 def make_dataset(
-  documents: list[np.ndarray],
+  examples: list[Example],
   data: DataConfig,
   canvas_length: int,
   tokenizer: tokenizers.Tokenizer,
@@ -236,11 +80,12 @@ def make_dataset(
 ) -> grain.IterDataset:
   """An endless dataset of batches (see `diffusion.loss.check_batch`).
 
-  Every epoch visits each window once, in its own order and with its own
-  offsets; the processes of a job take turns over one global order.
+  Every epoch visits each window of a document once, with its own offset and
+  its own split into prompt and canvases, and each prompt with a response once;
+  in its own order. The processes of a job take turns over one global order.
 
   Args:
-    documents: tokens of each document.
+    examples: what to learn from.
     data: `batch_size` is that of the whole job.
     canvas_length: C, every row has room for one canvas at least.
     tokenizer: for its special ids.
@@ -253,18 +98,13 @@ def make_dataset(
       f'{process_count} processes.'
     )
   stride = data.sequence_length - 1
-  places = [
-    (index, start)
-    for index, document in enumerate(documents)
-    for start in range(0, len(document), stride)
-  ]
-  rows = _RandomRow(
-    documents,
-    data.sequence_length,
-    canvas_length,
-    tokenizer.bos_id,
-    tokenizer.pad_id,
-  )
+  places = []
+  for index, example in enumerate(examples):
+    windows = 1
+    if example.prompt_length is None:
+      windows = -(-len(example.tokens) // stride)
+    places += [(index, stride * window) for window in range(windows)]
+  rows = _Rows(examples, data.sequence_length, canvas_length, tokenizer)
   return (
     grain.MapDataset.source(places)
     .seed(data.seed)
@@ -296,23 +136,35 @@ class Windows(NamedTuple):
 
 
 def heldout_windows(
-  documents: list[np.ndarray], length: int, bos_id: int, pad_id: int
+  examples: list[Example], length: int, bos_id: int, pad_id: int
 ) -> Windows:
-  """Windows of `length` of which consecutive ones share half, so that all but
-  the first tokens of a document have length / 2 tokens of context or more."""
+  """A row for each response, and windows of each document.
+
+  Consecutive windows share half, so that all but the first tokens of a
+  document have length / 2 tokens of context or more.
+  """
   rows, lengths, masks = [], [], []
+  position = np.arange(length)
+
+  def add(tokens, start, first, count):
+    """A row from `start`, of which `count` tokens from `first` are targets;
+    returns where in `tokens` it ends."""
+    row, row_length = make_row(tokens, start, length, bos_id, pad_id)
+    end = min(first + count, row_length)
+    rows.append(row)
+    lengths.append(row_length)
+    masks.append((position >= first) & (position < end))
+    return start + row_length - 1
+
   stride = max(1, (length - 1) // 2)
-  for document in documents:
+  for example in examples:
+    tokens = example.tokens
+    if example.prompt_length is not None:
+      add(tokens, 0, 1 + example.prompt_length, example.num_targets)
+      continue
     scored = 0  # tokens of the document that are targets already
-    for start in range(0, len(document), stride):
-      row, row_length = make_row(document, start, length, bos_id, pad_id)
-      end = start + row_length - 1
-      mask = np.zeros(length, bool)
-      mask[scored - start + 1 : end - start + 1] = True
-      rows.append(row)
-      lengths.append(row_length)
-      masks.append(mask)
-      scored = end
-      if end == len(document):
+    for start in range(0, len(tokens), stride):
+      scored = add(tokens, start, scored - start + 1, length)
+      if scored == len(tokens):
         break
   return Windows(np.stack(rows), np.array(lengths, np.int32), np.stack(masks))

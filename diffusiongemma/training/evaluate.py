@@ -23,6 +23,7 @@ from diffusiongemma.config import Config
 from diffusiongemma.diffusion import loss
 from diffusiongemma.diffusion import noise
 from diffusiongemma.model import denoiser
+from diffusiongemma.training import corpus as corpora
 from diffusiongemma.training import data
 
 NOISE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -35,9 +36,11 @@ class DenoiseLoss(NamedTuple):
   kept: float
 
 
-def bind_network(config: Config, params: dict) -> loss.Network:
+def bind_network(
+  config: Config, params: dict, remat: bool = False
+) -> loss.Network:
   """The loss's view of a network: its functions with parameters bound."""
-  model = denoiser.Denoiser(config.model)
+  model = denoiser.Denoiser(config.model, remat)
   apply = functools.partial(model.apply, {'params': params})
   return loss.Network(
     *(functools.partial(apply, method=name) for name in loss.Network._fields)
@@ -69,15 +72,14 @@ def _denoise_sums(config, params, tokens_BS, length_B, key, t):
   """[(CE sum, count) of corrupted, of kept positions] of last canvases."""
   network = bind_network(config, params)
   C, (B, _) = config.diffusion.canvas_length, tokens_BS.shape
-  start_B = jnp.maximum(length_B - C, 0)
+  start_BK = jnp.maximum(length_B - C, 0)[:, None]
   _, cache, _ = network.prefill(tokens_BS, length_B)
-  cache = cache.replace(length_B=start_B)
-  clean_BL = loss.slice_rows(tokens_BS, start_B, C)
+  clean_BL = loss.slice_canvases(tokens_BS, start_BK, C)
   canvas_BL, corrupted_BL = noise.corrupt(
-    key, clean_BL, jnp.full((B,), t), config.model.vocab_size
+    key, clean_BL, jnp.full((B, 1), t), config.model.vocab_size
   )
   sc_BLD = jnp.zeros((B, C, config.model.embed_dim))
-  h_BLD = network.denoise(canvas_BL, sc_BLD, cache)
+  h_BLD = network.denoise(canvas_BL, sc_BLD, cache, start_BK)
   nats_BL, _ = loss.cross_entropy(network.logits, h_BLD, clean_BL)
   real_B1 = (length_B > C)[:, None]
 
@@ -113,9 +115,10 @@ def _batches(windows: data.Windows, size: int):
     )
 
 
-def unigram_bits(documents: list[np.ndarray], vocab_size: int) -> float:
+def unigram_bits(examples: list[corpora.Example], vocab_size: int) -> float:
   """Entropy of single tokens in bits: what is left to know without context."""
-  counts = np.bincount(np.concatenate(documents), minlength=vocab_size)
+  tokens = np.concatenate([example.tokens for example in examples])
+  counts = np.bincount(tokens, minlength=vocab_size)
   p = counts[counts > 0] / counts.sum()
   return float(-np.sum(p * np.log2(p)))
 
@@ -137,7 +140,7 @@ def compressors_bits_per_byte(texts: list[str]) -> dict[str, float]:
 def quick(
   config: Config,
   params: dict,
-  corpus: data.Corpus,
+  corpus: corpora.Corpus,
   batches: int,
   t: float,
 ) -> dict[str, float]:
@@ -164,7 +167,7 @@ def _heldout_windows(config, corpus):
 
 
 def evaluate(
-  config: Config, params: dict, corpus: data.Corpus
+  config: Config, params: dict, corpus: corpora.Corpus
 ) -> dict[str, float]:
   """Every number on all of the held-out text; names say the unit."""
   windows = _heldout_windows(config, corpus)

@@ -6,6 +6,7 @@ at a time where it is not a terminal. A full disk costs metrics, not the run.
 """
 
 from collections.abc import Mapping
+import contextlib
 import json
 import os
 import pathlib
@@ -16,14 +17,18 @@ from rich import console as rich_console
 from rich import progress as rich_progress
 import tensorboardX
 
+BAD_STEPS = 'bad_steps.jsonl'  # Steps that were left out, and their data.
+
 
 class MetricsWriter:
   """Appends to `metrics.jsonl` and to TensorBoard events in `workdir`."""
 
   def __init__(self, workdir: str, first_step: int):
     self._path = pathlib.Path(workdir) / 'metrics.jsonl'
+    self._bad_steps = pathlib.Path(workdir) / BAD_STEPS
     self._failed = False
     _drop_lines_after(self._path, first_step)
+    _drop_lines_after(self._bad_steps, first_step)
     self._events = tensorboardX.SummaryWriter(
       str(workdir), purge_step=first_step + 1 if first_step else None
     )
@@ -31,11 +36,29 @@ class MetricsWriter:
   def write(self, step: int, numbers: Mapping[str, float]) -> None:
     """Records the numbers of one step under their names."""
     numbers = {name: float(value) for name, value in numbers.items()}
-    try:
+    with self._telling_once():
       with self._path.open('a') as stream:
         stream.write(json.dumps({'step': step, **numbers}) + '\n')
       for name, value in numbers.items():
         self._events.add_scalar(name, value, step)
+
+  def write_bad_step(self, record: Mapping[str, float]) -> None:
+    """Records a step that was left out."""
+    with self._telling_once(), self._bad_steps.open('a') as stream:
+      stream.write(json.dumps(record) + '\n')
+
+  def write_text(self, step: int, text: str) -> None:
+    """Shows a sample in TensorBoard."""
+    with self._telling_once():
+      # As it is: TensorBoard reads Markdown, in which four spaces are code.
+      lines = ['    ' + line for line in text.split('\n')]
+      self._events.add_text('sample', '\n'.join(lines), step)
+
+  @contextlib.contextmanager
+  def _telling_once(self):
+    """The first failure is told, and none stops the run."""
+    try:
+      yield
     except OSError as error:
       if not self._failed:
         logging.error('Metrics are not recorded: %s.', error)

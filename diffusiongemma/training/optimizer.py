@@ -1,13 +1,16 @@
-"""Adam with decoupled weight decay behind a clip of the global norm.
+"""Adam or Adafactor behind a clip of the global norm; frozen parameters.
 
 rate(n): linear from 0 over `warmup_steps`, then a cosine from the peak down
 to `final_rate_fraction` of it at the last step, or constant.
 """
 
+import fnmatch
+
 import jax
 import jax.numpy as jnp
 import optax
 
+from diffusiongemma import config as configs
 from diffusiongemma.config import OptimizerConfig
 
 
@@ -32,15 +35,73 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def make_optimizer(
   config: OptimizerConfig, steps: int
 ) -> optax.GradientTransformation:
-  """The optimiser of a run of `steps` steps. Only matrices decay."""
-  return optax.chain(
-    optax.clip_by_global_norm(config.clip_norm),
-    optax.adamw(
-      make_schedule(config, steps),
+  """The optimiser of a run of `steps` steps. Only matrices decay; what is
+  frozen has no state."""
+  schedule = make_schedule(config, steps)
+  if config.kind == 'adam':
+    rule = optax.adamw(
+      schedule,
       b1=config.b1,
       b2=config.b2,
       eps=config.epsilon,
       weight_decay=config.weight_decay,
-      mask=lambda params: jax.tree.map(lambda x: jnp.ndim(x) > 1, params),
+      mask=_is_matrix,
+    )
+  else:
+    rule = optax.adafactor(
+      schedule,
+      eps=config.epsilon,
+      weight_decay_rate=config.weight_decay,
+      weight_decay_mask=_is_matrix,
+      # The rate is what the config says, and the clip is the one above.
+      multiply_by_parameter_scale=False,
+      clipping_threshold=None,
+    )
+  learn = optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
+  if not config.freeze:
+    return learn
+  return optax.multi_transform(
+    {'learn': learn, 'freeze': optax.set_to_zero()},
+    lambda params: jax.tree.map(
+      lambda frozen: 'freeze' if frozen else 'learn',
+      is_frozen(params, config.freeze),
     ),
   )
+
+
+def is_frozen(params: dict, patterns: tuple[str, ...]) -> dict:
+  """True for each parameter that a pattern names, in the tree of `params`.
+
+  Patterns are those of a shell, over paths such as `layer_00/router/proj`.
+
+  Raises:
+    ConfigError: a pattern names nothing.
+  """
+  path_of = jax.tree_util.tree_map_with_path(
+    lambda keys, _: '/'.join(key.key for key in keys), params
+  )
+  paths = jax.tree.leaves(path_of)
+  for pattern in patterns:
+    if not fnmatch.filter(paths, pattern):
+      raise configs.ConfigError(
+        f'config.optimizer.freeze: {pattern!r} names no parameter; they are '
+        f'named like {paths[0]!r} and {paths[-1]!r}.'
+      )
+  return jax.tree.map(
+    lambda path: any(fnmatch.fnmatchcase(path, p) for p in patterns), path_of
+  )
+
+
+def stop_frozen(params: dict, patterns: tuple[str, ...]) -> dict:
+  """`params` through whose frozen part no gradient flows, nor is computed."""
+  if not patterns:
+    return params
+  return jax.tree.map(
+    lambda x, frozen: jax.lax.stop_gradient(x) if frozen else x,
+    params,
+    is_frozen(params, patterns),
+  )
+
+
+def _is_matrix(params: dict) -> dict:
+  return jax.tree.map(lambda x: jnp.ndim(x) > 1, params)

@@ -15,16 +15,14 @@ import time
 import grain
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 
 from diffusiongemma.checkpoints import native
 from diffusiongemma.config import Config
 from diffusiongemma.diffusion import loss
-from diffusiongemma.model import denoiser
 from diffusiongemma.model import moe
 from diffusiongemma.text import generate
 from diffusiongemma.text.tokenizer import Tokenizer
+from diffusiongemma.training import corpus as corpora
 from diffusiongemma.training import data
 from diffusiongemma.training import evaluate
 from diffusiongemma.training import metrics as metrics_lib
@@ -47,38 +45,70 @@ def make_train_step(config: Config):
   optimizer = optimizers.make_optimizer(config.optimizer, config.train.steps)
   train, seed = config.train, jax.random.key(config.train.seed)
 
-  def loss_fn(params, batch, key):
+  @functools.partial(jax.jit, donate_argnums=0)
+  def train_step(state, batch):
     drawn = loss.draw_noise(
-      key,
+      jax.random.fold_in(seed, state.step),
       batch,
       config.diffusion.canvas_length,
       config.model.vocab_size,
       train.self_conditioning_probability,
+      train.canvases,
     )
-    network = evaluate.bind_network(config, params)
+    gradients, metrics = compute_gradients(config, state.params, batch, drawn)
+    state, norm = train_state.apply_gradients(
+      config, optimizer, state, gradients, metrics['loss']
+    )
+    metrics['gradient_norm'] = norm
+    metrics['bad_steps'] = state.health.bad
+    metrics['bad_in_row'] = state.health.bad_in_row
+    return state, metrics
+
+  return train_step
+
+
+def compute_gradients(
+  config: Config, params: dict, batch: dict, drawn: loss.Noise
+) -> tuple[dict, dict]:
+  """Gradients and metrics of a batch, worked through in parts one by one.
+
+  The parts see the noise of the whole batch and are divided by its counts, so
+  that their mean is what the batch gives at once.
+  """
+  train = config.train
+  parts = train.accumulate_steps
+  num_targets = loss.count_targets(batch) / parts
+
+  def loss_fn(params, batch, drawn):
+    params = optimizers.stop_frozen(params, config.optimizer.freeze)
+    network = evaluate.bind_network(config, params, train.remat)
     value, metrics = loss.diffusion_loss(
-      network, batch, drawn, train.ar_loss_weight
+      network,
+      batch,
+      drawn,
+      train.ar_loss_weight,
+      objective=train.objective,
+      num_targets=num_targets,
     )
     metrics.update(moe.routing_statistics(metrics.pop('auxiliary')))
     return value, metrics
 
-  @functools.partial(jax.jit, donate_argnums=0)
-  def train_step(state, batch):
-    key = jax.random.fold_in(seed, state.step)
-    gradients, metrics = jax.grad(loss_fn, has_aux=True)(
-      state.params, batch, key
-    )
-    updates, opt_state = optimizer.update(
-      gradients, state.opt_state, state.params
-    )
-    params = optax.apply_updates(state.params, updates)
-    metrics['gradient_norm'] = optax.global_norm(gradients)
-    new_state = state.replace(
-      params=params, opt_state=opt_state, step=state.step + 1
-    )
-    return new_state, metrics
+  gradient_fn = jax.grad(loss_fn, has_aux=True)
+  if parts == 1:
+    return gradient_fn(params, batch, drawn)
 
-  return train_step
+  def add_part(total, part):
+    new = gradient_fn(params, *part)
+    return jax.tree.map(lambda a, b: a + b / parts, total, new), None
+
+  split = jax.tree.map(
+    lambda x: jnp.reshape(x, (parts, -1, *x.shape[1:])), (batch, drawn)
+  )
+  first = jax.tree.map(lambda x: x[0], split)
+  shapes = jax.eval_shape(gradient_fn, params, *first)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  total, _ = jax.lax.scan(add_part, zeros, split)
+  return total
 
 
 @contextlib.contextmanager
@@ -110,10 +140,10 @@ def train(config: Config, workdir: str) -> int:
   Raises:
     ConfigError, DataError, WorkdirError: nothing was written.
     CheckpointError: there are checkpoints, and all of them are damaged.
-    TrainingError: loss or gradient is not finite; the last checkpoint is.
+    TrainingError: too many bad steps in a row; the last good state is saved.
   """
   tokenizer = workdirs.load_tokenizer(config)
-  corpus = data.load_corpus(
+  corpus = corpora.load_corpus(
     config.data, tokenizer, config.diffusion.canvas_length
   )
   workdirs.claim(workdir, config, tokenizer)
@@ -143,7 +173,7 @@ def train(config: Config, workdir: str) -> int:
 def start_or_resume(
   config: Config,
   manager,
-  corpus: data.Corpus,
+  corpus: corpora.Corpus,
   tokenizer: Tokenizer,
 ) -> tuple[train_state.TrainState, grain.DatasetIterator]:
   """A fresh state and iterator, or those of the newest whole checkpoint."""
@@ -157,16 +187,13 @@ def start_or_resume(
   )
   iterator = iter(dataset)
   abstract = workdirs.abstract_state(config)
-  restored = native.restore_newest(manager, abstract.params, abstract.opt_state)
+  restored = native.restore_newest(manager, *train_state.to_items(abstract))
   if restored is None:
-    model = denoiser.Denoiser(config.model)
-    optimizer = optimizers.make_optimizer(config.optimizer, config.train.steps)
-    state = train_state.init_train_state(model, optimizer, config.train.seed)
-    return state, iterator
+    return train_state.init_train_state(config), iterator
   native.set_aside_after(manager, restored.step)
   iterator.set_state(restored.data)
-  state = train_state.TrainState(
-    restored.params, restored.opt_state, jnp.asarray(restored.step, jnp.int32)
+  state = train_state.from_items(
+    restored.step, restored.params, restored.opt_state
   )
   return state, iterator
 
@@ -190,25 +217,39 @@ def run_steps(
   train_step = make_train_step(config)
   tokens_per_step = config.data.batch_size * config.data.sequence_length
   step = int(state.step)
-  pending, collected, clock = None, [], _Clock()
+  pending, collected, clock, bad_in_row = None, [], _Clock(), 0
 
   def record(entry):
     """Fetches the metrics of a finished step and shows every n-th mean."""
+    nonlocal bad_in_row
     done, metrics = entry
     metrics = jax.device_get(metrics)
-    # A finite loss can have a gradient that is not, and ruin the parameters.
-    for name in ('loss', 'gradient_norm'):
-      if not np.isfinite(metrics[name]):
-        raise TrainingError(
-          f'The {name.replace("_", " ")} of step {done} is {metrics[name]}; '
-          f'the newest checkpoint is that of step {manager.latest_step() or 0}.'
-          ' Lower config.optimizer.peak_learning_rate.'
-        )
-    collected.append(metrics)
+    bad_in_row = int(metrics.pop('bad_in_row'))
+    if bad_in_row:
+      first = (done - 1) * config.data.batch_size
+      writer.write_bad_step(
+        {
+          'step': done,
+          'loss': float(metrics['loss']),
+          'gradient_norm': float(metrics['gradient_norm']),
+          # Places in the global order of rows, which follows from the seed.
+          'first_row': first,
+          'last_row': first + config.data.batch_size - 1,
+        }
+      )
+      progress.print(
+        f'Step {done} is left out: its loss is {metrics["loss"]:.4g}, its '
+        f'gradient norm {metrics["gradient_norm"]:.4g}.'
+      )
+    else:
+      collected.append(metrics)
     progress.advance(done)
     if done % schedule.log_every and done != schedule.steps:
       return
+    if not collected:  # All of them were bad.
+      return
     numbers = metrics_lib.average(collected)
+    numbers['bad_steps'] = collected[-1]['bad_steps']
     seconds = clock.lap() / len(collected)
     numbers['tokens_per_second'] = tokens_per_step / seconds
     writer.write(done, numbers)
@@ -219,7 +260,8 @@ def run_steps(
     """Saves the state after `step` steps; a failure is told, not fatal."""
     try:
       place = iterator.get_state()
-      native.save(manager, step, state.params, state.opt_state, place, config)
+      items = train_state.to_items(state)
+      native.save(manager, step, *items, place, config)
     except native.CheckpointError as error:
       newest = manager.latest_step()
       kept = 'There is none yet' if newest is None else f'Step {newest} is kept'
@@ -227,31 +269,43 @@ def run_steps(
       return False
     return True
 
+  def gives_up():
+    return bad_in_row >= schedule.max_bad_steps
+
   saved = manager.latest_step() == step
-  while step < schedule.steps and not received:
+  failed = False
+  while step < schedule.steps and not received and not failed:
     state, metrics = train_step(state, next(iterator))
     step += 1
     saved = False
     if pending is not None:
       record(pending)
     pending = (step, metrics)
+    failed = gives_up()
     if step % schedule.checkpoint_every == 0:
       record(pending)
       pending = None
       with clock.paused():
         saved = save()
     with clock.paused():
-      report(step, state.params)
+      report(step, state.params if state.ema is None else state.ema)
   if pending is not None:
     record(pending)
   if not saved:
     saved = save()
+  if failed or gives_up():
+    raise TrainingError(
+      f'{schedule.max_bad_steps} steps in a row were left out, by step {step}: '
+      f'{metrics_lib.BAD_STEPS} beside the checkpoints names them. '
+      f'{"The last good state is saved" if saved else "It is not saved"}; '
+      'lower config.optimizer.peak_learning_rate, or look at that data.'
+    )
   return saved
 
 
 def report_quality(
   config: Config,
-  corpus: data.Corpus,
+  corpus: corpora.Corpus,
   tokenizer: Tokenizer,
   writer: metrics_lib.MetricsWriter,
   progress: metrics_lib.Progress,
@@ -275,17 +329,16 @@ def report_quality(
     step % train.sample_every == 0 or step == train.steps
   ):
     prompt = [tokenizer.bos_id] + tokenizer.encode(train.sample_prompt)
-    (written,), _ = generate.generate(
+    (written,), *_ = generate.generate(
       config,
       params,
       [prompt],
       jax.random.key(train.seed),
       config.diffusion.canvas_length,
     )
-    progress.print(
-      f'step {step}/{train.steps}  sample:\n{train.sample_prompt}'
-      f'{tokenizer.decode(written.tokens)}\n'
-    )
+    text = train.sample_prompt + tokenizer.decode(written.tokens)
+    writer.write_text(step, text)
+    progress.print(f'step {step}/{train.steps}  sample:\n{text}\n')
 
 
 class _Clock:

@@ -1,4 +1,8 @@
-"""What a training step carries: parameters, optimiser state and step."""
+"""What a training step carries, and what of it a checkpoint holds.
+
+item params      what is sampled from: the parameters, or their running mean
+item opt_state   the rest: optimiser, health, parameters if there is a mean
+"""
 
 from typing import Any
 
@@ -7,7 +11,24 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from diffusiongemma.config import Config
 from diffusiongemma.model import denoiser
+from diffusiongemma.training import optimizer as optimizers
+
+
+@flax.struct.dataclass
+class Health:
+  """How the steps went.
+
+  Attributes:
+    mean_norm: float32, running mean of the gradient norm of good steps.
+    bad_in_row: int32, steps left out since the last good one.
+    bad: int32, steps left out.
+  """
+
+  mean_norm: jax.Array
+  bad_in_row: jax.Array
+  bad: jax.Array
 
 
 @flax.struct.dataclass
@@ -17,20 +38,95 @@ class TrainState:
   Attributes:
     params: nested dict of arrays.
     opt_state: the optimiser's.
-    step: int32, steps done.
+    health: counts of bad steps.
+    step: int32, steps done, bad ones too.
+    ema: running mean of `params`, None where it is off.
   """
 
   params: Any
   opt_state: Any
+  health: Health
   step: jax.Array
+  ema: Any = None
 
 
-def init_train_state(
-  model: denoiser.Denoiser,
-  optimizer: optax.GradientTransformation,
-  seed: int,
-) -> TrainState:
+def init_train_state(config: Config) -> TrainState:
   """A fresh state; the same seed gives the same parameters."""
-  params = denoiser.init_params(model, jax.random.key(seed))
-  opt_state = jax.jit(optimizer.init)(params)
-  return TrainState(params, opt_state, jnp.zeros((), jnp.int32))
+  model = denoiser.Denoiser(config.model)
+  key = jax.random.key(config.train.seed)
+  return start_from(config, denoiser.init_params(model, key))
+
+
+def start_from(config: Config, params: dict) -> TrainState:
+  """The state before the first step, with parameters that are there."""
+  optimizer = optimizers.make_optimizer(config.optimizer, config.train.steps)
+  # Buffers of their own, each: the first step is given all of them.
+  bad_in_row, bad, step = (jnp.zeros((), jnp.int32) for _ in range(3))
+  return TrainState(
+    params,
+    jax.jit(optimizer.init)(params),
+    Health(jnp.zeros(()), bad_in_row, bad),
+    step,
+    jax.tree.map(jnp.copy, params) if config.train.ema_decay else None,
+  )
+
+
+def apply_gradients(
+  config: Config,
+  optimizer: optax.GradientTransformation,
+  state: TrainState,
+  gradients: dict,
+  loss: jax.Array,
+) -> tuple[TrainState, jax.Array]:
+  """The state after a step, and the norm of its gradient.
+
+  Where loss or gradient is not finite, or the gradient a spike, nothing
+  changes but the counts.
+  """
+  train, health = config.train, state.health
+  norm = optax.global_norm(gradients)
+  good = jnp.isfinite(norm) & jnp.isfinite(loss)
+  if train.spike_factor:
+    known = health.mean_norm > 0
+    good &= ~known | (norm <= train.spike_factor * health.mean_norm)
+  updates, opt_state = optimizer.update(
+    gradients, state.opt_state, state.params
+  )
+  params = optax.apply_updates(state.params, updates)
+  ema = state.ema
+  if ema is not None:
+    ema = optax.incremental_update(params, ema, 1 - train.ema_decay)
+  mean_norm = jnp.where(
+    health.mean_norm > 0, 0.99 * health.mean_norm + 0.01 * norm, norm
+  )
+  zero = jnp.zeros((), jnp.int32)
+  moved = state.replace(
+    params=params,
+    opt_state=opt_state,
+    ema=ema,
+    health=Health(mean_norm, zero, health.bad),
+  )
+  stayed = state.replace(
+    health=Health(health.mean_norm, health.bad_in_row + 1, health.bad + 1)
+  )
+  state = jax.tree.map(lambda a, b: jnp.where(good, a, b), moved, stayed)
+  return state.replace(step=state.step + 1), norm
+
+
+def to_items(state: TrainState) -> tuple[dict, dict]:
+  """(`params`, `opt_state`) as a checkpoint holds them."""
+  rest = {'optimizer': state.opt_state, 'health': state.health}
+  if state.ema is None:
+    return state.params, rest
+  return state.ema, {**rest, 'params': state.params}
+
+
+def from_items(step: int, params: dict, rest: dict) -> TrainState:
+  """The state of which `to_items` made these."""
+  return TrainState(
+    rest.get('params', params),
+    rest['optimizer'],
+    rest['health'],
+    jnp.asarray(step, jnp.int32),
+    params if 'params' in rest else None,
+  )

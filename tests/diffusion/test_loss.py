@@ -38,12 +38,13 @@ def batch(model_config):
 def drawn_for(batch, selected, self_condition=True):
   """Noise for canvas number `selected` of both rows."""
   start_B = PROMPT_B + selected * C
-  clean_BL = loss.slice_rows(batch['tokens_BS'], start_B, C)
+  clean_BL = loss.slice_canvases(batch['tokens_BS'], start_B[:, None], C)
   corrupted_BL = jnp.arange(C)[None] % 2 == jnp.array([[0], [1]])
   canvas_BL = jnp.where(corrupted_BL, (clean_BL + 5) % 97, clean_BL)
   return loss.Noise(
-    start_B,
-    jnp.full(B, 0.5),
+    start_B[:, None],
+    jnp.ones((B, 1), bool),
+    jnp.full((B, 1), 0.5),
     canvas_BL,
     corrupted_BL,
     jnp.full(B, self_condition),
@@ -85,7 +86,7 @@ def test_the_canvas_sees_what_is_before_it_and_nothing_else(
   gradient = jax.jit(jax.grad(denoising_loss))(zero)
   felt_BS = np.abs(np.asarray(gradient)).sum(-1) > 0
   for b in range(B):
-    start = int(drawn.start_B[b])
+    start = int(drawn.start_BK[b, 0])
     assert felt_BS[b, 1:start].all(), 'the text before the canvas is read'
     assert not felt_BS[b, start:].any(), 'the canvas itself must not be'
 
@@ -97,7 +98,7 @@ def test_later_text_does_not_change_the_denoising_loss(
   network, drawn = make_network(model_config, params), drawn_for(batch, 0)
   run = jax.jit(lambda b: loss.diffusion_loss(network, b, drawn, 1.0)[1])
   position = jnp.arange(S)[None]
-  after = position >= (drawn.start_B + C)[:, None]
+  after = position >= drawn.start_BK + C
   other = jnp.where(after, (batch['tokens_BS'] + 11) % 97, batch['tokens_BS'])
   before, changed = run(batch), run({**batch, 'tokens_BS': other})
   assert before['loss_denoise'] == changed['loss_denoise']
@@ -136,7 +137,7 @@ def test_no_gradient_through_the_first_pass(model_config, params, batch):
   zeros = jnp.zeros((B, C, model_config.embed_dim))
   fixed = make_network(model_config, params)
   _, cache, _ = fixed.prefill(batch['tokens_BS'], batch['length_B'])
-  cut = cache.replace(length_B=drawn.start_B)
+  cut = cache.replace(length_B=drawn.start_BK[:, 0])
   first = fixed.denoise(drawn.canvas_BL, zeros, cut)
   signal = loss.soft_embedding(fixed, first)
 
@@ -171,12 +172,12 @@ def test_losses_are_means_over_the_right_places(model_config, params, batch):
   ]
   np.testing.assert_allclose(metrics['loss_ar'], np.mean(nats), rtol=1e-5)
   zeros = jnp.zeros((B, C, model_config.embed_dim))
-  cut = cache.replace(length_B=drawn.start_B)
+  cut = cache.replace(length_B=drawn.start_BK[:, 0])
   log_p = jax.nn.log_softmax(
     network.logits(network.denoise(drawn.canvas_BL, zeros, cut)), axis=-1
   )
   nats = [
-    -log_p[b, i, batch['tokens_BS'][b, int(drawn.start_B[b]) + i]]
+    -log_p[b, i, batch['tokens_BS'][b, int(drawn.start_BK[b, 0]) + i]]
     for b in range(B)
     for i in range(C)
   ]
@@ -215,12 +216,12 @@ def test_noise_covers_all_canvases_and_no_more(model_config, batch):
     lambda: loss.draw_noise(jax.random.key(0), many, C, 97, 0.5)
   )()
   for b, prompt, length in ((0, 4, S), (1, 9, 25)):
-    starts = set(drawn.start_B[b * 400 : (b + 1) * 400].tolist())
+    starts = set(drawn.start_BK[b * 400 : (b + 1) * 400, 0].tolist())
     expected = range(prompt, length - C + 1, C)
     assert starts == set(expected)
-  assert 0 < drawn.t_B.min() < 0.02 and 0.98 < drawn.t_B.max() < 1
+  assert 0 < drawn.t_BK.min() < 0.02 and 0.98 < drawn.t_BK.max() < 1
   np.testing.assert_allclose(drawn.self_condition_B.mean(), 0.5, atol=0.08)
-  noisy = np.asarray(drawn.canvas_BL)[np.asarray(drawn.t_B) > 0.7]
+  noisy = np.asarray(drawn.canvas_BL)[np.asarray(drawn.t_BK[:, 0]) > 0.7]
   assert len(np.unique(noisy, axis=0)) == len(noisy), 'rows share their noise'
 
 

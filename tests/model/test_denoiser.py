@@ -133,7 +133,7 @@ def test_information_flow(model_config, kind):
       assert seen[query, key] == (key <= query and near)
 
   canvas = jax.random.normal(jax.random.key(2), (1, L, D))
-  whole = masks.denoise_mask(zero + P, positions, L, window)
+  whole = masks.denoise_mask(zero[:, None] + P, positions, L, window)
 
   def denoise(x, canvas):
     return layer.apply(

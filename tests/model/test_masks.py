@@ -34,10 +34,28 @@ def test_prefill_mask(window):
 def test_denoise_mask(window):
   """Local layers see W - 1 tokens of the prefix, whatever the query."""
   mask = masks.denoise_mask(
-    jnp.asarray(START_B), jnp.asarray(CACHED_BS), 4, window
+    jnp.asarray(START_B)[:, None], jnp.asarray(CACHED_BS), 4, window
   )
   assert mask.shape == (3, 1, 8)
   for b, length in enumerate(START_B):
     first = 0 if window is None else max(0, length - (window - 1))
     expected = [first <= key < length for key in CACHED_BS[b]] + [True] * 4
     assert mask[b, 0].tolist() == expected
+
+
+@pytest.mark.parametrize('window', [None, 2, 4, 50])
+def test_denoise_mask_of_several_canvases(window):
+  """Each sees the text before it, which the cache holds all of, and itself."""
+  start_BK = np.array([[2, 4, 6], [1, 3, 0]])
+  cached_BS = np.array([[0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, -3, -2, -1]])
+  mask = masks.denoise_mask(
+    jnp.asarray(start_BK), jnp.asarray(cached_BS), 2, window
+  )
+  assert mask.shape == (2, 6, 14)
+  for b in range(2):
+    for i in range(6):
+      start = start_BK[b, i // 2]
+      first = 0 if window is None else max(0, start - (window - 1))
+      prefix = [first <= key < start for key in cached_BS[b]]
+      own = [j // 2 == i // 2 for j in range(6)]
+      assert mask[b, i].tolist() == prefix + own

@@ -9,13 +9,14 @@ import pytest
 
 from diffusiongemma.config import DataConfig
 from diffusiongemma.text import tokenizer as tokenizers
+from diffusiongemma.training import corpus
 from diffusiongemma.training import data
 
 TOKENIZER = tokenizers.load_tokenizer()
 C = 8
 # Token i of document d is 10 + 1000 d + i: a row tells where it is from.
 DOCUMENTS = [
-  10 + 1000 * d + np.arange(n, dtype=np.int32)
+  corpus.Example(10 + 1000 * d + np.arange(n, dtype=np.int32))
   for d, n in enumerate((100, 431, 40))
 ]
 CONFIG = DataConfig(sequence_length=32, batch_size=4)
@@ -75,7 +76,7 @@ def test_processes_share_out_one_global_order():
 
 
 def test_batch_that_processes_cannot_share():
-  with pytest.raises(data.DataError, match='multiple of the 3 processes'):
+  with pytest.raises(corpus.DataError, match='multiple of the 3 processes'):
     batches(1, processes=3)
 
 
@@ -95,12 +96,168 @@ def test_iterator_goes_on_where_it_was():
 def test_heldout_windows_predict_every_token_once(length):
   windows = data.heldout_windows(DOCUMENTS, length, 2, 0)
   targets = windows.tokens_MS[windows.target_mask_MS]
-  assert sorted(targets) == sorted(np.concatenate(DOCUMENTS))
+  assert sorted(targets) == sorted(
+    np.concatenate([d.tokens for d in DOCUMENTS])
+  )
   for tokens, row_length, mask in zip(*windows, strict=True):
     assert tokens[0] == 2 and not mask[0] and not mask[row_length:].any()
     first = np.flatnonzero(mask)[0]
-    at_start = tokens[1] in [d[0] for d in DOCUMENTS]
+    at_start = tokens[1] in [d.tokens[0] for d in DOCUMENTS]
     assert at_start or first >= length // 2 - 1, 'too little context'
+
+
+RESPONSES = [
+  corpus.fill_canvases([50, 51], [60 + i] * i + [1], 32, C, 1)
+  for i in (3, 8, 40)
+]
+
+
+def test_responses_are_filled_to_whole_canvases():
+  """Room for 29 tokens after bos and prompt: three canvases of eight."""
+  short, exact, long = RESPONSES
+  assert short.tokens.tolist() == [50, 51] + [63] * 3 + [1] * 5
+  assert exact.tokens.tolist() == [50, 51] + [68] * 8 + [1] * 8
+  assert long.tokens.tolist() == [50, 51] + [100] * 24
+  assert [r.num_targets for r in RESPONSES] == [4, 9, 24]
+  assert [r.prompt_length for r in RESPONSES] == [2, 2, 2]
+
+
+def test_rows_of_responses():
+  dataset = data.make_dataset(RESPONSES, CONFIG, C, TOKENIZER)
+  rows = {}
+  for batch in itertools.islice(iter(dataset), 3):
+    for i in range(4):
+      row = {name: batch[name][i] for name in batch}
+      rows[int(row['tokens_BS'][3])] = row
+  assert set(rows) == {63, 68, 100}, 'an epoch has each once'
+  for response in RESPONSES:
+    row = rows[int(response.tokens[2])]
+    n = len(response.tokens)
+    assert row['tokens_BS'].tolist() == [2, *response.tokens] + [0] * (31 - n)
+    assert row['length_B'] == n + 1 and row['prompt_length_B'] == 3
+    targets = np.flatnonzero(row['target_mask_BS'])
+    assert targets.tolist() == list(range(3, 3 + response.num_targets))
+  windows = data.heldout_windows(RESPONSES, 32, 2, 0)
+  for i, response in enumerate(RESPONSES):
+    row = rows[int(response.tokens[2])]
+    assert (windows.tokens_MS[i] == row['tokens_BS']).all()
+    assert (windows.target_mask_MS[i] == row['target_mask_BS']).all()
+    assert windows.length_M[i] == row['length_B']
+
+
+def test_responses_are_read_beside_documents(tmp_path):
+  lines = [
+    {'prompt': 'Who is there?', 'response': 'Nay, answer me.'},
+    {'text': 'word ' * 50},
+    {'prompt': '', 'response': 'Long live the king!', 'split': 'heldout'},
+  ]
+  path = write(tmp_path / 'a.jsonl', '\n'.join(map(json.dumps, lines)))
+  read = corpus.load_corpus(DataConfig(path=str(path)), TOKENIZER, C)
+  pair, text = read.train
+  assert text.prompt_length is None
+  assert TOKENIZER.decode(pair.tokens[: pair.prompt_length].tolist()) == (
+    'Who is there?'
+  )
+  response = TOKENIZER.decode(pair.tokens[pair.prompt_length :].tolist())
+  assert response == 'Nay, answer me.'
+  assert read.heldout[0].prompt_length == 0
+  assert read.heldout_texts == ['Long live the king!']
+
+
+def read_chat(tmp_path, tokenizer, record, length=256):
+  """What lines of a chat teach: [(prompt, response with its fill)]."""
+  line = json.dumps({**record, 'split': 'train'})
+  other = json.dumps({'text': 'word ' * 50, 'split': 'heldout'})
+  path = write(tmp_path / 'chat.jsonl', f'{line}\n{other}')
+  config = DataConfig(path=str(path), sequence_length=length)
+  examples = corpus.load_corpus(config, tokenizer, C).train
+  return [
+    (e.tokens[: e.prompt_length].tolist(), e.tokens[e.prompt_length :].tolist())
+    for e in examples
+  ]
+
+
+def test_chats_teach_what_the_assistant_says(tmp_path, chat_tokenizer):
+  """With the prompts that sampling makes, and neither header nor more than
+  the token that ends a turn to say."""
+  spell = lambda text: chat_tokenizer.encode_template(text, '\ue000')
+  call = {'id': 'a', 'function': {'name': 'f', 'arguments': {'x': 1}}}
+  messages = [
+    {'role': 'user', 'content': 'what'},
+    {'role': 'assistant', 'content': 'this', 'reasoning': 'hm'},
+    {'role': 'user', 'content': 'is'},
+    {'role': 'assistant', 'content': '', 'tool_calls': [call]},
+    {'role': 'tool', 'tool_call_id': 'a', 'content': 'yes'},
+    {'role': 'assistant', 'content': 'what <turn|>', 'reasoning': 'so'},
+  ]
+  system = '<|turn>system\n<|think|>\n<turn|>\n'
+  past = '<|turn>user\nwhat<turn|>\n<|turn>model\n'
+  later = past + 'this<turn|>\n<|turn>user\nis<turn|>\n<|turn>model\n'
+  called = '<|tool_call>call:f{x:1}<tool_call|><|tool_response>'
+  answered = f'{later}{called}response:f{{value:<|"|>yes<|"|>}}<tool_response|>'
+  literal = chat_tokenizer.encode('what <turn|>')
+  expected = [
+    (
+      spell(system + past),
+      spell('<|channel>thought\nhm\n<channel|>this<turn|>'),
+    ),
+    (spell(later), spell(called)),
+    (
+      spell(f'{system}{answered}<|channel>thought\n'),
+      [*spell('so\n<channel|>'), *literal, *spell('<turn|>')],
+    ),
+  ]
+  got = read_chat(tmp_path, chat_tokenizer, {'messages': messages})
+  for (prompt, response), (wanted_prompt, wanted) in zip(
+    got, expected, strict=True
+  ):
+    assert prompt == wanted_prompt
+    assert response[: len(wanted)] == wanted
+    assert set(response[len(wanted) :]) <= {1} and len(response) % C == 0
+    assert len(response) - len(wanted) < C, 'no canvas of nothing but fill'
+
+
+@pytest.mark.parametrize(
+  'record, message',
+  [
+    ({'messages': 'x'}, 'line 1: messages are a list'),
+    ({'messages': [{'content': 'x'}]}, 'messages are a list'),
+    ({'messages': [{'role': 'user', 'content': 'x'}]}, 'no message of the ass'),
+    (
+      {'messages': [{'role': 'assistant', 'content': 'x'}], 'tools': 'f'},
+      'tools are a list',
+    ),
+    (
+      {
+        'messages': [
+          {'role': 'user', 'content': 'x ' * 300},
+          {'role': 'assistant', 'content': 'x'},
+        ]
+      },
+      'leaves no room for a canvas',
+    ),
+    (
+      {
+        'messages': [
+          {
+            'role': 'assistant',
+            'tool_calls': [{'function': {'name': 'f', 'arguments': 'x'}}],
+          }
+        ]
+      },
+      'line 1: The chat template refuses.*an object, not text',
+    ),
+  ],
+)
+def test_chats_that_cannot_be_learnt(tmp_path, chat_tokenizer, record, message):
+  with pytest.raises(corpus.DataError, match=message):
+    read_chat(tmp_path, chat_tokenizer, record)
+
+
+def test_a_chat_needs_a_tokenizer_with_turns(tmp_path):
+  record = {'messages': [{'role': 'assistant', 'content': 'x'}]}
+  with pytest.raises(corpus.DataError, match='needs a tokenizer that has'):
+    read_chat(tmp_path, TOKENIZER, record)
 
 
 def write(path, text):
@@ -117,7 +274,7 @@ def test_files_folders_globs_and_formats(tmp_path):
     stream.write('{"text": "c", "split": "heldout"}')
 
   def texts(path):
-    return [d.text for d in data.read_documents(str(path))]
+    return [d.text for d in corpus.read_documents(str(path))]
 
   assert texts(tmp_path) == ['text a', 'c', 'b 1', 'b 2']
   assert texts(tmp_path / 'a.txt') == ['text a']
@@ -133,6 +290,20 @@ def test_files_folders_globs_and_formats(tmp_path):
     ('a.txt', b'', 'are empty'),
     ('a.txt', b'caf\xe9', r'a\.txt is not UTF-8: byte 3 is 0xe9'),
     ('a.txt', b'too short', 'tokens are shorter than a canvas of 8'),
+    ('a.jsonl', b'{"prompt": "x"}', 'not an object with a response'),
+    ('a.jsonl', b'{"response": "x"}', 'not an object with a prompt'),
+    ('a.jsonl', b'{"prompt": 3, "response": "x"}', 'with a prompt'),
+    (
+      'a.jsonl',
+      b'{"prompt": "x", "response": ""}',
+      'the response is empty',
+    ),
+    ('a.jsonl', b'[1]', 'line 1 is not an object'),
+    (
+      'a.jsonl',
+      b'{"prompt": "' + b'x ' * 2000 + b'", "response": "y"}\n{"text": "x"}',
+      'line 1: a prompt of .* leaves no room for a canvas of 8',
+    ),
     ('a.jsonl', b'{"text": "x"}\n{oops', 'line 2 is not JSON'),
     ('a.jsonl', b'{"txt": "x"}', 'line 1 is not an object with a text'),
     ('a.jsonl', b'[' * 100_000, 'line 1 is not JSON'),
@@ -146,29 +317,29 @@ def test_bad_input_is_named(tmp_path, name, content, message):
   if name:
     path.write_bytes(content)
   config = DataConfig(path=str(path))
-  with pytest.raises(data.DataError, match=message):
-    data.load_corpus(config, TOKENIZER, C)
+  with pytest.raises(corpus.DataError, match=message):
+    corpus.load_corpus(config, TOKENIZER, C)
 
 
 def test_empty_folder_is_named(tmp_path):
-  with pytest.raises(data.DataError, match='holds no file named .txt'):
-    data.read_documents(str(tmp_path))
+  with pytest.raises(corpus.DataError, match='holds no file named .txt'):
+    corpus.read_documents(str(tmp_path))
 
 
 def documents(count):
-  return [data.Document(f'{i} ' * 100, f'file {i}') for i in range(count)]
+  return [corpus.Document(f'{i} ' * 100, f'file {i}') for i in range(count)]
 
 
 def test_splits():
-  train, heldout = data.split_documents(documents(10), 5)
+  train, heldout = corpus.split_documents(documents(10), 5)
   assert [d.origin for d in heldout] == ['file 4', 'file 9']
   assert len(train) == 8
-  train, heldout = data.split_documents(documents(2), 20)
+  train, heldout = corpus.split_documents(documents(2), 20)
   for whole, kept, cut in zip(documents(2), train, heldout, strict=True):
     assert kept.text + cut.text == whole.text
     assert len(cut.text) == len(whole.text) // 20
   marked = [documents(1)[0]._replace(split='heldout'), documents(1)[0]]
-  train, heldout = data.split_documents(marked, 2)
+  train, heldout = corpus.split_documents(marked, 2)
   assert (train, heldout) == (marked[1:], marked[:1])
 
 
@@ -176,18 +347,21 @@ def test_nothing_to_hold_out_is_an_error(tmp_path):
   path = write(
     tmp_path / 'a.jsonl', json.dumps({'text': 'word ' * 50, 'split': 'train'})
   )
-  with pytest.raises(data.DataError, match='nothing to hold out'):
-    data.load_corpus(DataConfig(path=str(path)), TOKENIZER, C)
+  with pytest.raises(corpus.DataError, match='nothing to hold out'):
+    corpus.load_corpus(DataConfig(path=str(path)), TOKENIZER, C)
 
 
 def test_shipped_corpus_holds_out_three_plays():
-  shipped = data.read_documents(str(data.SHIPPED_CORPUS))
+  shipped = corpus.read_documents(str(corpus.SHIPPED_CORPUS))
   assert len(shipped) == 42
   assert sum(d.split == 'heldout' for d in shipped) == 3
-  corpus = data.load_corpus(DataConfig(), TOKENIZER, 64)
-  assert (len(corpus.train), len(corpus.heldout)) == (39, 3)
-  macbeth = corpus.heldout_texts[0]
+  shakespeare = corpus.load_corpus(DataConfig(), TOKENIZER, 64)
+  assert (len(shakespeare.train), len(shakespeare.heldout)) == (39, 3)
+  macbeth = shakespeare.heldout_texts[0]
   assert macbeth.startswith('THE TRAGEDY OF MACBETH') or 'Macbeth' in macbeth
-  for document, text in zip(corpus.heldout, corpus.heldout_texts, strict=True):
-    assert TOKENIZER.decode(document.tolist()) == text
-    assert document[-1] == TOKENIZER.eos_id
+  for example, text in zip(
+    shakespeare.heldout, shakespeare.heldout_texts, strict=True
+  ):
+    assert TOKENIZER.decode(example.tokens.tolist()) == text
+    assert example.tokens[-1] == TOKENIZER.eos_id
+    assert example.prompt_length is None

@@ -11,6 +11,7 @@ import pytest
 from diffusiongemma.config import Config
 from diffusiongemma.config import DataConfig
 from diffusiongemma.config import DiffusionConfig
+from diffusiongemma.training import corpus as corpora
 from diffusiongemma.training import data
 from diffusiongemma.training import evaluate
 
@@ -34,7 +35,7 @@ def document():
 def test_ar_loss_is_that_of_one_token_after_the_other(config, params, document):
   """A document that fits one window, token by token from longer prefixes."""
   short = document[:12]
-  windows = data.heldout_windows([short], 16, 2, 0)
+  windows = data.heldout_windows([corpora.Example(short)], 16, 2, 0)
   network = evaluate.bind_network(config, params)
 
   @jax.jit
@@ -53,7 +54,9 @@ def test_ar_loss_is_that_of_one_token_after_the_other(config, params, document):
 
 
 def test_batching_does_not_matter(config, params, document):
-  windows = data.heldout_windows([document, document[:20]], 16, 2, 0)
+  windows = data.heldout_windows(
+    [corpora.Example(document), corpora.Example(document[:20])], 16, 2, 0
+  )
   other = dataclasses.replace(
     config, data=dataclasses.replace(config.data, batch_size=3)
   )
@@ -67,7 +70,7 @@ def test_batching_does_not_matter(config, params, document):
 
 def test_denoising_loss_by_noise_level(config, params, document):
   """All kept at t = 0, all corrupted at t = 1: the other mean is empty."""
-  windows = data.heldout_windows([document], 16, 2, 0)
+  windows = data.heldout_windows([corpora.Example(document)], 16, 2, 0)
   clean = evaluate.denoise_nats_per_token(config, params, windows, 0.0)
   noisy = evaluate.denoise_nats_per_token(config, params, windows, 1.0)
   assert clean.corrupted == 0 and noisy.kept == 0
@@ -78,7 +81,10 @@ def test_denoising_loss_by_noise_level(config, params, document):
 
 
 def test_unigram_entropy():
-  documents = [np.array([3, 3, 4]), np.array([5])]
+  documents = [
+    corpora.Example(np.array([3, 3, 4])),
+    corpora.Example(np.array([5])),
+  ]
   assert evaluate.unigram_bits(documents, 8) == 1.5
 
 
@@ -91,9 +97,10 @@ def test_compressors_compress_each_text_alone():
 
 
 def test_bits_per_byte_ties_tokens_to_bytes(config, params, document):
-  corpus = data.Corpus([document], [document], ['x' * 100])
+  example = corpora.Example(document)
+  corpus = corpora.Corpus([example], [example], ['x' * 100])
   numbers = evaluate.evaluate(config, params, corpus)
-  windows = data.heldout_windows([document], 16, 2, 0)
+  windows = data.heldout_windows([corpora.Example(document)], 16, 2, 0)
   nats = evaluate.ar_nats_per_token(config, params, windows)
   np.testing.assert_allclose(
     numbers['ar_bits_per_byte'], nats / math.log(2) * 41 / 100, rtol=1e-6

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import re
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import pytest
 
 from diffusiongemma import config as configs
 from diffusiongemma.checkpoints import native
-from diffusiongemma.model import denoiser
+from diffusiongemma.diffusion import loss
 from diffusiongemma.text import generate
 from diffusiongemma.training import metrics
 from diffusiongemma.training import optimizer as optimizers
@@ -75,7 +74,7 @@ def read_state(workdir):
   with contextlib.closing(
     native.open_checkpoints(workdirs.checkpoint_dir(workdir), keep=9)
   ) as manager:
-    return native.restore_newest(manager, abstract.params, abstract.opt_state)
+    return native.restore_newest(manager, *train_state.to_items(abstract))
 
 
 def read_losses(workdir):
@@ -236,23 +235,36 @@ def test_tokenizer_must_fit_the_network(config):
       workdirs.load_tokenizer(configs.override(config, field, value))
 
 
-def test_loss_that_is_not_finite_stops_the_run(tmp_path):
+def test_a_run_of_bad_steps_stops_with_the_last_good_state(tmp_path):
+  """A rate that ruins the parameters: the gradients after it are not finite."""
   output = finish(
     start(
       tmp_path,
       '--config.optimizer.peak_learning_rate=1e30',
       '--config.optimizer.clip_norm=1e30',
+      '--config.train.max_bad_steps=3',
     ),
     1,
   )
-  assert re.search(r'Error: The (loss|gradient norm) of step \d+ is', output)
+  assert 'Error: 3 steps in a row were left out' in output, output
   assert 'peak_learning_rate' in output and 'Traceback' not in output
+  lines = (tmp_path / metrics.BAD_STEPS).read_text().splitlines()
+  bad = [json.loads(line) for line in lines]
+  steps = [record['step'] for record in bad]
+  # The numbers of a step are read while the next one runs: it is left out too.
+  assert steps == list(range(steps[0], steps[0] + 4))
+  batch = bad[0]['last_row'] - bad[0]['first_row'] + 1
+  assert [record['first_row'] for record in bad] == [
+    (step - 1) * batch for step in steps
+  ]
+  saved = read_state(tmp_path)
+  assert saved.step == steps[-1]
+  for leaf in jax.tree.leaves(saved.params):
+    assert np.isfinite(leaf).all()
 
 
 def test_step_donates_its_state_and_draws_anew(config):
-  model = denoiser.Denoiser(config.model)
-  optimizer = optimizers.make_optimizer(config.optimizer, 60)
-  state = train_state.init_train_state(model, optimizer, 0)
+  state = train_state.init_train_state(config)
   step = train.make_train_step(config)
   batch = {
     'tokens_BS': np.full((2, 32), 9, np.int32),
@@ -268,6 +280,176 @@ def test_step_donates_its_state_and_draws_anew(config):
   assert int(state.step) == 2
   assert first['loss_ar'] == second['loss_ar']
   assert first['loss_denoise'] != second['loss_denoise']
+
+
+@pytest.fixture(scope='module')
+def rows(config):
+  """A batch of eight rows of random tokens, some shorter."""
+  rng = np.random.default_rng(0)
+  length_B = rng.integers(25, 33, 8).astype(np.int32)
+  position = np.arange(32)
+  return {
+    'tokens_BS': rng.integers(3, 2048, (8, 32)).astype(np.int32),
+    'length_B': length_B,
+    'prompt_length_B': rng.integers(1, 9, 8).astype(np.int32),
+    'target_mask_BS': (position > 0) & (position < length_B[:, None]),
+  }
+
+
+def changed(config, **changes):
+  """The config with other settings of training or of the optimiser."""
+  for name, value in changes.items():
+    group = 'train' if hasattr(config.train, name) else 'optimizer'
+    part = dataclasses.replace(getattr(config, group), **{name: value})
+    config = dataclasses.replace(config, **{group: part})
+  return config
+
+
+def one_step(config, batch, count=1):
+  """The state and the numbers after `count` steps."""
+  state, step = (
+    train_state.init_train_state(config),
+    train.make_train_step(config),
+  )
+  for _ in range(count):
+    state, numbers = step(state, batch)
+  return state, numbers
+
+
+def gradients(config, batch):
+  """Gradients and metrics of a fresh network; the same noise every time."""
+
+  @jax.jit
+  def compute(params):
+    drawn = loss.draw_noise(
+      jax.random.key(3),
+      batch,
+      config.diffusion.canvas_length,
+      2048,
+      0.5,
+      config.train.canvases,
+    )
+    return train.compute_gradients(config, params, batch, drawn)
+
+  return compute(train_state.init_train_state(config).params)
+
+
+def assert_close(one, other, rtol):
+  """Relative to the largest gradient: some are zero up to rounding alone."""
+  largest = max(np.abs(b).max() for b in jax.tree.leaves(other))
+  for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=rtol * largest)
+
+
+@pytest.mark.parametrize('canvases', ['one', 'all'])
+def test_parts_of_a_batch_add_up_to_it(config, rows, canvases):
+  """Though they have other numbers of targets and of canvases."""
+  config = changed(config, canvases=canvases)
+  whole, numbers = gradients(config, rows)
+  parts, of_parts = gradients(changed(config, accumulate_steps=4), rows)
+  assert_close(parts, whole, 2e-5)
+  for name in ('loss', 'loss_ar', 'loss_denoise'):
+    np.testing.assert_allclose(of_parts[name], numbers[name], rtol=1e-5)
+
+
+def test_computing_layers_again_changes_nothing(config, rows):
+  plain, numbers = gradients(config, rows)
+  again, of_again = gradients(changed(config, remat=True), rows)
+  assert_close(again, plain, 1e-5)
+  np.testing.assert_allclose(of_again['loss'], numbers['loss'], rtol=1e-6)
+  text = str(
+    jax.make_jaxpr(lambda: gradients(changed(config, remat=True), rows)[0])()
+  )
+  assert 'checkpoint' in text or 'remat' in text
+
+
+def test_frozen_parameters_stay(config, rows):
+  config = changed(
+    config, freeze=('*/router/*', 'embedding'), peak_learning_rate=0.1
+  )
+  before = train_state.init_train_state(config).params
+  state, _ = one_step(config, rows, 3)
+  for keys, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+    path = '/'.join(key.key for key in keys)
+    old = before
+    for key in keys:
+      old = old[key.key]
+    frozen = '/router/' in path or path == 'embedding'
+    assert frozen == bool((leaf == old).all()), path
+  sizes = [x.size for x in jax.tree.leaves(state.opt_state)]
+  assert state.params['embedding'].size not in sizes, 'no state for it'
+  gradient, _ = gradients(config, rows)
+  assert not gradient['embedding'].any()
+  with pytest.raises(configs.ConfigError, match="'layer_99/.' names no param"):
+    one_step(changed(config, freeze=('layer_99/*',)), rows)
+
+
+def test_adafactor_learns_and_keeps_no_second_moment(config, rows):
+  adafactor = changed(config, kind='adafactor', peak_learning_rate=1e-2)
+  state, first = one_step(adafactor, rows)
+  state, last = one_step(adafactor, rows, 40)
+  assert last['loss_ar'] < first['loss_ar'] - 0.5
+  elements = lambda state: sum(x.size for x in jax.tree.leaves(state))
+  assert elements(state.opt_state) < 2 * elements(state.params)
+
+
+def test_the_running_mean_is_what_is_sampled_from(config, rows):
+  config = changed(config, ema_decay=0.9, peak_learning_rate=0.1)
+  state, step = (
+    train_state.init_train_state(config),
+    train.make_train_step(config),
+  )
+  mean = jax.tree.map(np.asarray, state.params)
+  for _ in range(3):
+    state, _ = step(state, rows)
+    mean = jax.tree.map(lambda m, p: 0.9 * m + 0.1 * p, mean, state.params)
+  assert_close(state.ema, mean, 1e-6)
+  params, rest = train_state.to_items(state)
+  assert params is state.ema
+  again = train_state.from_items(3, params, rest)
+  assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), again, state))
+
+
+def poisoned(rows, state):
+  """A state whose parameters make every loss NaN."""
+  params = dict(state.params, embedding=state.params['embedding'] * np.nan)
+  return state.replace(params=params)
+
+
+def test_a_bad_step_changes_nothing_but_the_counts(config, rows):
+  state, step = (
+    train_state.init_train_state(config),
+    train.make_train_step(config),
+  )
+  for _ in range(2):
+    state, _ = step(state, rows)
+  state = poisoned(rows, state)
+  before = jax.tree.map(np.asarray, state)
+  state, numbers = step(state, rows)
+  assert np.isnan(numbers['loss']) and numbers['bad_in_row'] == 1
+  expected = before.replace(
+    step=before.step + 1,
+    health=before.health.replace(bad_in_row=1, bad=1),
+  )
+  for a, b in zip(
+    jax.tree.leaves(state), jax.tree.leaves(expected), strict=True
+  ):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_a_spike_is_left_out_when_asked_for(config, rows):
+  """The scale of one step's gradient is that of its AR loss's weight."""
+  for factor, bad in ((0.0, 0), (10.0, 1)):
+    calm = changed(config, spike_factor=factor, peak_learning_rate=1e-5)
+    state, _ = one_step(calm, rows, 3)
+    wild = changed(calm, ar_loss_weight=1e4)
+    before = jax.tree.map(np.asarray, state.params)
+    state, numbers = train.make_train_step(wild)(state, rows)
+    assert numbers['bad_steps'] == bad
+    same = jax.tree.map(lambda a, b: (a == b).all(), state.params, before)
+    assert jax.tree.all(same) == bool(bad)
+    state, numbers = train.make_train_step(calm)(state, rows)
+    assert numbers['bad_in_row'] == 0 and numbers['bad_steps'] == bad
 
 
 def test_overfits_one_batch_and_samples_it_back(model_config):
@@ -290,14 +472,12 @@ def test_overfits_one_batch_and_samples_it_back(model_config):
     ),
     train=configs.TrainConfig(steps=250),
   )
-  model = denoiser.Denoiser(config.model)
-  optimizer = optimizers.make_optimizer(config.optimizer, 250)
-  state = train_state.init_train_state(model, optimizer, 0)
+  state = train_state.init_train_state(config)
   step = train.make_train_step(config)
   for _ in range(250):
     state, numbers = step(state, batch)
   assert numbers['loss_ar'] < 0.02 and numbers['loss_denoise'] < 0.05
-  (written,), _ = generate.generate(
+  (written,), *_ = generate.generate(
     config, state.params, [row[:5]], jax.random.key(0), 2 * C
   )
   assert written.tokens == row[5 : 5 + 2 * C].tolist()

@@ -1,0 +1,65 @@
+r"""Sudoku: the puzzle is the prompt, the solution one canvas.
+
+Hardware: 2 CPU cores.
+Command:  python experiments/sudoku/make_puzzles.py --size=6 \
+              --folder=runs/sudoku6
+          python -m diffusiongemma.main --config=configs/sudoku.py
+Expected: see experiments/sudoku/.
+"""
+
+from diffusiongemma import config
+
+FOLDER = 'runs/sudoku6'
+CELLS = 36
+
+
+def get_config() -> config.Config:
+  return config.Config(
+    model=config.ModelConfig(
+      vocab_size=11,
+      embed_dim=128,
+      # All layers see all cells; local ones have the rotary tables in which
+      # every pair of features turns.
+      attention_pattern=('local', 'local', 'local', 'global'),
+      num_heads=4,
+      num_kv_heads=2,
+      head_dim=32,
+      num_global_kv_heads=2,
+      global_head_dim=32,
+      sliding_window=256,
+      mlp_dim=256,
+      num_experts=4,
+      experts_per_token=2,
+      expert_dim=128,
+      context_length=256,
+      dtype='float32',
+    ),
+    diffusion=config.DiffusionConfig(
+      canvas_length=CELLS + 1,
+      max_denoising_steps=16,
+      stop_token_ids=(1,),
+    ),
+    data=config.DataConfig(
+      path=f'{FOLDER}/train.jsonl',
+      heldout_path=f'{FOLDER}/heldout.jsonl',
+      tokenizer=f'{FOLDER}/sudoku.model',
+      sequence_length=2 * (CELLS + 1),
+      batch_size=96,
+    ),
+    optimizer=config.OptimizerConfig(
+      peak_learning_rate=2e-3,
+      warmup_steps=100,
+      final_rate_fraction=0.02,
+      b1=0.9,
+      weight_decay=0.0,
+    ),
+    train=config.TrainConfig(
+      steps=5000,
+      log_every=50,
+      evaluate_every=500,
+      evaluate_batches=2,
+      sample_every=1000,
+      sample_prompt='1....2.3..4.....5.6.....1..2.3....4.',
+      checkpoint_every=250,
+    ),
+  )
