@@ -81,17 +81,21 @@ class Elements(html.parser.HTMLParser):
 
   def __init__(self, page: bytes):
     super().__init__()
-    self.tags, self.scripts = [], []
+    self.tags, self.scripts, self.in_script = [], [], False
     self.feed(page.decode())
     self.close()
 
   def handle_starttag(self, tag, attrs):
     self.tags.append((tag, [a for a in attrs if a[0] != 'content']))
-    if tag == 'script':
+    self.in_script = tag == 'script'
+    if self.in_script:
       self.scripts.append('')
 
+  def handle_endtag(self, tag):
+    self.in_script = False
+
   def handle_data(self, data):
-    if self.tags and self.tags[-1][0] == 'script':
+    if self.in_script:
       self.scripts[-1] += data
 
 
