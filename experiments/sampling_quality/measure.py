@@ -1,6 +1,6 @@
 """How much is right after how many steps, for each strategy of the sampler.
 
-  python experiments/sampling_quality/measure.py --workdir=runs/sudoku \\
+  python -m experiments.sampling_quality.measure --workdir=runs/sudoku \\
       --puzzles=runs/sudoku6/heldout.jsonl
 
 solves held-out puzzles (`experiments/sudoku`) with every strategy and every
@@ -14,17 +14,17 @@ import argparse
 import dataclasses
 import itertools
 import json
-import os
 import pathlib
-import platform
+import sys
 import time
 
-import jax
-import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
 
 import diffusiongemma as dg
+from diffusiongemma.checkpoints import CheckpointError
+from experiments import plots
+from experiments.sudoku import solve
 
 BUDGETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 FOLDER = pathlib.Path(__file__).parent
@@ -37,55 +37,11 @@ LOOKS = {
 }
 
 
-def read_puzzles(path: str, count: int) -> tuple[list[str], list[str]]:
-  """(prompts, responses) of the first `count` lines."""
-  with open(path) as file:
-    records = [json.loads(line) for line in file][:count]
-  return [r['prompt'] for r in records], [r['response'] for r in records]
-
-
-def make_solver(run, diffusion, self_conditioning: bool):
-  """A jitted (cache, key) -> (text of each row as tokens, steps of each)."""
-  model = run.config.model
-
-  @jax.jit
-  def solve(params, cache, key):
-    denoise_fn = dg.make_denoise_fn(model, params, cache)
-
-    def without(tokens_BL, sc_BLD, *rest):
-      return denoise_fn(tokens_BL, jnp.zeros_like(sc_BLD), *rest)
-
-    state, _ = dg.sample_canvas(
-      denoise_fn if self_conditioning else without,
-      key,
-      diffusion,
-      batch_size=len(cache.length_B),
-      vocab_size=model.vocab_size,
-      embed_dim=model.embed_dim,
-    )
-    return state.draft_BL, state.steps_B
-
-  return lambda cache, key: solve(run.params, cache, key)
-
-
-def read(run, prompts):
-  """A cache that holds the prompts, which are all of one length."""
-  tokens_BP = jnp.array(
-    [[run.tokenizer.bos_id, *run.tokenizer.encode(p)] for p in prompts]
-  )
-  B, P = tokens_BP.shape
-  cache = dg.init_cache(run.config.model, B, P)
-  return dg.prefill(
-    run.config.model, run.params, tokens_BP, jnp.full(B, P), cache
-  )
-
-
 def measure(run, prompts, responses, budgets, batch_size, seed) -> list[dict]:
   """One record for each way of sampling and budget."""
-  batches = [
-    slice(i, i + batch_size) for i in range(0, len(prompts), batch_size)
+  caches = [
+    solve.read(run, batch) for batch in solve.split(prompts, batch_size)
   ]
-  caches = [read(run, prompts[part]) for part in batches]
   records = []
   for self_conditioning, strategy, budget in itertools.product(
     (True, False), dg.strategies.STRATEGIES, budgets
@@ -93,41 +49,20 @@ def measure(run, prompts, responses, budgets, batch_size, seed) -> list[dict]:
     diffusion = dataclasses.replace(
       run.config.diffusion, strategy=strategy, max_denoising_steps=budget
     )
-    solver = make_solver(run, diffusion, self_conditioning)
-    texts, steps = [], []
-    for index, cache in enumerate(caches):
-      key = jax.random.fold_in(jax.random.key(seed), index)
-      drafts_BL, steps_B = solver(cache, key)
-      texts += [run.tokenizer.decode(row) for row in np.asarray(drafts_BL)]
-      steps += steps_B.tolist()
+    solver = solve.make_solver(run, diffusion, self_conditioning)
+    tokens_ML, steps_M = solve.solve_all(solver, caches, seed)
+    texts = solve.answers(run.tokenizer, tokens_ML)
     records.append(
       {
         'self_conditioning': self_conditioning,
         'strategy': strategy,
         'budget': budget,
-        **score(texts, prompts, responses),
-        'steps': float(np.mean(steps)),
+        **solve.score(texts, prompts, responses),
+        'steps': float(np.mean(steps_M)),
       }
     )
     print(json.dumps(records[-1]), flush=True)
   return records
-
-
-def score(texts, prompts, responses) -> dict:
-  """Shares of puzzles and cells that are right; givens that were changed."""
-  cells, altered = [], 0
-  for text, prompt, response in zip(texts, prompts, responses, strict=True):
-    text = text.ljust(len(response))
-    cells += [a == b for a, b in zip(text, response, strict=False)]
-    altered += sum(
-      p not in ('.', a) for a, p in zip(text, prompt, strict=False)
-    )
-  right = [a == b for a, b in zip(texts, responses, strict=True)]
-  return {
-    'solved': float(np.mean(right)),
-    'cells_right': float(np.mean(cells)),
-    'givens_altered': altered,
-  }
 
 
 def draw(records: list[dict], title: str, path: pathlib.Path) -> None:
@@ -153,8 +88,7 @@ def draw(records: list[dict], title: str, path: pathlib.Path) -> None:
     axis.set_xscale('log', base=2)
     axis.xaxis.set_major_formatter('{x:g}')
     axis.set_xlabel('most denoising passes')
-    axis.grid(alpha=0.25)
-    axis.spines[['top', 'right']].set_visible(False)
+    plots.tidy(axis)
   axes[0].set_ylabel('puzzles solved, %')
   axes[0].set_ylim(-2, 102)
   axes[1].legend(frameon=False, loc='lower right')
@@ -171,8 +105,11 @@ def main() -> None:
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--output', type=pathlib.Path, default=FOLDER)
   given = parser.parse_args()
-  run = dg.load(given.workdir)
-  prompts, responses = read_puzzles(given.puzzles, given.count)
+  try:
+    prompts, responses = solve.read_puzzles(given.puzzles, given.count)
+    run = solve.load(given.workdir, prompts)
+  except (OSError, ValueError, CheckpointError) as error:
+    sys.exit(str(error))
   started = time.time()
   records = measure(
     run, prompts, responses, BUDGETS, given.batch_size, given.seed
@@ -182,10 +119,7 @@ def main() -> None:
     'training_steps': run.step,
     'seed': given.seed,
     'sampler': dataclasses.asdict(run.config.diffusion),
-    'machine': f'{os.cpu_count()} cores, {platform.machine()}',
-    'python': platform.python_version(),
-    'jax': jax.__version__,
-    'date': time.strftime('%Y-%m-%d', time.gmtime()),
+    **solve.describe_machine(),
     'seconds': round(time.time() - started),
     'records': records,
   }

@@ -1,27 +1,13 @@
 """Puzzles have one solution, and what is unseen was not seen."""
 
-import importlib.util
 import json
-import pathlib
 
 import numpy as np
 import pytest
 
 from diffusiongemma.text import tokenizer as tokenizers
+from experiments.sudoku import make_puzzles as puzzles
 
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-def load(name):
-  """A script of experiments/sudoku as a module."""
-  path = ROOT / 'experiments' / 'sudoku' / f'{name}.py'
-  spec = importlib.util.spec_from_file_location(name, path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
-puzzles = load('make_puzzles')
 RULES = {size: puzzles.Rules(size) for size in (6, 9)}
 
 # From Wikipedia's article on Sudoku.
