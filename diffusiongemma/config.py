@@ -107,7 +107,9 @@ class DataConfig:
   `{"prompt": ..., "response": ...}`: only the response is learnt). Without a
   `heldout_path`, every n-th document is held out (n = `heldout_every`); the
   shipped corpus has its own held-out plays. `tokenizer` is a SentencePiece
-  model; empty is the shipped one. `sequence_length` is in tokens."""
+  model or a tokenizer.json; empty is the shipped one, or that of
+  `train.init_from`. `sequence_length` is in tokens. `packing` puts several
+  texts into a row, which don't see each other."""
 
   path: str = ''
   heldout_path: str = ''
@@ -115,6 +117,7 @@ class DataConfig:
   tokenizer: str = ''
   sequence_length: int = 1024
   batch_size: int = 8
+  packing: bool = False
   seed: int = 0
 
 
@@ -139,20 +142,41 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """Low-rank adaptation: W + (alpha / rank) A B, of which only A and B are
+  learnt; `rank` 0 learns W itself. `targets` has patterns of the matrices that
+  are adapted; experts are `*/experts/*`.
+
+  Source: Hu et al., https://arxiv.org/abs/2106.09685.
+  """
+
+  rank: int = 0
+  alpha: float = 16.0
+  targets: tuple[str, ...] = ('*/attention/*', '*/shared_mlp/*')
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
   """The training run; every `*_every` is in steps.
+
+  It starts from the weights in the folder `init_from`, of a run or of Hugging
+  Face; then `config.model` and `config.diffusion` are what they are there. The
+  objective `ar` learns to write from left to right, and not to denoise.
 
   A batch is worked through in `accumulate_steps` parts. `remat` computes each
   layer again in the backward pass instead of keeping what it computed. With an
   `ema_decay`, checkpoints hold the running mean of the parameters, for
   sampling. A step whose loss or gradient is not finite, or, with a
   `spike_factor`, whose gradient is so many times longer than those before, is
-  left out; after `max_bad_steps` in a row the run stops.
+  left out; after `max_bad_steps` in a row the run stops. A save that fails, on
+  a full disk, is tried again at the next one, unless the run
+  `stops_when_unsaved`.
   """
 
   steps: int = 1000
   seed: int = 0
-  objective: Literal['ce', 'loo_ce'] = 'ce'
+  init_from: str = ''
+  objective: Literal['ce', 'loo_ce', 'ar'] = 'ce'
   canvases: Literal['one', 'all'] = 'one'
   self_conditioning_probability: float = 0.5
   ar_loss_weight: float = 1.0
@@ -168,6 +192,7 @@ class TrainConfig:
   sample_prompt: str = 'ROMEO.\n'
   checkpoint_every: int = 500
   keep_checkpoints: int = 2
+  stops_when_unsaved: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +203,7 @@ class Config:
   diffusion: DiffusionConfig = DiffusionConfig()
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
+  lora: LoraConfig = LoraConfig()
   train: TrainConfig = TrainConfig()
 
 
@@ -282,6 +308,16 @@ def validate(config: Config) -> None:
     if seed >= 2**63:
       raise ConfigError(f'config.{name}.seed must be below 2^63.')
   train = config.train
+  if train.init_from and data.tokenizer:
+    raise ConfigError(
+      'config.data.tokenizer must be empty: the tokenizer is that of '
+      'config.train.init_from.'
+    )
+  if config.lora.rank and config.optimizer.freeze:
+    raise ConfigError(
+      'config.optimizer.freeze must be empty with config.lora: nothing but '
+      'the adapters is learnt.'
+    )
   if train.self_conditioning_probability > 1:
     raise ConfigError(
       'config.train.self_conditioning_probability is a probability, at most 1.'
@@ -338,6 +374,7 @@ _MAY_BE_ZERO = (
   'config.optimizer.b1',
   'config.optimizer.b2',
   'config.optimizer.weight_decay',
+  'config.lora.rank',
   'config.train.seed',
   'config.train.self_conditioning_probability',
   'config.train.ar_loss_weight',

@@ -18,6 +18,7 @@ import os
 import shutil
 import tempfile
 
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,25 +34,11 @@ from diffusiongemma.checkpoints import native
 from diffusiongemma.checkpoints import safetensors
 from diffusiongemma.config import Config
 from diffusiongemma.model import denoiser
+from diffusiongemma.training import lora
+from diffusiongemma.training import train_state
 from diffusiongemma.training import workdir as workdirs
 
 CONFIG, GENERATION_CONFIG = 'config.json', 'generation_config.json'
-# What lies beside the weights and goes with them, where it is there.
-COMPANIONS = (
-  CONFIG,
-  GENERATION_CONFIG,
-  'tokenizer.json',
-  'tokenizer.model',
-  'tokenizer_config.json',
-  'special_tokens_map.json',
-  'added_tokens.json',
-  'chat_template.jinja',
-  'chat_template.json',
-  'processor_config.json',
-  'preprocessor_config.json',
-  'README.md',
-  'LICENSE',
-)
 MAX_SHARD_BYTES = 5 * 10**9
 
 # Where an array is to live: (path in the parameters, shape) -> sharding.
@@ -120,7 +107,7 @@ def convert(hf_dir: str, workdir: str) -> Config:
 
     companions = os.path.join(folder, workdirs.COMPANIONS_DIR)
     os.mkdir(companions)
-    for name, content in read_companions(hf_dir):
+    for name, content in workdirs.read_companions(hf_dir):
       _write_file(os.path.join(companions, name), content)
     text = json.dumps(configs.to_dict(config), indent=2)
     _write_file(os.path.join(folder, 'config.json'), text.encode())
@@ -135,8 +122,10 @@ def export(
 ) -> None:
   """Writes the newest checkpoint of `workdir` as a Hugging Face folder.
 
-  A network without a vision encoder gets the smallest one that transformers
-  can build, of zeros: its class always has one.
+  Adapters are merged with what they adapt, for which all of the network is
+  held in memory; without, it is one array at a time. A network without a
+  vision encoder gets the smallest one that transformers can build, of zeros:
+  its class always has one.
 
   Raises:
     WorkdirError: there is no run, or no checkpoint of it.
@@ -149,10 +138,7 @@ def export(
     config = dataclasses.replace(config, model=_with_vision(config))
     zeros = abstract_params(config.model)['vision']
   table = huggingface.tensor_table(abstract_params(config.model))
-  manager = workdirs.open_checkpoints(workdir)
-  with contextlib.closing(manager):
-    step = manager.latest_step()
-    stored = native.stored_types(manager, step)
+  with _stored_arrays(workdir, config) as (stored, read_array):
     dtypes = {
       name: np.dtype(stored.get(entry.path, np.float32))
       for name, entry in table.items()
@@ -164,7 +150,7 @@ def export(
     ]
     if missing:
       raise CheckpointError(
-        f'Checkpoint {step} in {workdir} lacks {", ".join(missing[:4])}.'
+        f'The checkpoint in {workdir} lacks {", ".join(missing[:4])}.'
       )
     shapes = {n: (e.their_shape, dtypes[n]) for n, e in table.items()}
     num_bytes = sum(
@@ -175,8 +161,7 @@ def export(
       entry = table[name]
       if entry.path not in stored:
         return np.zeros(entry.their_shape, dtypes[name])
-      (array,) = native.read_arrays(manager, step, [entry.path])
-      return entry.to_theirs(array)
+      return entry.to_theirs(read_array(entry.path))
 
     with _appearing(hf_dir) as folder, _progress('export', num_bytes) as bar:
       dtype = dtypes['model.decoder.embed_tokens.weight'].name
@@ -191,11 +176,58 @@ def export(
       )
 
 
+@contextlib.contextmanager
+def _stored_arrays(workdir: str, config: Config) -> Iterator[tuple]:
+  """({path: type}, a function path -> array) of the newest checkpoint."""
+  if config.lora.rank:
+    params = traverse_util.flatten_dict(load(workdir).params)
+    yield (
+      {path: np.dtype(array.dtype) for path, array in params.items()},
+      lambda path: np.asarray(params[path]),
+    )
+    return
+  with contextlib.closing(workdirs.open_checkpoints(workdir)) as manager:
+    step = manager.latest_step()
+
+    def read(path):
+      (array,) = native.read_arrays(manager, step, [path])
+      return array
+
+    yield native.stored_types(manager, step), read
+
+
+def adopt(config: Config) -> Config:
+  """The config of a run that starts from the weights in
+  `config.train.init_from`: network and sampler are theirs, but for the types.
+
+  Raises:
+    WorkdirError, CheckpointError: there is no network.
+  """
+  folder = os.path.abspath(config.train.init_from)
+  read = read_config if is_huggingface(folder) else workdirs.read_config
+  theirs = read(folder)
+  model = dataclasses.replace(
+    theirs.model,
+    dtype=config.model.dtype,
+    param_dtype=config.model.param_dtype,
+  )
+  train = dataclasses.replace(config.train, init_from=folder)
+  return dataclasses.replace(
+    config, model=model, diffusion=theirs.diffusion, train=train
+  )
+
+
+def load_base(config: Config) -> dict:
+  """The parameters that a run starts from, as they are stored; see `load`."""
+  return load(config.train.init_from).params
+
+
 def load(
   path: str,
   config: Config | None = None,
   sharding: ShardingOf | None = None,
   verify: bool = True,
+  merge: bool = True,
 ) -> workdirs.Run:
   """Reads a run, or a Hugging Face folder.
 
@@ -206,13 +238,27 @@ def load(
     sharding: where each array goes; without, to the first device.
     verify: compares the digests of a run's arrays, so that a flipped bit is
       an error. Hugging Face's files have none.
+    merge: adds the adapters of a run with `config.lora` to what they adapt,
+      which is loaded too; else they stand beside it, as in training.
 
   Raises:
-    WorkdirError: there is nothing to load.
+    WorkdirError: there is nothing to load, or adapters were trained on other
+      weights.
     CheckpointError: what is there is damaged or of another kind.
   """
   if not is_huggingface(path):
-    return workdirs.load(path, config, sharding, verify)
+    config = config or workdirs.read_config(path)
+    if not config.lora.rank:
+      return workdirs.load(path, config, sharding, verify)
+    run = workdirs.load(path, config, None, verify)
+    adapters = jax.tree.map(np.asarray, run.params)  # For any sharding.
+    if config.train.init_from:
+      base = load(config.train.init_from, None, sharding, verify).params
+    else:
+      base = train_state.fresh_params(config)
+    workdirs.check_base(path, base)
+    combine = lora.merge if merge else lora.attach
+    return run._replace(params=combine(config.lora, base, adapters))
   config = config or read_config(path)
   table = huggingface.tensor_table(abstract_params(config.model))
   params = {}
@@ -244,13 +290,6 @@ def _to_device(
   return jax.make_array_from_callback(array.shape, where, lambda i: array[i])
 
 
-def read_companions(folder: str) -> Iterator[tuple[str, bytes]]:
-  """(name, content) of what lies beside the weights."""
-  for name in COMPANIONS:
-    if os.path.lexists(os.path.join(folder, name)):
-      yield name, files.read_file(folder, name, workdirs.MAX_TEXT_BYTES)
-
-
 def _companions_of(
   workdir: str, config: Config, dtype: str
 ) -> Iterator[tuple[str, bytes]]:
@@ -267,14 +306,13 @@ def _companions_of(
       config.model,
       config.diffusion,
     )
-    for name, content in read_companions(travelled):
+    for name, content in workdirs.read_companions(travelled):
       if unchanged or name not in (CONFIG, GENERATION_CONFIG):
         yield name, content
   else:
-    content = files.read_file(
-      workdir, 'tokenizer.model', workdirs.MAX_TEXT_BYTES
-    )
-    yield 'tokenizer.model', content
+    for name in workdirs.TOKENIZERS:
+      if os.path.lexists(os.path.join(workdir, name)):
+        yield name, files.read_file(workdir, name, workdirs.MAX_TEXT_BYTES)
   if not unchanged:
     for name, values in (
       (

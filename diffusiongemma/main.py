@@ -17,6 +17,7 @@ stopped by signal n after saving (130 Ctrl-C, 143 SIGTERM).
 
 import ctypes
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -194,11 +195,39 @@ def _load_config(overrides: dict[str, str]) -> configs.Config:
     raise configs.ConfigError(
       'Say what to train: --config=configs/tiny.py, or another config file.'
     )
-  config = configs.load_config(_CONFIG.value)
-  for field, text in overrides.items():
-    config = configs.override(config, field, text)
+  config = _changed(configs.load_config(_CONFIG.value), overrides)
+  if config.train.init_from:
+    adopted = conversion.adopt(config)
+    # What was changed on the command line stays changed.
+    rest = {k: v for k, v in overrides.items() if k != 'train.init_from'}
+    config = _changed(adopted, rest)
+    _check_network(config, adopted, config.train.init_from)
   configs.validate(config)
   return config
+
+
+def _changed(
+  config: configs.Config, overrides: dict[str, str]
+) -> configs.Config:
+  """The config with single fields set."""
+  for field, text in overrides.items():
+    config = configs.override(config, field, text)
+  return config
+
+
+def _check_network(
+  config: configs.Config, own: configs.Config, folder: str
+) -> None:
+  """Raises `ConfigError` if the network is another than that of the folder."""
+  types = {
+    'dtype': config.model.dtype,
+    'param_dtype': config.model.param_dtype,
+  }
+  if config.model != dataclasses.replace(own.model, **types):
+    raise configs.ConfigError(
+      f'The network of {folder} is trained: config.model stays as it is, '
+      'but for its types.'
+    )
 
 
 def _workdir() -> str:
@@ -216,18 +245,12 @@ def _load_run(overrides: dict[str, str]) -> workdirs.Run:
     raise configs.ConfigError('Give --workdir or --hf_dir, not both.')
   folder = _HF_DIR.value or _workdir()
   if _HF_DIR.value:
-    own = config = conversion.read_config(folder)
+    own = conversion.read_config(folder)
   else:
-    own = config = workdirs.read_config(folder)
-  for field, text in overrides.items():
-    config = configs.override(config, field, text)
+    own = workdirs.read_config(folder)
+  config = _changed(own, overrides)
   configs.validate(config)
-  compute = {'dtype': config.model.dtype}
-  if config.model != dataclasses.replace(own.model, **compute):
-    raise configs.ConfigError(
-      f'The network of {folder} is trained: config.model stays as it is, '
-      'but for its dtype.'
-    )
+  _check_network(config, own, folder)
   run = conversion.load(folder, config)
   if run.tokenizer is None:
     raise workdirs.WorkdirError(
@@ -240,7 +263,10 @@ def _load_run(overrides: dict[str, str]) -> workdirs.Run:
 def _train(overrides: dict[str, str]) -> int:
   config = _load_config(overrides)
   workdir = _workdir()
-  code = train.train(config, workdir)
+  load_base = functools.partial(conversion.load_base, config)
+  code = train.train(
+    config, workdir, load_base if config.train.init_from else None
+  )
   if code == 0:
     prompt = shlex.quote(config.train.sample_prompt.strip() or '...')
     print(
@@ -300,9 +326,9 @@ def _both_folders(overrides: dict[str, str]) -> tuple[str, str]:
 
 
 def _evaluate(overrides: dict[str, str]) -> int:
-  config, tokenizer, step, params, _ = _load_run(overrides)
+  config, tokenizer, step, params, template = _load_run(overrides)
   corpus = corpora.load_corpus(
-    config.data, tokenizer, config.diffusion.canvas_length
+    config.data, tokenizer, config.diffusion.canvas_length, template
   )
   numbers = {'step': step, **evaluation.evaluate(config, params, corpus)}
   if _FORMAT.value == 'json':

@@ -447,11 +447,13 @@ def training_example(pair: Pair):
   batch = {
     'tokens_BS': rng.integers(3, V, (2, S)).astype(np.int32),
     'length_B': np.full(2, S, np.int32),
-    'prompt_length_B': np.full(2, TEXT_START, np.int32),
+    'first_BS': np.zeros((2, S), np.int32),
+    'canvas_start_BK': np.array([[TEXT_START, TEXT_START + C]] * 2, np.int32),
     'target_mask_BS': rng.random((2, S)) < 0.7,
   }
   drawn = losses.Noise(
     start_BK=jnp.full((2, 1), TEXT_START + C),  # After a clean canvas.
+    first_BK=jnp.zeros((2, 1), jnp.int32),
     valid_BK=jnp.ones((2, 1), bool),
     t_BK=jnp.full((2, 1), 0.5),
     canvas_BL=jnp.asarray(pair.canvas_BL),
@@ -604,10 +606,14 @@ def compare_bfloat16(pair: Pair) -> dict[str, float]:
 def memorise(pair: Pair, tokens_BS: np.ndarray) -> dict:
   """Parameters trained on these rows until they are known."""
   B, S = tokens_BS.shape
+  start_K = np.arange(
+    TEXT_START, S - pair.canvas_length + 1, pair.canvas_length
+  )
   batch = {
     'tokens_BS': tokens_BS,
     'length_B': np.full(B, S, np.int32),
-    'prompt_length_B': np.full(B, TEXT_START, np.int32),
+    'first_BS': np.zeros((B, S), np.int32),
+    'canvas_start_BK': np.tile(start_K.astype(np.int32), (B, 1)),
     'target_mask_BS': np.ones((B, S), bool),
   }
   model = denoiser.Denoiser(pair.config)

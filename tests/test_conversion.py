@@ -204,7 +204,8 @@ def test_a_text_network_gets_an_encoder_of_nothing(tmp_path):
 
   config = micro_config.get_config()
   workdir, out = tmp_path / 'run', tmp_path / 'out'
-  workdirs.claim(str(workdir), config, workdirs.load_tokenizer(config))
+  beside = workdirs.files_beside(config, workdirs.load_tokenizer(config))
+  workdirs.claim(str(workdir), config, beside)
   state = workdirs.abstract_state(config)
   params = jax.tree.map(
     lambda x: jax.random.normal(jax.random.key(0), x.shape, x.dtype),
@@ -471,7 +472,8 @@ def test_arrays_go_straight_to_their_shards(hf_dir, workdir):
     ON_A_MESH,
     hf_dir,
     workdir,
-    XLA_FLAGS='--xla_force_host_platform_device_count=8',
+    XLA_FLAGS=os.environ.get('XLA_FLAGS', '')
+    + ' --xla_force_host_platform_device_count=8',
   )
   assert output.split() == ['equal', 'equal']
 

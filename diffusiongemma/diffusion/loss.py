@@ -8,7 +8,8 @@
 The mean is over all C positions of a canvas, kept ones too, with no 1/t
 weight. This is a loss: neither a likelihood nor a bound of one. `loo_ce`
 teaches f to tell x_i from all of z but z_i (leave-one-out), by handing it the
-evidence of z_i:  CE(f + log(1 + V alpha / (1 - alpha)) onehot(z), x).
+evidence of z_i:  CE(f + log(1 + V alpha / (1 - alpha)) onehot(z), x). `ar`
+leaves the denoiser out.
 """
 
 from collections.abc import Callable
@@ -29,8 +30,10 @@ class Network(NamedTuple):
   """What the loss asks of a network; parameters are already bound.
 
   Attributes:
-    prefill: (tokens_BS, length_B) -> (h_BSD, cache, auxiliary).
-    denoise: (tokens_BL, sc_BLD, cache, start_BK) -> h_BLD.
+    prefill: (tokens_BS, length_B, first_BP=) -> (h_BSD, cache, auxiliary);
+      no token sees what is before its `first`.
+    denoise: (tokens_BL, sc_BLD, cache, start_BK, first_BK) -> h_BLD; `sc_BLD`
+      is None where self-conditioning is off.
     logits: h [..., D] -> float32 [..., V].
     soft_embedding: probabilities [..., V] -> [..., D].
   """
@@ -41,11 +44,24 @@ class Network(NamedTuple):
   soft_embedding: Callable
 
 
+class Counts(NamedTuple):
+  """What sums over a batch are divided by; at least 1 each.
+
+  Attributes:
+    targets: tokens that the AR loss predicts.
+    rows: rows that have a canvas.
+  """
+
+  targets: jax.Array
+  rows: jax.Array
+
+
 class Noise(NamedTuple):
   """Every random choice of one batch, for K canvases of each row; L = K * C.
 
   Attributes:
     start_BK: int32, position of each canvas.
+    first_BK: int32, position where its document begins.
     valid_BK: bool, canvases that the row has; others are not learnt.
     t_BK: float32, the time of each.
     canvas_BL: int32, the noisy canvases.
@@ -54,6 +70,7 @@ class Noise(NamedTuple):
   """
 
   start_BK: jax.Array
+  first_BK: jax.Array
   valid_BK: jax.Array
   t_BK: jax.Array
   canvas_BL: jax.Array
@@ -61,16 +78,24 @@ class Noise(NamedTuple):
   self_condition_B: jax.Array
 
 
-BATCH_KEYS = ('tokens_BS', 'length_B', 'prompt_length_B', 'target_mask_BS')
+BATCH_KEYS = (
+  'tokens_BS',
+  'length_B',
+  'first_BS',
+  'canvas_start_BK',
+  'target_mask_BS',
+)
 
 
 def check_batch(batch: dict, canvas_length: int) -> None:
   """Raises `ValueError` unless the batch is exactly what the loss reads.
 
   Batch:
-    tokens_BS: int32, prompt and response, padded on the right.
+    tokens_BS: int32, one document or more in a row, padded on the right.
     length_B: int32, real tokens of each row.
-    prompt_length_B: int32, where the first canvas starts; at least 1.
+    first_BS: int32, position where the document of each token begins.
+    canvas_start_BK: int32, positions at which a canvas may start, -1 for none
+      at the end of a row. They don't overlap, and each has a token before it.
     target_mask_BS: bool, tokens that the AR loss predicts.
   """
   if set(batch) != set(BATCH_KEYS):
@@ -98,18 +123,18 @@ def draw_noise(
   `canvases` is 'one', drawn from those of the row, or 'all' of them.
   """
   select_key, time_key, corrupt_key, sc_key = jax.random.split(key, 4)
-  (B, S), C = batch['tokens_BS'].shape, canvas_length
-  prompt_B1 = batch['prompt_length_B'][:, None]
-  count_B1 = (batch['length_B'][:, None] - prompt_B1) // C
+  C, start_BK = canvas_length, batch['canvas_start_BK']
+  B = start_BK.shape[0]
   if canvases == 'one':
-    index_BK = jax.random.randint(
+    count_B1 = jnp.sum(start_BK >= 0, axis=1, keepdims=True)
+    index_B1 = jax.random.randint(
       select_key, (B, 1), 0, jnp.maximum(count_B1, 1)
     )
-  else:
-    index_BK = jnp.tile(jnp.arange((S - 1) // C), (B, 1))
-  valid_BK = index_BK < count_B1
+    start_BK = jnp.take_along_axis(start_BK, index_B1, axis=1)
+  valid_BK = start_BK >= 0
   # Those that a row does not have still lie somewhere in it.
-  start_BK = jnp.where(valid_BK, prompt_B1 + index_BK * C, 0)
+  start_BK = jnp.maximum(start_BK, 0)
+  first_BK = jnp.take_along_axis(batch['first_BS'], start_BK, axis=1)
   t_BK = jax.random.uniform(
     time_key, start_BK.shape, minval=T_MARGIN, maxval=1 - T_MARGIN
   )
@@ -121,7 +146,13 @@ def draw_noise(
     sc_key, self_conditioning_probability, (B,)
   )
   return Noise(
-    start_BK, valid_BK, t_BK, canvas_BL, corrupted_BL, self_condition_B
+    start_BK,
+    first_BK,
+    valid_BK,
+    t_BK,
+    canvas_BL,
+    corrupted_BL,
+    self_condition_B,
   )
 
 
@@ -132,7 +163,7 @@ def diffusion_loss(
   ar_loss_weight: float,
   *,
   objective: str = 'ce',
-  num_targets: jax.Array | None = None,
+  counts: Counts | None = None,
 ) -> tuple[jax.Array, dict]:
   """The joint loss of one batch.
 
@@ -141,75 +172,82 @@ def diffusion_loss(
     batch: see `check_batch`.
     drawn: see `draw_noise`.
     ar_loss_weight: weight of the autoregressive term.
-    objective: 'ce' or 'loo_ce', see the top of the file.
-    num_targets: what the sum of the AR losses is divided by, instead of by
-      their number: for a part of a larger batch.
+    objective: 'ce', 'loo_ce' or 'ar', see the top of the file.
+    counts: what sums are divided by, instead of `count` of this batch: for a
+      part of a larger one.
 
   Returns:
     (loss in nats a token, metrics): `loss_denoise`, `loss_ar`, both in nats a
     token; `accuracy`, the share of corrupted positions whose argmax is right;
     and whatever `network.prefill` returns third, under `auxiliary`. Every row
-    counts the same, and every canvas of a row.
+    with a canvas counts the same, and every canvas of a row.
   """
-  K = drawn.start_BK.shape[1]
-  C = drawn.canvas_BL.shape[1] // K
+  C = drawn.canvas_BL.shape[1] // drawn.start_BK.shape[1]
   check_batch(batch, C)
+  counts = counts or count(batch)
   h_BSD, cache, auxiliary = network.prefill(
-    batch['tokens_BS'], batch['length_B']
+    batch['tokens_BS'], batch['length_B'], first_BP=batch['first_BS']
   )
   # Right padding and the last column have no next token to predict.
   targets_BS = jnp.roll(batch['tokens_BS'], -1, axis=1)
   mask_BS = jnp.roll(batch['target_mask_BS'], -1, axis=1).at[:, -1].set(False)
   ar_BS, _ = cross_entropy(network.logits, h_BSD, targets_BS)
-  if num_targets is None:
-    num_targets = count_targets(batch)
-  loss_ar = jnp.sum(jnp.where(mask_BS, ar_BS, 0.0)) / num_targets
-
-  sc_off_BLD = jnp.zeros((*drawn.canvas_BL.shape, h_BSD.shape[-1]), h_BSD.dtype)
-  h_BLD = denoise_twice(network, cache, drawn, sc_off_BLD)
-  clean_BL = slice_canvases(batch['tokens_BS'], drawn.start_BK, C)
-  evidence = None
-  if objective == 'loo_ce':
-    t_BL = jnp.repeat(drawn.t_BK, C, axis=1)
-    evidence = (drawn.canvas_BL, t_BL)
-  denoise_BL, right_BL = cross_entropy(
-    network.logits, h_BLD, clean_BL, evidence
-  )
-  valid_BL = jnp.repeat(drawn.valid_BK, C, axis=1)
-  share_BL = valid_BL / jnp.maximum(valid_BL.sum(1, keepdims=True), 1)
-  loss_denoise = jnp.sum(share_BL * denoise_BL) / share_BL.shape[0]
+  loss_ar = jnp.sum(jnp.where(mask_BS, ar_BS, 0.0)) / counts.targets
+  if objective == 'ar':
+    loss_denoise = accuracy = jnp.zeros(())
+  else:
+    denoise_BL, right_BL = denoising_losses(
+      network, cache, batch, drawn, objective
+    )
+    valid_BL = jnp.repeat(drawn.valid_BK, C, axis=1)
+    share_BL = valid_BL / jnp.maximum(valid_BL.sum(1, keepdims=True), 1)
+    loss_denoise = jnp.sum(share_BL * denoise_BL) / counts.rows
+    accuracy = masked_mean(right_BL, drawn.corrupted_BL & valid_BL)
   loss = loss_denoise + ar_loss_weight * loss_ar
   metrics = {
     'loss': loss,
     'loss_denoise': loss_denoise,
     'loss_ar': loss_ar,
-    'accuracy': masked_mean(right_BL, drawn.corrupted_BL & valid_BL),
+    'accuracy': accuracy,
     'auxiliary': auxiliary,
   }
   return loss, metrics
 
 
-def count_targets(batch: dict) -> jax.Array:
-  """How many tokens the AR loss predicts; at least 1."""
-  return jnp.maximum(jnp.sum(batch['target_mask_BS'][:, 1:]), 1)
+def count(batch: dict) -> Counts:
+  """How much there is to learn in a batch."""
+  targets = jnp.sum(batch['target_mask_BS'][:, 1:])
+  rows = jnp.sum(jnp.any(batch['canvas_start_BK'] >= 0, axis=1))
+  return Counts(jnp.maximum(targets, 1), jnp.maximum(rows, 1))
 
 
-def denoise_twice(
-  network: Network, cache, drawn: Noise, sc_off_BLD: jax.Array
-) -> jax.Array:
+def denoising_losses(
+  network: Network, cache, batch: dict, drawn: Noise, objective: str
+) -> tuple[jax.Array, jax.Array]:
+  """Cross entropy in nats and argmax hits at every canvas position."""
+  C = drawn.canvas_BL.shape[1] // drawn.start_BK.shape[1]
+  h_BLD = denoise_twice(network, cache, drawn)
+  clean_BL = slice_canvases(batch['tokens_BS'], drawn.start_BK, C)
+  evidence = None
+  if objective == 'loo_ce':
+    evidence = (drawn.canvas_BL, jnp.repeat(drawn.t_BK, C, axis=1))
+  return cross_entropy(network.logits, h_BLD, clean_BL, evidence)
+
+
+def denoise_twice(network: Network, cache, drawn: Noise) -> jax.Array:
   """Both passes over the canvases; only the second has gradients.
 
   A canvas sees the clean text before it and nothing else, though the cache
   holds the answer too.
   """
-  first_BLD = network.denoise(
-    drawn.canvas_BL, sc_off_BLD, jax.lax.stop_gradient(cache), drawn.start_BK
+  places = (drawn.start_BK, drawn.first_BK)
+  h_BLD = network.denoise(
+    drawn.canvas_BL, None, jax.lax.stop_gradient(cache), *places
   )
-  sc_BLD = soft_embedding(network, jax.lax.stop_gradient(first_BLD))
-  use_B11 = drawn.self_condition_B[:, None, None]
-  sc_BLD = jnp.where(use_B11, sc_BLD, sc_off_BLD)
+  sc_BLD = soft_embedding(network, jax.lax.stop_gradient(h_BLD))
+  sc_BLD = jnp.where(drawn.self_condition_B[:, None, None], sc_BLD, 0.0)
   return network.denoise(
-    drawn.canvas_BL, jax.lax.stop_gradient(sc_BLD), cache, drawn.start_BK
+    drawn.canvas_BL, jax.lax.stop_gradient(sc_BLD), cache, *places
   )
 
 
@@ -235,7 +273,7 @@ def cross_entropy(
     right_M = jnp.argmax(logits_MV, axis=-1) == targets_M
     return log_normalizer_M - picked_M[:, 0], right_M.astype(jnp.float32)
 
-  return _in_chunks(logits_fn, chunk, h_BLD, targets_BL, *(evidence or ()))
+  return in_chunks(logits_fn, chunk, h_BLD, targets_BL, *(evidence or ()))
 
 
 def add_evidence(
@@ -255,10 +293,10 @@ def soft_embedding(network: Network, h_BLD: jax.Array) -> jax.Array:
     probabilities_MV = jax.nn.softmax(network.logits(h_MD), axis=-1)
     return network.soft_embedding(probabilities_MV)
 
-  return _in_chunks(network.logits, chunk, h_BLD)
+  return in_chunks(network.logits, chunk, h_BLD)
 
 
-def _in_chunks(logits_fn: Callable, chunk: Callable, h_BLD, *others_BL):
+def in_chunks(logits_fn: Callable, chunk: Callable, h_BLD, *others_BL):
   """Maps `chunk` over groups of positions whose logits fit CHUNK_LOGITS."""
   B, L, D = h_BLD.shape
   row = jax.ShapeDtypeStruct((1, D), h_BLD.dtype)

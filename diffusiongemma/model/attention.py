@@ -73,11 +73,10 @@ class Attention(nn.Module):
     self, x_BLD: jax.Array, positions_BL: jax.Array
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """q [B,L,N,H], k and v [B,L,K,H], normed and rotated."""
-    dtype = x_BLD.dtype
-    q = jnp.einsum('bld,dnh->blnh', x_BLD, self.q_proj.astype(dtype))
-    k = jnp.einsum('bld,dkh->blkh', x_BLD, self.k_proj.astype(dtype))
+    q = layers.linear('bld,dnh->blnh', x_BLD, self.q_proj)
+    k = layers.linear('bld,dkh->blkh', x_BLD, self.k_proj)
     if self.kind == 'local':
-      v = jnp.einsum('bld,dkh->blkh', x_BLD, self.v_proj.astype(dtype))
+      v = layers.linear('bld,dkh->blkh', x_BLD, self.v_proj)
     else:
       v = k
     q = layers.rotary(self.q_norm(q), positions_BL, self.frequencies)
@@ -86,5 +85,4 @@ class Attention(nn.Module):
 
   def output(self, out_BLNH: jax.Array) -> jax.Array:
     """Back to the residual width: [B, L, D]."""
-    o_proj = self.o_proj.astype(out_BLNH.dtype)
-    return jnp.einsum('blnh,nhd->bld', out_BLNH, o_proj)
+    return layers.linear('blnh,nhd->bld', out_BLNH, self.o_proj)

@@ -100,10 +100,11 @@ class SelfConditioning(nn.Module):
     self.norm = layers.RMSNorm(cfg.embed_dim, cfg.norm_epsilon)
     self.mlp = layers.GatedMLP(cfg.embed_dim, cfg.mlp_dim, cfg.param_dtype)
 
-  def __call__(self, x_BLD: jax.Array, sc_BLD: jax.Array) -> jax.Array:
-    """`sc_BLD` = 0 is "off": the result is bare_RMSNorm(x) to the bit."""
-    signal = self.mlp(self.norm(sc_BLD.astype(x_BLD.dtype)))
-    return layers.rms_norm(x_BLD + signal, self.config.norm_epsilon)
+  def __call__(self, x_BLD: jax.Array, sc_BLD: jax.Array | None) -> jax.Array:
+    """None is "off", and so is `sc_BLD` = 0, to the bit: bare_RMSNorm(x)."""
+    if sc_BLD is not None:
+      x_BLD = x_BLD + self.mlp(self.norm(sc_BLD.astype(x_BLD.dtype)))
+    return layers.rms_norm(x_BLD, self.config.norm_epsilon)
 
 
 @flax.struct.dataclass
@@ -173,6 +174,7 @@ class Denoiser(nn.Module):
     length_B: jax.Array,
     cache: kv_cache.KVCache | None = None,
     images: SoftTokens | None = None,
+    first_BP: jax.Array | None = None,
   ) -> tuple[jax.Array, kv_cache.KVCache, tuple[moe.Routing, ...]]:
     """Causal pass that reads text, and images, and writes the cache.
 
@@ -183,6 +185,8 @@ class Denoiser(nn.Module):
         exactly these P slots in every layer. Row b goes on at position
         `cache.length_B[b]`; the caller provides room for it.
       images: what stands in the place of image tokens.
+      first_BP: int32, the first position that each token may see, where a row
+        holds several documents.
 
     Returns:
       (h_BPD after the final norm, the longer cache, routing of each layer).
@@ -199,7 +203,7 @@ class Denoiser(nn.Module):
     mask_of_kind = self.per_kind(
       cache,
       lambda cached_BS, window: masks.prefill_mask(
-        start_B, cached_BS, P, window, image_BP
+        start_B, cached_BS, P, window, image_BP, first_BP
       ),
     )
     keys, values, routings = [], [], []
@@ -221,18 +225,21 @@ class Denoiser(nn.Module):
   def denoise(
     self,
     tokens_BL: jax.Array,
-    sc_BLD: jax.Array,
+    sc_BLD: jax.Array | None,
     cache: kv_cache.KVCache,
     start_BK: jax.Array | None = None,
+    first_BK: jax.Array | None = None,
   ) -> jax.Array:
     """Bidirectional pass over noisy canvases, each with the text before it.
 
     Args:
       tokens_BL: int32, one canvas, or K after each other: L = K * C.
-      sc_BLD: soft embedding of the previous step; zeros at the first.
+      sc_BLD: soft embedding of the previous step; at the first, zeros or None.
       cache: the text. What a canvas sees of it ends where the canvas starts.
       start_BK: int32, where each canvas starts; None is one canvas that
         follows the text.
+      first_BK: int32, the first position that each canvas may see, where a row
+        holds several documents.
 
     Returns:
       h_BLD after the final norm.
@@ -245,7 +252,7 @@ class Denoiser(nn.Module):
     mask_of_kind = self.per_kind(
       cache,
       lambda cached_BS, window: masks.denoise_mask(
-        start_BK, cached_BS, L // K, window
+        start_BK, cached_BS, L // K, window, first_BK
       ),
     )
     x_BLD = self.self_conditioning(self.embed(tokens_BL), sc_BLD)

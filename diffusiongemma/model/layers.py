@@ -5,6 +5,7 @@ rotary(x)   = x * cos(p f) + rotate_half(x) * sin(p f)
 GeGLU(x)    = down(gelu_tanh(gate(x)) * up(x))
 """
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -69,6 +70,40 @@ def rotary(
   return jnp.concatenate(rotated, axis=-1).astype(x_BLNH.dtype)
 
 
+@flax.struct.dataclass
+class LowRank:
+  """A matrix and its adapter, W + scale A B, which are never added up.
+
+  It stands in the place of W among the parameters. With W of axes (in, out),
+  each of which may be several:
+
+  Attributes:
+    weight: W.
+    a: [in, rank].
+    b: [rank, out].
+    scale: a number.
+  """
+
+  weight: jax.Array
+  a: jax.Array
+  b: jax.Array
+  scale: float = flax.struct.field(pytree_node=False)
+
+
+def linear(spec: str, x: jax.Array, w: jax.Array | LowRank) -> jax.Array:
+  """`jnp.einsum(spec, x, w)` in the type of x; w may have an adapter."""
+  if not isinstance(w, LowRank):
+    return jnp.einsum(spec, x, w.astype(x.dtype))
+  inputs, out = spec.split('->')
+  of_x, of_w = inputs.split(',')
+  summed = ''.join(axis for axis in of_w if axis not in out)
+  made = ''.join(axis for axis in of_w if axis in out)
+  rest = out.removesuffix(made)
+  thin = jnp.einsum(f'{of_x},{summed}z->{rest}z', x, w.a.astype(x.dtype))
+  update = jnp.einsum(f'{rest}z,z{made}->{out}', thin, w.b.astype(x.dtype))
+  return linear(spec, x, w.weight) + w.scale * update
+
+
 def linear_init(in_axis, out_axis, batch_axis=()):
   """Variance 1 / fan-in."""
   return nn.initializers.variance_scaling(
@@ -91,7 +126,7 @@ class GatedMLP(nn.Module):
     self.down = self.param('down', init, shape[::-1], dtype)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    gate = jnp.einsum('...d,df->...f', x, self.gate.astype(x.dtype))
-    up = jnp.einsum('...d,df->...f', x, self.up.astype(x.dtype))
+    gate = linear('...d,df->...f', x, self.gate)
+    up = linear('...d,df->...f', x, self.up)
     hidden = nn.gelu(gate, approximate=True) * up
-    return jnp.einsum('...f,fd->...d', hidden, self.down.astype(x.dtype))
+    return linear('...f,fd->...d', hidden, self.down)

@@ -24,6 +24,16 @@ prompt `a b`: the noisy `1 2` and `3 4` each see the clean text before them.
     2 x x . . . . x x . .
     3 x x x x . . . . x x
     4 x x x x . . . . x x
+
+Prefill of two documents packed into a row, `a b` and `c d e`; a canvas after
+`d` would see `c d` and itself:
+
+      a b c d e
+    a x . . . .
+    b x x . . .
+    c . . x . .
+    d . . x x .
+    e . . x x x
 """
 
 import jax
@@ -36,6 +46,7 @@ def prefill_mask(
   num_queries: int,
   window: int | None,
   image_BP: jax.Array | None = None,
+  first_BP: jax.Array | None = None,
 ) -> jax.Array:
   """Causal mask [B, P, S + P] over the cache, then the new tokens themselves.
 
@@ -47,6 +58,7 @@ def prefill_mask(
     window: keys a query sees, itself included; None is all (global).
     image_BP: int32, the image that each new token is part of, -1 for text.
       Tokens of one image see each other, whatever the window.
+    first_BP: int32, the first position that each new token may see.
   """
   new_BP = start_B[:, None] + jnp.arange(num_queries)
   key_B1S = jnp.concatenate([cached_BS, new_BP], axis=1)[:, None, :]
@@ -58,6 +70,8 @@ def prefill_mask(
     text_BS = jnp.full_like(cached_BS, -1)
     image_B1S = jnp.concatenate([text_BS, image_BP], axis=1)[:, None, :]
     mask_BPS |= (image_BP[:, :, None] == image_B1S) & (image_B1S >= 0)
+  if first_BP is not None:
+    mask_BPS &= key_B1S >= first_BP[:, :, None]
   return mask_BPS
 
 
@@ -66,6 +80,7 @@ def denoise_mask(
   cached_BS: jax.Array,
   canvas_length: int,
   window: int | None,
+  first_BK: jax.Array | None = None,
 ) -> jax.Array:
   """What canvases see: what is before them, and themselves.
 
@@ -78,6 +93,7 @@ def denoise_mask(
       empty. It may hold what comes after a canvas.
     canvas_length: C.
     window: W; None is all (global).
+    first_BK: int32, the first position that each canvas may see.
 
   Returns:
     [B, 1, S + C] for a single canvas, whose tokens all see the same; else
@@ -88,6 +104,8 @@ def denoise_mask(
   prefix_BKS = (key_B1S >= 0) & (key_B1S < start_BK1)
   if window is not None:
     prefix_BKS &= key_B1S >= start_BK1 - (window - 1)
+  if first_BK is not None:
+    prefix_BKS &= key_B1S >= first_BK[:, :, None]
   if K == 1:
     own_B1L = jnp.ones((B, 1, C), bool)
     return jnp.concatenate([prefix_BKS, own_B1L], axis=-1)

@@ -82,19 +82,27 @@ class Experts(nn.Module):
     tile = grouped.default_tile(experts_R.shape[0], num_experts)
     groups = grouped.make_groups(experts_R, num_experts, tile)
     x_TD = grouped.scatter_to_tiles(x_MD, groups, k)
-    gate_up_TF = grouped.grouped_matmul(
-      x_TD, self.gate_up.astype(x_MD.dtype), groups
-    )
+    gate_up_TF = _expert_linear(x_TD, self.gate_up, groups)
     gate_TF, up_TF = jnp.split(gate_up_TF, 2, axis=-1)
     hidden_TF = nn.gelu(gate_TF, approximate=True) * up_TF
-    y_TD = grouped.grouped_matmul(
-      hidden_TF, self.down.astype(x_MD.dtype), groups
-    )
+    y_TD = _expert_linear(hidden_TF, self.down, groups)
     y_MkD = grouped.gather_from_tiles(y_TD, groups).reshape(
       *routing.experts_Mk.shape, -1
     )
     weights_Mk = routing.weights_Mk.astype(x_MD.dtype)
     return jnp.einsum('mkd,mk->md', y_MkD, weights_Mk)
+
+
+def _expert_linear(
+  x_TD: jax.Array, w_EFD: jax.Array | layers.LowRank, groups: grouped.Groups
+) -> jax.Array:
+  """Each tile times the matrix of its expert, which may have an adapter with
+  `a` [E, rank, D] and `b` [E, F, rank]."""
+  if not isinstance(w_EFD, layers.LowRank):
+    return grouped.grouped_matmul(x_TD, w_EFD.astype(x_TD.dtype), groups)
+  thin_TR = _expert_linear(x_TD, w_EFD.a, groups)
+  update_TF = _expert_linear(thin_TR, w_EFD.b, groups)
+  return _expert_linear(x_TD, w_EFD.weight, groups) + w_EFD.scale * update_TF
 
 
 def routing_statistics(routings: tuple[Routing, ...]) -> dict[str, jax.Array]:

@@ -39,6 +39,7 @@ class Tokenizer(abc.ABC):
     pad_id, bos_id, eos_id: ids of the control pieces.
     control_tokens: ids of all pieces that no text spells, by their spelling.
     model: the serialised model, so that a run can keep a copy.
+    file_name: of that copy.
   """
 
   vocab_size: int
@@ -47,6 +48,7 @@ class Tokenizer(abc.ABC):
   eos_id: int
   control_tokens: dict[str, int]
   model: bytes
+  file_name: str
 
   def encode(self, text: str) -> list[int]:
     """Ids of the pieces of `text`, without bos or eos; no control tokens.
@@ -129,6 +131,8 @@ class Tokenizer(abc.ABC):
 class SentencePieceTokenizer(Tokenizer):
   """A tokenizer.model of SentencePiece."""
 
+  file_name = 'tokenizer.model'
+
   def __init__(self, model: bytes):
     try:
       self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -163,6 +167,8 @@ class SentencePieceTokenizer(Tokenizer):
 
 class JsonTokenizer(Tokenizer):
   """A tokenizer.json of Hugging Face."""
+
+  file_name = 'tokenizer.json'
 
   def __init__(self, model: bytes):
     try:

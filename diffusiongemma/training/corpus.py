@@ -227,9 +227,15 @@ def split_documents(
 
 
 def load_corpus(
-  data: DataConfig, tokenizer: tokenizers.Tokenizer, canvas_length: int
+  data: DataConfig,
+  tokenizer: tokenizers.Tokenizer,
+  canvas_length: int,
+  chat_template: str | None = None,
 ) -> Corpus:
-  """Reads, splits and tokenises the text of a config. Raises `DataError`."""
+  """Reads, splits and tokenises the text of a config. Raises `DataError`.
+
+  Chats are written by `chat_template`, or by DiffusionGemma's.
+  """
   documents = read_documents(data.path or str(SHIPPED_CORPUS))
   if data.heldout_path:
     train, heldout = documents, read_documents(data.heldout_path)
@@ -242,7 +248,8 @@ def load_corpus(
         'name others in config.data.heldout_path.'
       )
 
-  tokenize = lambda d: _tokenize(d, data, tokenizer, canvas_length)
+  template = chat_template or templates.default_template()
+  tokenize = lambda d: _tokenize(d, data, tokenizer, canvas_length, template)
   return Corpus(
     [tokenize(d) for d in train],
     [tokenize(d) for d in heldout],
@@ -255,6 +262,7 @@ def _tokenize(
   data: DataConfig,
   tokenizer: tokenizers.Tokenizer,
   canvas_length: int,
+  chat_template: str,
 ) -> Example:
   try:
     if document.messages:
@@ -264,7 +272,7 @@ def _tokenize(
         )
       prompt, tokens = templates.encode_exchange(
         tokenizer,
-        templates.default_template(),
+        chat_template,
         document.messages,
         document.tools,
       )
@@ -276,11 +284,11 @@ def _tokenize(
     raise DataError(f'{document.origin}: {error}') from error
   if document.stands_alone:
     # A row is bos and, at least, a canvas.
-    if len(tokens) < canvas_length:
+    if len(tokens) < canvas_length and not data.packing:
       raise DataError(
         f'{document.origin}: {len(tokens)} tokens are shorter than a canvas '
-        f'of {canvas_length}. Leave it out, join it with another, or lower '
-        'config.diffusion.canvas_length.'
+        f'of {canvas_length}. Leave it out, pack it with others '
+        '(config.data.packing=true), or lower config.diffusion.canvas_length.'
       )
     return Example(np.array(tokens, np.int32))
   if 1 + len(prompt) + canvas_length > data.sequence_length:

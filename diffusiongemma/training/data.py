@@ -1,11 +1,13 @@
 """Examples to batches of token rows, with Grain.
 
   documents -> windows, each with a random split into prompt and canvases
-  prompts with a response -> one row each
-  rows -> global shuffle -> this process's share -> batches
+  prompts with a response -> one piece each
+  pieces -> global shuffle -> this process's share -> rows -> batches
 
-Everything random follows from `DataConfig.seed` and the row's index, so the
-iterator's state is one number and a resumed run reads on where it stopped.
+A row is a piece, or, with `packing`, as many pieces as fit, which don't see
+each other. Everything random follows from `DataConfig.seed` and the place in
+the order, so the iterator's state is small and a resumed run reads on where it
+stopped.
 """
 
 from typing import NamedTuple
@@ -17,6 +19,9 @@ from diffusiongemma.config import DataConfig
 from diffusiongemma.text import tokenizer as tokenizers
 from diffusiongemma.training.corpus import DataError
 from diffusiongemma.training.corpus import Example
+
+# Rows that are filled at the same time; more leave less padding.
+PACKING_BINS = 32
 
 
 def make_row(
@@ -30,44 +35,78 @@ def make_row(
   return row, len(tokens) + 1
 
 
-class _Rows(grain.transforms.RandomMap):
-  """The place of an example to its row; see `make_dataset`."""
+class _Pieces(grain.transforms.RandomMap):
+  """The place of an example to what is read there.
 
-  def __init__(self, examples, length, canvas_length, tokenizer):
+  `tokens` begin with bos; `targets` marks those that the AR loss predicts,
+  `canvas` those at which a canvas may start.
+  """
+
+  def __init__(self, examples, length, canvas_length, bos_id):
     self.examples = examples
     self.length = length
     self.canvas_length = canvas_length
-    self.bos_id = tokenizer.bos_id
-    self.pad_id = tokenizer.pad_id
+    self.bos_id = bos_id
 
   def random_map(self, place, rng: np.random.Generator):
     index, start = place
-    example = self.examples[index]
-    position = np.arange(self.length)
+    example, C = self.examples[index], self.canvas_length
     if example.prompt_length is None:
-      row, length = self._window(example.tokens, start, rng)
-      prompt_length = int(rng.integers(1, length - self.canvas_length + 1))
-      targets = (position > 0) & (position < length)
+      text = self._window(example.tokens, start, rng)
+      # One shorter than a canvas is for the AR loss alone.
+      room = max(len(text) + 1 - C, 1)
+      prompt_length = int(rng.integers(1, room + 1))
+      first, end = 1, len(text) + 1
     else:
-      row, length = make_row(
-        example.tokens, 0, self.length, self.bos_id, self.pad_id
-      )
-      prompt_length = 1 + example.prompt_length
-      end = prompt_length + example.num_targets
-      targets = (position >= prompt_length) & (position < end)
+      text = example.tokens
+      first = prompt_length = 1 + example.prompt_length
+      end = first + example.num_targets
+    position = np.arange(len(text) + 1)
+    fits = position <= len(text) + 1 - C
+    on_grid = (position - prompt_length) % C == 0
     return {
-      'tokens_BS': row,
-      'length_B': np.int32(length),
-      'prompt_length_B': np.int32(prompt_length),
-      'target_mask_BS': targets,
+      'tokens': np.concatenate([[self.bos_id], text]).astype(np.int32),
+      'targets': (position >= first) & (position < end),
+      'canvas': (position >= prompt_length) & fits & on_grid,
     }
 
   def _window(self, document, start, rng):
-    """A row from somewhere in the window that begins at `start`."""
+    """Up to length - 1 tokens from somewhere in the window at `start`."""
     stride = self.length - 1
     start = start + int(rng.integers(stride))
     start = min(start, max(0, len(document) - stride))
-    return make_row(document, start, self.length, self.bos_id, self.pad_id)
+    return document[start : start + stride]
+
+
+class _Row(grain.transforms.Map):
+  """One piece, or packed ones, to a row of a batch."""
+
+  def __init__(self, length, canvas_length, pad_id):
+    self.length = length
+    self.most_canvases = (length - 1) // canvas_length
+    self.pad_id = pad_id
+
+  def map(self, pieces):
+    # A packed row names the piece of each token, from 1 on; 0 is padding.
+    of_token = pieces.get('tokens_segment_ids')
+    if of_token is None:
+      of_token = np.ones_like(pieces['tokens'])
+    length = int(np.sum(of_token > 0))
+    row = {
+      'tokens_BS': np.full(self.length, self.pad_id, np.int32),
+      'first_BS': np.zeros(self.length, np.int32),
+      'target_mask_BS': np.zeros(self.length, bool),
+    }
+    row['tokens_BS'][:length] = pieces['tokens'][:length]
+    row['target_mask_BS'][:length] = pieces['targets'][:length]
+    # Pieces lie one after the other: each begins where its number is first.
+    row['first_BS'][:length] = np.searchsorted(
+      of_token[:length], of_token[:length]
+    )
+    starts = np.flatnonzero(pieces['canvas'][:length])
+    row['canvas_start_BK'] = np.full(self.most_canvases, -1, np.int32)
+    row['canvas_start_BK'][: len(starts)] = starts
+    return {**row, 'length_B': np.int32(length)}
 
 
 def make_dataset(
@@ -87,7 +126,7 @@ def make_dataset(
   Args:
     examples: what to learn from.
     data: `batch_size` is that of the whole job.
-    canvas_length: C, every row has room for one canvas at least.
+    canvas_length: C; without packing, every row has room for one at least.
     tokenizer: for its special ids.
     process_index: which share to yield.
     process_count: among how many; must divide the batch.
@@ -97,23 +136,32 @@ def make_dataset(
       f'config.data.batch_size = {data.batch_size} must be a multiple of the '
       f'{process_count} processes.'
     )
-  stride = data.sequence_length - 1
+  length = data.sequence_length
   places = []
   for index, example in enumerate(examples):
     windows = 1
     if example.prompt_length is None:
-      windows = -(-len(example.tokens) // stride)
-    places += [(index, stride * window) for window in range(windows)]
-  rows = _Rows(examples, data.sequence_length, canvas_length, tokenizer)
-  return (
+      windows = -(-len(example.tokens) // (length - 1))
+    places += [(index, (length - 1) * window) for window in range(windows)]
+  pieces = (
     grain.MapDataset.source(places)
     .seed(data.seed)
     .shuffle()
     .repeat()
-    .random_map(rows)[process_index::process_count]
-    .batch(data.batch_size // process_count)
-    .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+    .random_map(_Pieces(examples, length, canvas_length, tokenizer.bos_id))
+  )[process_index::process_count]
+  row = _Row(length, canvas_length, tokenizer.pad_id)
+  options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+  size = data.batch_size // process_count
+  if not data.packing:
+    return pieces.map(row).batch(size).to_iter_dataset(options)
+  packed = grain.experimental.FirstFitPackIterDataset(
+    pieces.to_iter_dataset(options),
+    length_struct=dict.fromkeys(('tokens', 'targets', 'canvas'), length),
+    num_packing_bins=PACKING_BINS,
+    seed=data.seed,
   )
+  return packed.map(row).batch(size)
 
 
 class Windows(NamedTuple):
@@ -168,3 +216,70 @@ def heldout_windows(
       if scored == len(tokens):
         break
   return Windows(np.stack(rows), np.array(lengths, np.int32), np.stack(masks))
+
+
+class Canvases(NamedTuple):
+  """Held-out rows that end in canvases, each beginning with bos.
+
+  Attributes:
+    tokens_MS: int32, padded on the right.
+    length_M: int32, real tokens of each row, the fill of a canvas too.
+    start_MK: int32, where each canvas starts; 0 where a row has no more.
+    counted_ML: bool, tokens to predict, L = K * C; every token of every
+      document once.
+  """
+
+  tokens_MS: np.ndarray
+  length_M: np.ndarray
+  start_MK: np.ndarray
+  counted_ML: np.ndarray
+
+  def take(self, rows) -> 'Canvases':
+    """Some of the rows, by index or slice."""
+    return Canvases(*(array[rows] for array in self))
+
+
+def heldout_canvases(
+  examples: list[Example],
+  length: int,
+  canvas_length: int,
+  bos_id: int,
+  pad_id: int,
+  eos_id: int,
+) -> Canvases:
+  """Every document in canvases, half a row of them at a time after as much
+  context as fits; every response in its own. The last canvas of a document is
+  filled with eos, which does not count."""
+  C, rows = canvas_length, []
+  most = max(1, (length - 1) // 2 // C)
+
+  def add(tokens, context, count):
+    """A row of `context` tokens and as many canvases as the rest takes, of
+    which `count` tokens count."""
+    num = -(-(len(tokens) - context) // C)
+    filled = np.concatenate([tokens, np.full(num * C, eos_id)])
+    row, row_length = make_row(
+      filled[: context + num * C], 0, length, bos_id, pad_id
+    )
+    rows.append((row, row_length, 1 + context + C * np.arange(num), count))
+
+  for example in examples:
+    tokens = example.tokens
+    if example.prompt_length is not None:
+      add(tokens, example.prompt_length, example.num_targets)
+      continue
+    for start in range(0, len(tokens), most * C):
+      new = tokens[start : start + most * C]
+      context = min(start, length - 1 - most * C)
+      add(tokens[start - context : start + len(new)], context, len(new))
+  K = max(len(starts) for _, _, starts, _ in rows)
+  start_MK = np.zeros((len(rows), K), np.int32)
+  for start_K, (_, _, starts, _) in zip(start_MK, rows, strict=True):
+    start_K[: len(starts)] = starts
+  counts = np.array([count for *_, count in rows])
+  return Canvases(
+    np.stack([row for row, *_ in rows]),
+    np.array([row_length for _, row_length, *_ in rows], np.int32),
+    start_MK,
+    np.arange(K * C) < counts[:, None],
+  )

@@ -1,11 +1,13 @@
 """What a network is worth on held-out text.
 
   AR bits per byte = sum_i -log2 p(x_i | x_<i) / bytes     (prefill pass, exact)
+  NELBO, bits per byte: an upper bound of what denoising needs   (`likelihood`)
   denoising loss at noise level t = mean CE over corrupted (and kept) positions
 
-The first is a likelihood, comparable with a compressor. The second is a loss:
-it bounds nothing, but a network that ignored the context could not get below
-the unigram entropy on corrupted positions.
+The first is a likelihood, comparable with a compressor, and the second bounds
+one; it is told of networks trained with `loo_ce` alone. The third is a loss: it
+bounds nothing, but a network that ignored the context could not get below the
+unigram entropy on corrupted positions.
 """
 
 import bz2
@@ -20,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusiongemma.config import Config
+from diffusiongemma.diffusion import likelihood
 from diffusiongemma.diffusion import loss
 from diffusiongemma.diffusion import noise
 from diffusiongemma.model import denoiser
@@ -27,6 +30,7 @@ from diffusiongemma.training import corpus as corpora
 from diffusiongemma.training import data
 
 NOISE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
+NELBO_DRAWS = 4  # Denoising passes over the held-out text.
 
 
 class DenoiseLoss(NamedTuple):
@@ -75,12 +79,14 @@ def _denoise_sums(config, params, tokens_BS, length_B, key, t):
   start_BK = jnp.maximum(length_B - C, 0)[:, None]
   _, cache, _ = network.prefill(tokens_BS, length_B)
   clean_BL = loss.slice_canvases(tokens_BS, start_BK, C)
+  t_BL = jnp.full((B, C), t)
   canvas_BL, corrupted_BL = noise.corrupt(
-    key, clean_BL, jnp.full((B, 1), t), config.model.vocab_size
+    key, clean_BL, t_BL, config.model.vocab_size
   )
-  sc_BLD = jnp.zeros((B, C, config.model.embed_dim))
-  h_BLD = network.denoise(canvas_BL, sc_BLD, cache, start_BK)
-  nats_BL, _ = loss.cross_entropy(network.logits, h_BLD, clean_BL)
+  h_BLD = network.denoise(canvas_BL, None, cache, start_BK)
+  is_loo = config.train.objective == 'loo_ce'
+  evidence = (canvas_BL, t_BL) if is_loo else None
+  nats_BL, _ = loss.cross_entropy(network.logits, h_BLD, clean_BL, evidence)
   real_B1 = (length_B > C)[:, None]
 
   def sums(mask_BL):
@@ -105,12 +111,39 @@ def denoise_nats_per_token(
   return DenoiseLoss(*(sums / np.maximum(counts, 1)).tolist())
 
 
-def _batches(windows: data.Windows, size: int):
+@functools.partial(jax.jit, static_argnames='config')
+def _nelbo(config, params, key, canvases):
+  return likelihood.nelbo(
+    bind_network(config, params),
+    key,
+    *canvases,
+    config.model.vocab_size,
+    NELBO_DRAWS,
+  )
+
+
+def nelbo_nats_per_token(
+  config: Config, params: dict, canvases: data.Canvases
+) -> tuple[float, float]:
+  """(an upper bound of -log p, its standard error), of a `loo_ce` network.
+
+  The noise is the same at every call.
+  """
+  nats = []
+  for index, batch in enumerate(_batches(canvases, config.data.batch_size)):
+    key = jax.random.fold_in(jax.random.key(0), index)
+    nats.append(np.asarray(_nelbo(config, params, key, batch)))
+  total, error = likelihood.combine(np.concatenate(nats, axis=1))
+  count = canvases.counted_ML.sum()
+  return float(total / count), float(error / count)
+
+
+def _batches(rows: data.Windows | data.Canvases, size: int):
   """Batches of one shape, the last filled up with empty rows."""
-  for start in range(0, len(windows.length_M), size):
-    batch = windows.take(slice(start, start + size))
+  for start in range(0, len(rows.length_M), size):
+    batch = rows.take(slice(start, start + size))
     missing = size - len(batch.length_M)
-    yield data.Windows(
+    yield type(rows)(
       *(np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) for x in batch)
     )
 
@@ -149,12 +182,12 @@ def quick(
   count, size = len(windows.length_M), batches * config.data.batch_size
   chosen = np.unique(np.linspace(0, count - 1, size).astype(int))
   windows = windows.take(chosen)
-  denoise = denoise_nats_per_token(config, params, windows, t)
-  return {
-    'heldout_loss_ar': ar_nats_per_token(config, params, windows),
-    'heldout_loss_corrupted': denoise.corrupted,
-    'heldout_loss_kept': denoise.kept,
-  }
+  numbers = {'heldout_loss_ar': ar_nats_per_token(config, params, windows)}
+  if config.train.objective != 'ar':
+    denoise = denoise_nats_per_token(config, params, windows, t)
+    numbers['heldout_loss_corrupted'] = denoise.corrupted
+    numbers['heldout_loss_kept'] = denoise.kept
+  return numbers
 
 
 def _heldout_windows(config, corpus):
@@ -185,7 +218,21 @@ def evaluate(
   numbers['unigram_bits_per_token'] = unigram_bits(
     corpus.train, config.model.vocab_size
   )
-  for t in NOISE_LEVELS:
+  if config.train.objective == 'loo_ce':
+    canvases = data.heldout_canvases(
+      corpus.heldout,
+      config.data.sequence_length,
+      config.diffusion.canvas_length,
+      config.diffusion.bos_token_id,
+      config.diffusion.pad_token_id,
+      config.diffusion.stop_token_ids[0],
+    )
+    nelbo, error = nelbo_nats_per_token(config, params, canvases)
+    for name, nats in (('nelbo', nelbo), ('nelbo_standard_error', error)):
+      bits = nats / math.log(2)
+      numbers[f'{name}_bits_per_token'] = bits
+      numbers[f'{name}_bits_per_byte'] = bits * num_tokens / num_bytes
+  for t in NOISE_LEVELS if config.train.objective != 'ar' else ():
     at_t = denoise_nats_per_token(config, params, windows, t)
     numbers[f'denoise_loss_t{t}_corrupted_bits'] = at_t.corrupted / math.log(2)
     numbers[f'denoise_loss_t{t}_kept_bits'] = at_t.kept / math.log(2)

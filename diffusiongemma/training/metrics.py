@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import pathlib
+import time
 
 from absl import logging
 import numpy as np
@@ -87,6 +88,43 @@ def _drop_lines_after(path: pathlib.Path, step: int) -> None:
   temporary = path.with_suffix('.tmp')
   temporary.write_text(''.join(kept))
   os.replace(temporary, path)
+
+
+class Stopwatch:
+  """Where the time of a run goes: what is spent on nothing else, is spent on
+  steps."""
+
+  def __init__(self):
+    self._start = self._lap = time.perf_counter()
+    self._seconds = dict.fromkeys(
+      ('compile', 'data', 'checkpoints', 'evaluation'), 0.0
+    )
+
+  @contextlib.contextmanager
+  def spent_on(self, what: str):
+    """Time inside is spent on `what`; only waiting for data counts in laps."""
+    before = time.perf_counter()
+    yield
+    seconds = time.perf_counter() - before
+    self._seconds[what] += seconds
+    if what != 'data':
+      self._lap += seconds
+
+  def lap(self) -> float:
+    """Seconds of steps since the last lap."""
+    now = time.perf_counter()
+    seconds, self._lap = now - self._lap, now
+    return seconds
+
+  def summary(self) -> str:
+    """One line for a person."""
+    total = time.perf_counter() - self._start
+    steps = total - sum(self._seconds.values())
+    parts = ', '.join(f'{k} {v:.1f} s' for k, v in self._seconds.items())
+    return (
+      f'Goodput {100 * steps / total:.0f} %: steps {steps:.1f} s of '
+      f'{total:.1f} s; {parts}'
+    )
 
 
 class Progress:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from diffusiongemma import config as configs
+from diffusiongemma.config import Config
 from diffusiongemma.config import OptimizerConfig
 
 
@@ -32,12 +33,11 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   )
 
 
-def make_optimizer(
-  config: OptimizerConfig, steps: int
-) -> optax.GradientTransformation:
-  """The optimiser of a run of `steps` steps. Only matrices decay; what is
-  frozen has no state."""
-  schedule = make_schedule(config, steps)
+def make_optimizer(run: Config) -> optax.GradientTransformation:
+  """The optimiser of a run. Only matrices decay; what is frozen has no
+  state."""
+  config, frozen = run.optimizer, frozen_patterns(run)
+  schedule = make_schedule(config, run.train.steps)
   if config.kind == 'adam':
     rule = optax.adamw(
       schedule,
@@ -58,15 +58,23 @@ def make_optimizer(
       clipping_threshold=None,
     )
   learn = optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
-  if not config.freeze:
+  if not frozen:
     return learn
   return optax.multi_transform(
     {'learn': learn, 'freeze': optax.set_to_zero()},
     lambda params: jax.tree.map(
       lambda frozen: 'freeze' if frozen else 'learn',
-      is_frozen(params, config.freeze),
+      is_frozen(params, frozen),
     ),
   )
+
+
+def frozen_patterns(run: Config) -> tuple[str, ...]:
+  """What a run does not learn; no training data has images."""
+  if run.lora.rank:
+    return ()  # Adapters learn, all of them.
+  vision = ('vision/*',) if run.model.vision else ()
+  return run.optimizer.freeze + vision
 
 
 def is_frozen(params: dict, patterns: tuple[str, ...]) -> dict:
@@ -92,8 +100,9 @@ def is_frozen(params: dict, patterns: tuple[str, ...]) -> dict:
   )
 
 
-def stop_frozen(params: dict, patterns: tuple[str, ...]) -> dict:
+def stop_frozen(run: Config, params: dict) -> dict:
   """`params` through whose frozen part no gradient flows, nor is computed."""
+  patterns = frozen_patterns(run)
   if not patterns:
     return params
   return jax.tree.map(

@@ -5,12 +5,13 @@
 Everything random is a function of the seed and the step, and everything that
 changes is in the checkpoint (parameters, optimiser state, place in the data),
 so a run that was killed and started again ends bit-equal to one that was not.
+With `config.lora`, what is learnt are adapters, and `base` what they adapt.
 """
 
+from collections.abc import Callable
 import contextlib
 import functools
 import signal
-import time
 
 import grain
 import jax
@@ -38,15 +39,15 @@ class TrainingError(RuntimeError):
 
 
 def make_train_step(config: Config):
-  """The jitted (state, batch) -> (state, metrics) of a run.
+  """The jitted (state, batch, base) -> (state, metrics) of a run.
 
   The state is donated: use the one that is returned.
   """
-  optimizer = optimizers.make_optimizer(config.optimizer, config.train.steps)
+  optimizer = optimizers.make_optimizer(config)
   train, seed = config.train, jax.random.key(config.train.seed)
 
   @functools.partial(jax.jit, donate_argnums=0)
-  def train_step(state, batch):
+  def train_step(state, batch, base=None):
     drawn = loss.draw_noise(
       jax.random.fold_in(seed, state.step),
       batch,
@@ -55,7 +56,9 @@ def make_train_step(config: Config):
       train.self_conditioning_probability,
       train.canvases,
     )
-    gradients, metrics = compute_gradients(config, state.params, batch, drawn)
+    gradients, metrics = compute_gradients(
+      config, state.params, batch, drawn, base
+    )
     state, norm = train_state.apply_gradients(
       config, optimizer, state, gradients, metrics['loss']
     )
@@ -68,7 +71,11 @@ def make_train_step(config: Config):
 
 
 def compute_gradients(
-  config: Config, params: dict, batch: dict, drawn: loss.Noise
+  config: Config,
+  params: dict,
+  batch: dict,
+  drawn: loss.Noise,
+  base: dict | None = None,
 ) -> tuple[dict, dict]:
   """Gradients and metrics of a batch, worked through in parts one by one.
 
@@ -77,10 +84,11 @@ def compute_gradients(
   """
   train = config.train
   parts = train.accumulate_steps
-  num_targets = loss.count_targets(batch) / parts
+  counts = jax.tree.map(lambda n: n / parts, loss.count(batch))
 
   def loss_fn(params, batch, drawn):
-    params = optimizers.stop_frozen(params, config.optimizer.freeze)
+    params = optimizers.stop_frozen(config, params)
+    params = train_state.network_params(config, params, base)
     network = evaluate.bind_network(config, params, train.remat)
     value, metrics = loss.diffusion_loss(
       network,
@@ -88,7 +96,7 @@ def compute_gradients(
       drawn,
       train.ar_loss_weight,
       objective=train.objective,
-      num_targets=num_targets,
+      counts=counts,
     )
     metrics.update(moe.routing_statistics(metrics.pop('auxiliary')))
     return value, metrics
@@ -130,8 +138,17 @@ def stop_signals():
       signal.signal(number, handler)
 
 
-def train(config: Config, workdir: str) -> int:
+def train(
+  config: Config,
+  workdir: str,
+  load_base: Callable[[], dict] | None = None,
+) -> int:
   """Trains up to `config.train.steps`, from the newest whole checkpoint on.
+
+  Args:
+    config: of the run.
+    workdir: its folder.
+    load_base: gives the parameters in `config.train.init_from`.
 
   Returns:
     The exit code: 0 when done, 1 when the last save failed, 128 + n when
@@ -143,15 +160,28 @@ def train(config: Config, workdir: str) -> int:
     TrainingError: too many bad steps in a row; the last good state is saved.
   """
   tokenizer = workdirs.load_tokenizer(config)
+  start = config.train.init_from
   corpus = corpora.load_corpus(
-    config.data, tokenizer, config.diffusion.canvas_length
+    config.data,
+    tokenizer,
+    config.diffusion.canvas_length,
+    workdirs.find_chat_template(start) if start else None,
   )
-  workdirs.claim(workdir, config, tokenizer)
+  workdirs.claim(workdir, config, workdirs.files_beside(config, tokenizer))
+  load_base = load_base or functools.partial(train_state.fresh_params, config)
+  base = None
+  if config.lora.rank:
+    base = load_base()
+    workdirs.check_base(workdir, base)
+    base = with_configured_types(config, base)
+    load_base = lambda: base
   manager = native.open_checkpoints(
     workdirs.checkpoint_dir(workdir), config.train.keep_checkpoints
   )
   with contextlib.closing(manager), stop_signals() as received:
-    state, iterator = start_or_resume(config, manager, corpus, tokenizer)
+    state, iterator = start_or_resume(
+      config, manager, corpus, tokenizer, load_base
+    )
     step = int(state.step)
     with (
       contextlib.closing(metrics_lib.MetricsWriter(workdir, step)) as writer,
@@ -159,15 +189,48 @@ def train(config: Config, workdir: str) -> int:
     ):
       if step:
         progress.print(f'Going on from step {step}.')
+      for line in told_at_start(config):
+        progress.print(line)
       report = functools.partial(
         report_quality, config, corpus, tokenizer, writer, progress
       )
       saved = run_steps(
-        config, state, iterator, manager, writer, progress, report, received
+        config,
+        state,
+        iterator,
+        manager,
+        writer,
+        progress,
+        report,
+        received,
+        base,
       )
   if received:
     return 128 + received[0] if saved else 1
   return 0 if saved else 1
+
+
+def told_at_start(config: Config) -> list[str]:
+  """What a config leaves open, and what stands there instead."""
+  lines = []
+  if not config.data.path:
+    lines.append(
+      'No config.data.path is given: training on the shipped Shakespeare.'
+    )
+  if config.lora.rank and not config.train.init_from:
+    lines.append(
+      'No config.train.init_from is given: the adapters are those of random '
+      'weights, which is a trial and no more.'
+    )
+  return lines
+
+
+def with_configured_types(config: Config, params: dict) -> dict:
+  """Loaded parameters in the types that the config asks for."""
+  abstract = jax.eval_shape(lambda: train_state.fresh_params(config))
+  return jax.tree.map(
+    lambda x, wanted: jnp.asarray(x, wanted.dtype), params, abstract
+  )
 
 
 def start_or_resume(
@@ -175,8 +238,9 @@ def start_or_resume(
   manager,
   corpus: corpora.Corpus,
   tokenizer: Tokenizer,
+  load_base: Callable[[], dict],
 ) -> tuple[train_state.TrainState, grain.DatasetIterator]:
-  """A fresh state and iterator, or those of the newest whole checkpoint."""
+  """The first state and iterator, or those of the newest whole checkpoint."""
   dataset = data.make_dataset(
     corpus.train,
     config.data,
@@ -189,7 +253,8 @@ def start_or_resume(
   abstract = workdirs.abstract_state(config)
   restored = native.restore_newest(manager, *train_state.to_items(abstract))
   if restored is None:
-    return train_state.init_train_state(config), iterator
+    params = with_configured_types(config, load_base())
+    return train_state.init_train_state(config, params), iterator
   native.set_aside_after(manager, restored.step)
   iterator.set_state(restored.data)
   state = train_state.from_items(
@@ -207,6 +272,7 @@ def run_steps(
   progress: metrics_lib.Progress,
   report,
   received: list[int],
+  base: dict | None = None,
 ) -> bool:
   """The loop itself; True when its last state is saved.
 
@@ -217,7 +283,8 @@ def run_steps(
   train_step = make_train_step(config)
   tokens_per_step = config.data.batch_size * config.data.sequence_length
   step = int(state.step)
-  pending, collected, clock, bad_in_row = None, [], _Clock(), 0
+  pending, collected, bad_in_row = None, [], 0
+  watch = metrics_lib.Stopwatch()
 
   def record(entry):
     """Fetches the metrics of a finished step and shows every n-th mean."""
@@ -250,7 +317,7 @@ def run_steps(
       return
     numbers = metrics_lib.average(collected)
     numbers['bad_steps'] = collected[-1]['bad_steps']
-    seconds = clock.lap() / len(collected)
+    seconds = watch.lap() / len(collected)
     numbers['tokens_per_second'] = tokens_per_step / seconds
     writer.write(done, numbers)
     progress.show(done, numbers, (schedule.steps - done) * seconds)
@@ -273,9 +340,15 @@ def run_steps(
     return bad_in_row >= schedule.max_bad_steps
 
   saved = manager.latest_step() == step
-  failed = False
-  while step < schedule.steps and not received and not failed:
-    state, metrics = train_step(state, next(iterator))
+  failed = unsaved = compiled = False
+  while step < schedule.steps and not (received or failed or unsaved):
+    with watch.spent_on('data'):
+      batch = next(iterator)
+    if not compiled:
+      with watch.spent_on('compile'):
+        train_step = train_step.lower(state, batch, base).compile()
+      compiled = True
+    state, metrics = train_step(state, batch, base)
     step += 1
     saved = False
     if pending is not None:
@@ -285,14 +358,19 @@ def run_steps(
     if step % schedule.checkpoint_every == 0:
       record(pending)
       pending = None
-      with clock.paused():
+      with watch.spent_on('checkpoints'):
         saved = save()
-    with clock.paused():
-      report(step, state.params if state.ema is None else state.ema)
+      unsaved = schedule.stops_when_unsaved and not saved
+    learnt = state.params if state.ema is None else state.ema
+    with watch.spent_on('evaluation'):
+      report(step, train_state.network_params(config, learnt, base))
   if pending is not None:
     record(pending)
-  if not saved:
-    saved = save()
+  if not (saved or unsaved):
+    with watch.spent_on('checkpoints'):
+      saved = save()
+  if compiled:
+    progress.print(watch.summary())
   if failed or gives_up():
     raise TrainingError(
       f'{schedule.max_bad_steps} steps in a row were left out, by step {step}: '
@@ -319,12 +397,13 @@ def report_quality(
       config, params, corpus, train.evaluate_batches, EVALUATION_NOISE
     )
     writer.write(step, numbers)
-    progress.print(
-      f'step {step}/{train.steps}  held out: '
-      f'AR {numbers["heldout_loss_ar"]:.3f} nats a token, denoising at '
-      f't = {EVALUATION_NOISE} {numbers["heldout_loss_corrupted"]:.3f} '
-      'on corrupted positions'
-    )
+    line = f'held out: AR {numbers["heldout_loss_ar"]:.3f} nats a token'
+    if 'heldout_loss_corrupted' in numbers:
+      line += (
+        f', denoising at t = {EVALUATION_NOISE} '
+        f'{numbers["heldout_loss_corrupted"]:.3f} on corrupted positions'
+      )
+    progress.print(f'step {step}/{train.steps}  {line}')
   if train.sample_prompt and (
     step % train.sample_every == 0 or step == train.steps
   ):
@@ -339,23 +418,3 @@ def report_quality(
     text = train.sample_prompt + tokenizer.decode(written.tokens)
     writer.write_text(step, text)
     progress.print(f'step {step}/{train.steps}  sample:\n{text}\n')
-
-
-class _Clock:
-  """Wall-clock seconds of training, without the pauses."""
-
-  def __init__(self):
-    self._start = time.perf_counter()
-
-  def lap(self) -> float:
-    """Seconds since the last lap."""
-    now = time.perf_counter()
-    seconds, self._start = now - self._start, now
-    return seconds
-
-  @contextlib.contextmanager
-  def paused(self):
-    """Time inside does not count."""
-    before = time.perf_counter()
-    yield
-    self._start += time.perf_counter() - before

@@ -2,6 +2,9 @@
 
 item params      what is sampled from: the parameters, or their running mean
 item opt_state   the rest: optimiser, health, parameters if there is a mean
+
+With `config.lora`, "the parameters" are the adapters; what they adapt is no
+part of the state.
 """
 
 from typing import Any
@@ -13,6 +16,7 @@ import optax
 
 from diffusiongemma.config import Config
 from diffusiongemma.model import denoiser
+from diffusiongemma.training import lora
 from diffusiongemma.training import optimizer as optimizers
 
 
@@ -36,7 +40,7 @@ class TrainState:
   """All that changes from step to step.
 
   Attributes:
-    params: nested dict of arrays.
+    params: nested dict of arrays, those that are learnt.
     opt_state: the optimiser's.
     health: counts of bad steps.
     step: int32, steps done, bad ones too.
@@ -50,16 +54,21 @@ class TrainState:
   ema: Any = None
 
 
-def init_train_state(config: Config) -> TrainState:
-  """A fresh state; the same seed gives the same parameters."""
+def fresh_params(config: Config) -> dict:
+  """Random parameters; the same seed gives the same ones."""
   model = denoiser.Denoiser(config.model)
-  key = jax.random.key(config.train.seed)
-  return start_from(config, denoiser.init_params(model, key))
+  return denoiser.init_params(model, jax.random.key(config.train.seed))
 
 
-def start_from(config: Config, params: dict) -> TrainState:
-  """The state before the first step, with parameters that are there."""
-  optimizer = optimizers.make_optimizer(config.optimizer, config.train.steps)
+def init_train_state(config: Config, params: dict | None = None) -> TrainState:
+  """The state before the first step, of the network with these parameters or
+  a fresh one. The parameters are then the state's."""
+  if params is None:
+    params = fresh_params(config)
+  if config.lora.rank:
+    key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
+    params = lora.init_adapters(config.lora, params, key)
+  optimizer = optimizers.make_optimizer(config)
   # Buffers of their own, each: the first step is given all of them.
   bad_in_row, bad, step = (jnp.zeros((), jnp.int32) for _ in range(3))
   return TrainState(
@@ -69,6 +78,14 @@ def start_from(config: Config, params: dict) -> TrainState:
     step,
     jax.tree.map(jnp.copy, params) if config.train.ema_decay else None,
   )
+
+
+def network_params(config: Config, learnt: dict, base: dict | None) -> dict:
+  """The parameters of the network, from those that are learnt and, with
+  `config.lora`, those that they adapt."""
+  if config.lora.rank:
+    return lora.attach(config.lora, base, learnt)
+  return learnt
 
 
 def apply_gradients(

@@ -3,12 +3,16 @@
   WORKDIR/config.json  tokenizer.model  checkpoints/  metrics.jsonl  events...
   WORKDIR/config.json  huggingface/     checkpoints/           when converted
 
-A folder belongs to one config: another is refused, field by field, and what
-is in it is enough to sample from it anywhere.
+`huggingface` has what came with a converted checkpoint: configs, tokenizer,
+chat template; what is trained from one takes it along. A folder belongs to one
+config: another is refused, field by field, and what is in it is enough to
+sample from it anywhere.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterator
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -34,11 +38,28 @@ FREE_FIELDS = (
   'config.train.sample_prompt',
   'config.train.checkpoint_every',
   'config.train.keep_checkpoints',
+  'config.train.stops_when_unsaved',
 )
 
 
-# What came with a converted checkpoint: configs, tokenizer, chat template.
 COMPANIONS_DIR = 'huggingface'
+# What lies beside the weights of Hugging Face and goes with them.
+COMPANIONS = (
+  'config.json',
+  'generation_config.json',
+  'tokenizer.json',
+  'tokenizer.model',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  'chat_template.jinja',
+  'chat_template.json',
+  'processor_config.json',
+  'preprocessor_config.json',
+  'README.md',
+  'LICENSE',
+)
+TOKENIZERS = ('tokenizer.json', 'tokenizer.model')
 MAX_TEXT_BYTES = 100_000_000  # Of a file beside the weights.
 
 
@@ -46,10 +67,13 @@ class WorkdirError(ValueError):
   """A working directory that can't be used for this; the message says why."""
 
 
-def claim(
-  workdir: str, config: Config, tokenizer: tokenizers.Tokenizer
-) -> None:
+def claim(workdir: str, config: Config, beside: dict[str, bytes]) -> None:
   """Makes `workdir` this run's, or checks that it already is.
+
+  Args:
+    workdir: the folder.
+    config: of the run.
+    beside: other files that it is to have; see `files_beside`.
 
   Raises:
     WorkdirError: it can't be written, or holds the run of another config.
@@ -58,32 +82,38 @@ def claim(
   try:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / 'config.json').exists():
-      _write_atomically(folder / 'tokenizer.model', tokenizer.model)
+      for name, content in beside.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        _write_atomically(folder / name, content)
       text = json.dumps(configs.to_dict(config), indent=2)
       _write_atomically(folder / 'config.json', text.encode())
       return
-    if (folder / COMPANIONS_DIR).exists():
+    there = read_config(workdir)
+    if (folder / COMPANIONS_DIR).exists() and not there.train.init_from:
       raise WorkdirError(
-        f'{workdir} holds a converted checkpoint, which training does not go '
-        'on from. Give another --workdir.'
+        f'{workdir} holds a converted checkpoint. To train from it, give '
+        f'another --workdir and --config.train.init_from={workdir}.'
       )
-    tokenizer_there = (folder / 'tokenizer.model').read_bytes()
+    others = [
+      f'  the contents of {name}'
+      for name, content in beside.items()
+      if not (folder / name).is_file()
+      or (folder / name).read_bytes() != content
+    ]
   except OSError as error:
     raise WorkdirError(
       f'{workdir} cannot be used: {error.strerror}. Give another --workdir.'
     ) from error
-  there, here = configs.flatten(read_config(workdir)), configs.flatten(config)
+  there, here = configs.flatten(there), configs.flatten(config)
   differences = [
     f'  {name}: {there[name]!r} there, {here[name]!r} here'
     for name in here
     if name not in FREE_FIELDS and here[name] != there[name]
   ]
-  if tokenizer_there != tokenizer.model:
-    differences.append('  the contents of the tokenizer file')
-  if differences:
+  if differences or others:
     raise WorkdirError(
       f'{workdir} holds a run of another config:\n'
-      + '\n'.join(differences)
+      + '\n'.join(differences + others)
       + '\nGive another --workdir, or the same values to go on with that run.'
     )
 
@@ -104,41 +134,83 @@ def read_config(workdir: str) -> Config:
 
 
 def load_tokenizer(config: Config) -> tokenizers.Tokenizer:
-  """The config's tokenizer, checked.
+  """The tokenizer that a run is trained with, checked.
 
   Raises:
-    ConfigError: its vocabulary or special ids are not those of the config.
+    ConfigError: it is not that of the config.
+    WorkdirError: what the run starts from has none.
   """
+  start = config.train.init_from
+  if start:
+    tokenizer = find_tokenizer(config, start)
+    if tokenizer is None:
+      raise WorkdirError(
+        f'{start} has no tokenizer; put its tokenizer.json or tokenizer.model '
+        'there.'
+      )
+    return tokenizer
   tokenizer = tokenizers.load_tokenizer(config.data.tokenizer)
-  if config.model.vocab_size != tokenizer.vocab_size:
-    raise configs.ConfigError(
-      f'config.model.vocab_size is {config.model.vocab_size}; that of the '
-      f'tokenizer is {tokenizer.vocab_size}.'
-    )
-  _check_special_ids(config, tokenizer)
+  name = config.data.tokenizer or 'the shipped one'
+  _check_tokenizer(config, tokenizer, name)
   return tokenizer
+
+
+def files_beside(
+  config: Config, tokenizer: tokenizers.Tokenizer
+) -> dict[str, bytes]:
+  """What a run's folder has beside its checkpoints, by its name there."""
+  start = config.train.init_from
+  if not start:
+    return {tokenizer.file_name: tokenizer.model}
+  beside, companions = {}, os.path.join(start, COMPANIONS_DIR)
+  if os.path.isdir(os.path.join(start, 'checkpoints')):
+    for name in (*TOKENIZERS, 'chat_template.jinja'):
+      if os.path.lexists(os.path.join(start, name)):
+        beside[name] = files.read_file(start, name, MAX_TEXT_BYTES)
+  else:
+    companions = start
+  for name, content in read_companions(companions):
+    beside[os.path.join(COMPANIONS_DIR, name)] = content
+  return beside
+
+
+def read_companions(folder: str) -> Iterator[tuple[str, bytes]]:
+  """(name, content) of what lies beside the weights."""
+  for name in COMPANIONS:
+    if os.path.lexists(os.path.join(folder, name)):
+      yield name, files.read_file(folder, name, MAX_TEXT_BYTES)
+
+
+def check_base(workdir: str, params: dict) -> None:
+  """Makes sure that a run's adapters meet the weights they were trained on.
+
+  Raises:
+    WorkdirError: these are others.
+  """
+  names = json.dumps(native.digests(params), sort_keys=True)
+  digest = hashlib.blake2b(names.encode(), digest_size=16).hexdigest()
+  path = pathlib.Path(workdir) / 'base.txt'
+  if not path.exists():
+    _write_atomically(path, digest.encode())
+  elif path.read_text() != digest:
+    raise WorkdirError(
+      f'The adapters in {workdir} were trained on other weights than those '
+      'that config.train.init_from has now.'
+    )
 
 
 def find_tokenizer(config: Config, folder: str) -> tokenizers.Tokenizer | None:
   """The tokenizer in a run's folder or a Hugging Face one, None without.
 
-  The network may have more ids than the tokenizer has pieces: released
-  vocabularies are rounded up.
-
   Raises:
     ConfigError: it is not that of the config.
   """
-  for name in ('tokenizer.json', 'tokenizer.model'):
+  for name in TOKENIZERS:
     for place in (folder, os.path.join(folder, COMPANIONS_DIR)):
       path = os.path.join(place, name)
       if os.path.isfile(path):
         tokenizer = tokenizers.load_tokenizer(path)
-        if tokenizer.vocab_size > config.model.vocab_size:
-          raise configs.ConfigError(
-            f'{path} has {tokenizer.vocab_size} pieces, more than '
-            f'config.model.vocab_size = {config.model.vocab_size}.'
-          )
-        _check_special_ids(config, tokenizer)
+        _check_tokenizer(config, tokenizer, path)
         return tokenizer
   return None
 
@@ -173,8 +245,17 @@ def find_chat_template(folder: str) -> str | None:
   return None
 
 
-def _check_special_ids(config: Config, tokenizer: tokenizers.Tokenizer) -> None:
+def _check_tokenizer(
+  config: Config, tokenizer: tokenizers.Tokenizer, name: str
+) -> None:
+  """The network may have more ids than the tokenizer has pieces: released
+  vocabularies are rounded up."""
   diffusion = config.diffusion
+  if tokenizer.vocab_size > config.model.vocab_size:
+    raise configs.ConfigError(
+      f'The tokenizer has {tokenizer.vocab_size} pieces ({name}), more than '
+      f'config.model.vocab_size = {config.model.vocab_size}.'
+    )
   for name, wanted, found in (
     ('diffusion.pad_token_id', diffusion.pad_token_id, tokenizer.pad_id),
     ('diffusion.bos_token_id', diffusion.bos_token_id, tokenizer.bos_id),
@@ -202,7 +283,8 @@ class Run(NamedTuple):
     config: all of its settings.
     tokenizer: the one it was trained with; None where it came without.
     step: training steps done here.
-    params: parameters of the network, a nested dict of arrays.
+    params: parameters of the network, a nested dict of arrays; of a run with
+      `config.lora`, `load` here gives the adapters alone.
     chat_template: Jinja, where one came with it.
   """
 

@@ -20,6 +20,12 @@ def make_network(model_config, params):
   return evaluate.bind_network(configs.Config(model=model_config), params)
 
 
+def canvas_starts(prompt_B, length_B):
+  """Canvases after the prompt, as many as a row has room for."""
+  start_BK = prompt_B[:, None] + jnp.arange((S - 1) // C) * C
+  return jnp.where(start_BK + C <= length_B[:, None], start_BK, -1)
+
+
 @pytest.fixture(scope='module')
 def batch(model_config):
   tokens = jax.random.randint(
@@ -30,7 +36,8 @@ def batch(model_config):
   return {
     'tokens_BS': tokens,
     'length_B': length_B,
-    'prompt_length_B': PROMPT_B,
+    'first_BS': jnp.zeros((B, S), jnp.int32),
+    'canvas_start_BK': canvas_starts(PROMPT_B, length_B),
     'target_mask_BS': (position > 0) & (position < length_B[:, None]),
   }
 
@@ -43,6 +50,7 @@ def drawn_for(batch, selected, self_condition=True):
   canvas_BL = jnp.where(corrupted_BL, (clean_BL + 5) % 97, clean_BL)
   return loss.Noise(
     start_B[:, None],
+    jnp.zeros((B, 1), jnp.int32),
     jnp.ones((B, 1), bool),
     jnp.full((B, 1), 0.5),
     canvas_BL,
@@ -63,7 +71,9 @@ def test_the_canvas_sees_what_is_before_it_and_nothing_else(
     """The loss as a function of what the prefill pass embeds."""
     model = denoiser.Denoiser(model_config)
 
-    def prefill(tokens_BS, length_B):
+    def prefill(tokens_BS, length_B, first_BP):
+      del first_BP  # One document a row.
+
       def nudged(module, tokens):
         return denoiser.Denoiser.embed(module, tokens) + nudge_BSD
 
@@ -119,12 +129,11 @@ def test_self_conditioning_off_in_one_row_of_a_mixed_batch(
   """Bit for bit what a batch without any self-conditioning gives the row."""
   network = make_network(model_config, params)
   _, cache, _ = network.prefill(batch['tokens_BS'], batch['length_B'])
-  zeros = jnp.zeros((B, C, model_config.embed_dim))
 
   @jax.jit
   def run(self_condition_B):
     drawn = drawn_for(batch, 1)._replace(self_condition_B=self_condition_B)
-    return loss.denoise_twice(network, cache, drawn, zeros)
+    return loss.denoise_twice(network, cache, drawn)
 
   off, mixed = run(jnp.array([False, False])), run(jnp.array([False, True]))
   np.testing.assert_array_equal(off[0], mixed[0])
@@ -143,7 +152,7 @@ def test_no_gradient_through_the_first_pass(model_config, params, batch):
 
   def twice(params):
     network = make_network(model_config, params)
-    return jnp.sum(loss.denoise_twice(network, cache, drawn, zeros) ** 2)
+    return jnp.sum(loss.denoise_twice(network, cache, drawn) ** 2)
 
   def constant(params):
     network = make_network(model_config, params)
@@ -233,3 +242,113 @@ def test_unknown_and_missing_batch_keys_are_errors(batch):
     loss.check_batch(missing, C)
   with pytest.raises(ValueError, match='no room'):
     loss.check_batch(batch, S)
+
+
+def all_canvases(batch):
+  """Noise for every canvas of both rows."""
+  return loss.draw_noise(jax.random.key(5), batch, C, 97, 0.5, 'all')
+
+
+def only(drawn, index):
+  """The noise of one canvas of each row."""
+  canvas = slice(index * C, (index + 1) * C)
+  return drawn._replace(
+    **{
+      name: getattr(drawn, name)[:, index : index + 1]
+      for name in ('start_BK', 'first_BK', 'valid_BK', 't_BK')
+    },
+    canvas_BL=drawn.canvas_BL[:, canvas],
+    corrupted_BL=drawn.corrupted_BL[:, canvas],
+  )
+
+
+@pytest.mark.parametrize('objective', ['ce', 'loo_ce'])
+def test_all_canvases_at_once_are_the_mean_of_single_ones(
+  model_config, params, batch, objective
+):
+  network, drawn = make_network(model_config, params), all_canvases(batch)
+  one_row = lambda b: jax.tree.map(lambda x: x[b : b + 1], (batch, drawn))
+
+  @jax.jit
+  def run(batch, drawn):
+    value, metrics = loss.diffusion_loss(
+      network, batch, drawn, 1.0, objective=objective
+    )
+    return metrics['loss_denoise']
+
+  means = []
+  for b, count in enumerate((4, 2)):  # 26 and 16 tokens after the prompt.
+    row, noise_row = one_row(b)
+    assert noise_row.valid_BK.sum() == count
+    alone = [run(row, only(noise_row, i)) for i in range(count)]
+    means.append(np.mean(alone))
+    np.testing.assert_allclose(run(row, noise_row), means[-1], rtol=1e-5)
+  np.testing.assert_allclose(run(batch, drawn), np.mean(means), rtol=1e-5)
+
+
+@pytest.mark.parametrize('index', [0, 1, 2])
+def test_a_canvas_of_many_is_denoised_as_it_is_alone(
+  model_config, params, batch, index
+):
+  """As sampling does it: the text before it is read, and nothing else."""
+  network, drawn = make_network(model_config, params), all_canvases(batch)
+  tokens_BS, length_B = batch['tokens_BS'][:1], batch['length_B'][:1]
+  start = int(drawn.start_BK[0, index])
+  _, cache, _ = network.prefill(tokens_BS, length_B)
+  _, prefix, _ = network.prefill(tokens_BS[:, :start], jnp.array([start]))
+  canvas_BL, place = drawn.canvas_BL[:1], slice(index * C, (index + 1) * C)
+  together = network.denoise(canvas_BL, None, cache, drawn.start_BK[:1])
+  alone = network.denoise(canvas_BL[:, place], None, prefix)
+  np.testing.assert_allclose(together[:, place], alone, atol=2e-5)
+
+
+def test_packed_documents_do_not_see_each_other(model_config, params):
+  """Both passes give what they give to each document in a row of its own."""
+  network = make_network(model_config, params)
+  rng = np.random.default_rng(0)
+  one, two = (jnp.asarray(rng.integers(3, 97, n)) for n in (11, 17))
+  row_BS = jnp.concatenate([one, two])[None]
+  first_BS = jnp.array([[0] * 11 + [11] * 17])
+  h_BSD, cache, _ = network.prefill(row_BS, jnp.array([28]), first_BP=first_BS)
+  start_BK, canvas_BL = jnp.array([[4, 19]]), jnp.arange(2 * C)[None] + 9
+  together = network.denoise(
+    canvas_BL, None, cache, start_BK, jnp.array([[0, 11]])
+  )
+  for i, (begin, text) in enumerate(((0, one), (11, two))):
+    h_alone, of_text, _ = network.prefill(text[None], jnp.array([len(text)]))
+    np.testing.assert_allclose(
+      h_BSD[:, begin : begin + len(text)], h_alone, atol=2e-5
+    )
+    place = slice(i * C, (i + 1) * C)
+    alone = network.denoise(
+      canvas_BL[:, place], None, of_text, start_BK[:, i : i + 1] - begin
+    )
+    np.testing.assert_allclose(together[:, place], alone, atol=2e-5)
+
+
+def test_evidence_makes_a_leave_one_out_predictor_the_posterior():
+  """Bayes' rule on all pairs of three tokens."""
+  V, t = 3, 0.3
+  joint = np.random.default_rng(1).dirichlet(np.ones(9)).reshape(V, V)
+  q = (1 - t) * np.eye(V) + t / V  # q(z | x)
+  for z in np.ndindex(V, V):
+    leave_one_out = joint @ q[:, z[1]]  # p(x_0, z_1)
+    posterior = leave_one_out * q[:, z[0]]
+    logits = loss.add_evidence(
+      jnp.log(leave_one_out)[None], jnp.array([z[0]]), jnp.array([t])
+    )
+    np.testing.assert_allclose(
+      jax.nn.softmax(logits[0]), posterior / posterior.sum(), rtol=1e-5
+    )
+
+
+def test_objectives(model_config, params, batch):
+  network, drawn = make_network(model_config, params), all_canvases(batch)
+  run = lambda objective, network=network: loss.diffusion_loss(
+    network, batch, drawn, 0.5, objective=objective
+  )[1]
+  ce, loo, ar = run('ce'), run('loo_ce'), run('ar')
+  assert ce['loss_denoise'] != loo['loss_denoise']
+  assert ce['loss_ar'] == loo['loss_ar'] == ar['loss_ar']
+  never = network._replace(denoise=None)
+  assert run('ar', never)['loss'] == 0.5 * ar['loss_ar']

@@ -160,8 +160,10 @@ def test_self_conditioning_off_is_the_network_without_it(
   off = module.apply(
     {'params': params['self_conditioning']}, x_BLD, jnp.zeros_like(x_BLD)
   )
+  none = module.apply({'params': params['self_conditioning']}, x_BLD, None)
   bare = layers.rms_norm(x_BLD, model_config.norm_epsilon)
   np.testing.assert_array_equal(off, bare)
+  np.testing.assert_array_equal(none, bare)
 
 
 def test_roles_share_everything_but_one_scalar(

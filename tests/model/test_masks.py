@@ -30,6 +30,25 @@ def test_prefill_mask(window):
         assert mask_BPS[b, i, s] == (seen or same_image)
 
 
+@pytest.mark.parametrize('window', [None, 3])
+def test_masks_of_packed_documents(window):
+  """Nothing before the document is seen; the rest is as it was."""
+  start_B, none_BS = jnp.zeros(1, jnp.int32), jnp.zeros((1, 0), jnp.int32)
+  first = np.array([0, 0, 2, 2, 2, 5])
+  mask = masks.prefill_mask(start_B, none_BS, 6, window, None, first[None])
+  plain = masks.prefill_mask(start_B, none_BS, 6, window)
+  for i in range(6):
+    for s in range(6):
+      assert mask[0, i, s] == (plain[0, i, s] and s >= first[i])
+  start_BK, cached_BS = jnp.array([[1, 4]]), jnp.arange(6)[None]
+  mask = masks.denoise_mask(start_BK, cached_BS, 2, window, jnp.array([[0, 2]]))
+  plain = masks.denoise_mask(start_BK, cached_BS, 2, window)
+  for i in range(4):
+    for s in range(10):
+      before = s < 6 and s < (0, 2)[i // 2]
+      assert mask[0, i, s] == (plain[0, i, s] and not before)
+
+
 @pytest.mark.parametrize('window', [None, 2, 4, 50])
 def test_denoise_mask(window):
   """Local layers see W - 1 tokens of the prefix, whatever the query."""

@@ -475,7 +475,8 @@ def test_the_same_tokens_on_one_device_and_on_eight():
   """Rows on a device each, and everything on all of them."""
   environment = {
     **os.environ,
-    'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
+    'XLA_FLAGS': os.environ.get('XLA_FLAGS', '')
+    + ' --xla_force_host_platform_device_count=8',
     'JAX_PLATFORMS': 'cpu',
   }
   done = subprocess.run(

@@ -35,10 +35,10 @@ def same(a, b):
 
 def test_rows_are_windows_of_one_document():
   for batch in batches(20):
-    for tokens, length, prompt, mask in zip(
+    for tokens, length, start_K, mask in zip(
       batch['tokens_BS'],
       batch['length_B'],
-      batch['prompt_length_B'],
+      batch['canvas_start_BK'],
       batch['target_mask_BS'],
       strict=True,
     ):
@@ -46,7 +46,10 @@ def test_rows_are_windows_of_one_document():
       assert tokens[0] == TOKENIZER.bos_id
       assert (np.diff(text) == 1).all() and len(text) == min(31, len(text))
       assert (tokens[length:] == TOKENIZER.pad_id).all()
+      prompt = start_K[0]
       assert 1 <= prompt <= length - C
+      starts = list(range(prompt, length - C + 1, C))
+      assert start_K.tolist() == starts + [-1] * (3 - len(starts))
       assert mask.tolist() == [0 < i < length for i in range(32)]
 
 
@@ -134,7 +137,9 @@ def test_rows_of_responses():
     row = rows[int(response.tokens[2])]
     n = len(response.tokens)
     assert row['tokens_BS'].tolist() == [2, *response.tokens] + [0] * (31 - n)
-    assert row['length_B'] == n + 1 and row['prompt_length_B'] == 3
+    assert row['length_B'] == n + 1 and not row['first_BS'].any()
+    starts = list(range(3, n + 1, C))
+    assert row['canvas_start_BK'].tolist() == starts + [-1] * (3 - len(starts))
     targets = np.flatnonzero(row['target_mask_BS'])
     assert targets.tolist() == list(range(3, 3 + response.num_targets))
   windows = data.heldout_windows(RESPONSES, 32, 2, 0)
@@ -365,3 +370,103 @@ def test_shipped_corpus_holds_out_three_plays():
     assert TOKENIZER.decode(example.tokens.tolist()) == text
     assert example.tokens[-1] == TOKENIZER.eos_id
     assert example.prompt_length is None
+
+
+PACKED = DataConfig(sequence_length=32, batch_size=2, packing=True)
+TALES = [
+  corpus.Example(10 + 1000 * d + np.arange(n, dtype=np.int32))
+  for d, n in enumerate((3, 9, 12, 7, 20, 5, 40))
+]
+
+
+def pieces_of(batch):
+  """(tokens, targets, canvas starts) of each piece of each row of a batch."""
+  for row in range(len(batch['length_B'])):
+    tokens, first = batch['tokens_BS'][row], batch['first_BS'][row]
+    length, starts = batch['length_B'][row], batch['canvas_start_BK'][row]
+    assert (tokens[length:] == TOKENIZER.pad_id).all()
+    assert not batch['target_mask_BS'][row, length:].any()
+    for start in np.unique(first[:length]):
+      inside = np.flatnonzero((first == start) & (np.arange(32) < length))
+      assert inside.tolist() == list(range(start, start + len(inside)))
+      end = start + len(inside)
+      here = starts[(starts >= start) & (starts < end)]
+      yield tokens[inside], batch['target_mask_BS'][row, inside], here - start
+
+
+def test_packed_rows_hold_whole_pieces():
+  dataset = data.make_dataset(TALES, PACKED, C, TOKENIZER)
+  batches = list(itertools.islice(iter(dataset), 40))
+  seen, several = [], 0
+  for batch in batches:
+    for tokens, targets, starts in pieces_of(batch):
+      assert tokens[0] == TOKENIZER.bos_id
+      assert targets.tolist() == [False] + [True] * (len(tokens) - 1)
+      assert (np.diff(tokens[1:]) == 1).all(), 'one document'
+      if len(tokens) > C:
+        assert starts[0] >= 1 and starts[-1] + C <= len(tokens)
+        assert (np.diff(starts) == C).all()
+      else:
+        assert not len(starts)
+      seen.append((tokens[1] - 10) // 1000)
+    for first in batch['first_BS']:
+      several += first.any()
+  # Two of eight pieces fill a row; the others are half of all tokens.
+  assert several >= 30, 'short ones share rows'
+  # Two windows of the longest, one of each other, epoch after epoch.
+  counts = np.bincount(seen)
+  assert len(counts) == 7 and counts[6] > 1.6 * counts[:6].mean()
+  assert counts[:6].max() < 1.3 * counts[:6].min()
+
+
+def test_packing_goes_on_where_it_was():
+  dataset = data.make_dataset(TALES, PACKED, C, TOKENIZER)
+  iterator = iter(dataset)
+  for _ in range(25):
+    next(iterator)
+  place = json.loads(json.dumps(iterator.get_state()))
+  expected = [next(iterator) for _ in range(20)]
+  resumed = iter(dataset)
+  resumed.set_state(place)
+  assert all(map(same, [next(resumed) for _ in range(20)], expected))
+
+
+def test_short_documents_are_for_packing(tmp_path):
+  lines = [{'text': 'Nay.'}, {'text': 'word ' * 50, 'split': 'heldout'}]
+  path = write(tmp_path / 'a.jsonl', '\n'.join(map(json.dumps, lines)))
+  with pytest.raises(corpus.DataError, match='config.data.packing=true'):
+    corpus.load_corpus(DataConfig(path=str(path)), TOKENIZER, C)
+  packed = DataConfig(path=str(path), packing=True)
+  (short,) = corpus.load_corpus(packed, TOKENIZER, C).train
+  assert len(short.tokens) < C
+
+
+def test_heldout_canvases_count_every_token_once():
+  for examples, length in ((DOCUMENTS, 32), (TALES, 20), (RESPONSES, 32)):
+    canvases = data.heldout_canvases(examples, length, C, 2, 0, 1)
+    counted = []
+    for tokens, row_length, start_K, counted_L in zip(*canvases, strict=True):
+      assert tokens[0] == 2 and row_length <= length
+      for start, counted_C in zip(
+        start_K, counted_L.reshape(-1, C), strict=True
+      ):
+        if counted_C.any():
+          assert 1 <= start <= row_length - C
+          counted += tokens[start : start + C][counted_C].tolist()
+    wanted = [
+      e.tokens
+      if e.prompt_length is None
+      else e.tokens[e.prompt_length :][: e.num_targets]
+      for e in examples
+    ]
+    assert sorted(counted) == sorted(np.concatenate(wanted))
+
+
+def test_heldout_canvases_have_half_a_row_of_context():
+  canvases = data.heldout_canvases(DOCUMENTS[1:2], 32, C, 2, 0, 1)
+  starts = canvases.start_MK[:, 0]
+  assert starts[:3].tolist() == [1, 1 + C, 1 + 2 * C]
+  assert (starts[3:] == 32 - C).all()
+  last = canvases.tokens_MS[-1]
+  fill = last[canvases.start_MK[-1, 0] :][~canvases.counted_ML[-1]]
+  assert len(fill) == -431 % C and (fill == 1).all()

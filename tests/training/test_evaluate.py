@@ -106,3 +106,37 @@ def test_bits_per_byte_ties_tokens_to_bytes(config, params, document):
     numbers['ar_bits_per_byte'], nats / math.log(2) * 41 / 100, rtol=1e-6
   )
   assert numbers['heldout_bytes'] == 100 and numbers['heldout_tokens'] == 41
+
+
+def with_objective(config, objective):
+  train = dataclasses.replace(config.train, objective=objective)
+  return dataclasses.replace(config, train=train)
+
+
+def test_nelbo_of_a_network_that_knows_nothing(config, params, document):
+  """All logits are zero: log V nats a token, whatever the text."""
+  blank = {**params, 'embedding': 0 * params['embedding']}
+  examples = [
+    corpora.Example(np.tile(document, 12)),
+    corpora.fill_canvases([5, 6], list(range(7, 16)), 16, C, 1),
+  ]
+  canvases = data.heldout_canvases(examples, 16, C, 2, 0, 1)
+  nats, error = evaluate.nelbo_nats_per_token(config, blank, canvases)
+  assert 0 < error < 0.25
+  assert abs(nats - math.log(97)) < 4 * error
+  assert evaluate.nelbo_nats_per_token(config, blank, canvases)[0] == nats
+
+
+def test_what_is_told_of_each_objective(config, params, document):
+  example = corpora.Example(document)
+  corpus = corpora.Corpus([example], [example], ['x' * 100])
+  told = {
+    objective: set(
+      evaluate.evaluate(with_objective(config, objective), params, corpus)
+    )
+    for objective in ('ce', 'loo_ce', 'ar')
+  }
+  nelbo = {name for name in told['loo_ce'] if name.startswith('nelbo')}
+  assert len(nelbo) == 4 and told['loo_ce'] - nelbo == told['ce']
+  denoising = {name for name in told['ce'] if name.startswith('denoise')}
+  assert len(denoising) == 10 and told['ce'] - denoising == told['ar']

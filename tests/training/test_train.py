@@ -152,6 +152,7 @@ def test_what_a_run_leaves_and_says(straight):
     'held out: AR',
     'sample:\nROMEO',
     'Done; the checkpoint is in',
+    'Goodput',
   ):
     assert text in output
   assert 'Traceback' not in output and 'I1' not in output.split('step 5/60')[0]
@@ -174,9 +175,10 @@ def test_finished_run_is_left_alone(straight):
   assert read_state(straight[0]).step == before.step == 60
 
 
-def test_full_disk_during_a_save(tmp_path):
+@pytest.mark.parametrize('stops', [False, True])
+def test_full_disk_during_a_save(tmp_path, stops):
   """A limit on the size of files stands in for the disk: small files pass,
-  checkpoints don't. Training goes on, the exit code tells."""
+  checkpoints don't. Training goes on or stops, the exit code tells."""
   shell = 'ulimit -f 30; exec "$@"'
   result = subprocess.run(
     [
@@ -189,6 +191,7 @@ def test_full_disk_during_a_save(tmp_path):
       'diffusiongemma.main',
       f'--config={MICRO}',
       f'--workdir={tmp_path}',
+      f'--config.train.stops_when_unsaved={str(stops).lower()}',
     ],
     capture_output=True,
     text=True,
@@ -198,41 +201,49 @@ def test_full_disk_during_a_save(tmp_path):
   output = result.stdout + result.stderr
   assert result.returncode == 1, output
   assert 'Step 10 could not be saved' in output
-  assert 'Step 60 could not be saved' in output
+  assert ('Step 60 could not be saved' in output) == (not stops)
+  assert ('Step 20 could not be saved' in output) == (not stops)
+  assert 'the end of the run is not saved' in output
   assert 'Traceback' not in output
   # With room again, the same command starts over and finishes.
-  finish(start(tmp_path))
-  assert read_state(tmp_path).step == 60
+  if not stops:
+    finish(start(tmp_path))
+    assert read_state(tmp_path).step == 60
 
 
 @pytest.fixture(scope='module')
-def config():
+def micro():
   return configs.load_config(MICRO)
 
 
-def test_workdir_of_another_config_is_refused(config, straight):
-  tokenizer = workdirs.load_tokenizer(config)
-  free = dataclasses.replace(config.train, log_every=1, keep_checkpoints=9)
-  workdirs.claim(
-    straight[0], dataclasses.replace(config, train=free), tokenizer
-  )
-  other = configs.override(config, 'data.batch_size', '4')
+@pytest.fixture(scope='module')
+def config(micro):
+  """One layer, for what is compiled in this process."""
+  model = dataclasses.replace(micro.model, attention_pattern=('global',))
+  return dataclasses.replace(micro, model=model)
+
+
+def test_workdir_of_another_config_is_refused(micro, straight):
+  beside = workdirs.files_beside(micro, workdirs.load_tokenizer(micro))
+  free = dataclasses.replace(micro.train, log_every=1, keep_checkpoints=9)
+  workdirs.claim(straight[0], dataclasses.replace(micro, train=free), beside)
+  other = configs.override(micro, 'data.batch_size', '4')
   other = configs.override(other, 'train.seed', '3')
   with pytest.raises(workdirs.WorkdirError) as caught:
-    workdirs.claim(straight[0], other, tokenizer)
+    workdirs.claim(straight[0], other, beside)
   assert 'config.data.batch_size: 2 there, 4 here' in str(caught.value)
   assert 'config.train.seed: 0 there, 3 here' in str(caught.value)
   assert str(caught.value).count(' here') == 2
 
 
-def test_tokenizer_must_fit_the_network(config):
+def test_tokenizer_must_fit_the_network(micro):
   for field, value in (
     ('model.vocab_size', '2000'),
     ('diffusion.pad_token_id', '3'),
     ('diffusion.stop_token_ids', '50'),
   ):
     with pytest.raises(configs.ConfigError, match=field.replace('.', r'\.')):
-      workdirs.load_tokenizer(configs.override(config, field, value))
+      workdirs.load_tokenizer(configs.override(micro, field, value))
 
 
 def test_a_run_of_bad_steps_stops_with_the_last_good_state(tmp_path):
@@ -269,7 +280,8 @@ def test_step_donates_its_state_and_draws_anew(config):
   batch = {
     'tokens_BS': np.full((2, 32), 9, np.int32),
     'length_B': np.full(2, 32, np.int32),
-    'prompt_length_B': np.full(2, 4, np.int32),
+    'first_BS': np.zeros((2, 32), np.int32),
+    'canvas_start_BK': np.array([[4, 12, 20]] * 2, np.int32),
     'target_mask_BS': np.ones((2, 32), bool),
   }
   old = state.params['embedding']
@@ -288,10 +300,15 @@ def rows(config):
   rng = np.random.default_rng(0)
   length_B = rng.integers(25, 33, 8).astype(np.int32)
   position = np.arange(32)
+  tokens_BS = rng.integers(3, 2048, (8, 32)).astype(np.int32)
+  start_BK = rng.integers(1, 9, (8, 1)) + 8 * np.arange(3)
   return {
-    'tokens_BS': rng.integers(3, 2048, (8, 32)).astype(np.int32),
+    'tokens_BS': tokens_BS,
     'length_B': length_B,
-    'prompt_length_B': rng.integers(1, 9, 8).astype(np.int32),
+    'first_BS': np.zeros((8, 32), np.int32),
+    'canvas_start_BK': np.where(
+      start_BK + 8 <= length_B[:, None], start_BK, -1
+    ).astype(np.int32),
     'target_mask_BS': (position > 0) & (position < length_B[:, None]),
   }
 
@@ -460,7 +477,8 @@ def test_overfits_one_batch_and_samples_it_back(model_config):
   batch = {
     'tokens_BS': np.stack([row] * 8),
     'length_B': np.full(8, len(row), np.int32),
-    'prompt_length_B': np.full(8, 5, np.int32),
+    'first_BS': np.zeros((8, len(row)), np.int32),
+    'canvas_start_BK': np.array([[5, 13]] * 8, np.int32),
     'target_mask_BS': np.ones((8, len(row)), bool),
   }
   config = configs.Config(
@@ -499,13 +517,13 @@ def test_schedules():
 
 
 def test_only_matrices_decay():
-  config = configs.OptimizerConfig(
+  adam = configs.OptimizerConfig(
     peak_learning_rate=1.0,
     warmup_steps=0,
     schedule='constant',
     weight_decay=0.1,
   )
-  optimizer = optimizers.make_optimizer(config, 10)
+  optimizer = optimizers.make_optimizer(configs.Config(optimizer=adam))
   params = {'w': jnp.ones((2, 2)), 'scale': jnp.ones((2,))}
   zero = jax.tree.map(jnp.zeros_like, params)
   updates, _ = optimizer.update(zero, optimizer.init(params), params)

@@ -1,0 +1,224 @@
+"""Runs that start from the weights of another, whole or with adapters."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import diffusiongemma as dg
+from diffusiongemma import config as configs
+from diffusiongemma import conversion
+from diffusiongemma.training import corpus as corpora
+from diffusiongemma.training import train
+from diffusiongemma.training import workdir as workdirs
+
+MICRO = str(pathlib.Path(__file__).parents[1] / 'micro_config.py')
+LORA = configs.LoraConfig(rank=2)
+
+
+@pytest.fixture(autouse=True, scope='module')
+def little_to_do(tmp_path_factory):
+  """A short text; held-out losses and samples are tested elsewhere."""
+  text = tmp_path_factory.mktemp('text') / 'a.txt'
+  text.write_text('Shall I compare thee to a summer day? ' * 50)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train, 'report_quality', lambda *args: None)
+    patch.setattr(corpora, 'SHIPPED_CORPUS', text)
+    yield
+
+
+def make_config(steps, **changes):
+  """A run of few steps; `changes` are fields of training or other groups.
+
+  The rate does not depend on the number of steps, so that all runs of a kind
+  share one compiled program.
+  """
+  config = configs.load_config(MICRO)
+  groups = {k: v for k, v in changes.items() if hasattr(config, k)}
+  fields = {k: v for k, v in changes.items() if k not in groups}
+  config = dataclasses.replace(
+    config,
+    train=dataclasses.replace(
+      config.train,
+      steps=steps,
+      checkpoint_every=steps,
+      **fields,
+    ),
+    optimizer=dataclasses.replace(
+      config.optimizer, schedule='constant', warmup_steps=1
+    ),
+    model=dataclasses.replace(config.model, attention_pattern=('global',)),
+  )
+  config = dataclasses.replace(config, **groups)
+  if config.train.init_from:
+    config = conversion.adopt(config)
+  configs.validate(config)
+  return config
+
+
+def run(config, workdir):
+  load_base = functools.partial(conversion.load_base, config)
+  start = load_base if config.train.init_from else None
+  assert train.train(config, str(workdir), start) == 0
+  return str(workdir)
+
+
+def assert_same(one, other):
+  assert jax.tree.all(
+    jax.tree.map(lambda a, b: a.dtype == b.dtype and (a == b).all(), one, other)
+  )
+
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory):
+  return run(make_config(2), tmp_path_factory.mktemp('base'))
+
+
+@pytest.fixture(scope='module')
+def adapted(base, tmp_path_factory):
+  """Adapters of the base, after steps that moved them."""
+  config = make_config(3, init_from=base, lora=LORA)
+  return run(config, tmp_path_factory.mktemp('adapted'))
+
+
+def test_the_first_step_has_the_weights_it_starts_from(base, tmp_path):
+  """The rate of the first step is zero."""
+  tuned = run(make_config(1, init_from=base), tmp_path)
+  assert_same(dg.load(tuned).params, dg.load(base).params)
+  more = run(make_config(2, init_from=base), tmp_path / 'more')
+  moved = jax.tree.map(
+    lambda a, b: bool((a != b).any()),
+    dg.load(more).params,
+    dg.load(base).params,
+  )
+  assert moved['embedding'] and moved['final_norm']['scale']
+
+
+def test_network_and_sampler_are_those_of_the_weights(base):
+  config = make_config(
+    1,
+    init_from=base,
+    model=configs.ModelConfig(dtype='float32'),
+    diffusion=configs.DiffusionConfig(),
+  )
+  theirs = workdirs.read_config(base)
+  assert (config.model, config.diffusion) == (theirs.model, theirs.diffusion)
+  with pytest.raises(workdirs.WorkdirError, match='holds no run'):
+    make_config(1, init_from='/nowhere')
+
+
+def test_adapters_are_all_that_is_learnt_and_saved(base, adapted):
+  before = dg.load(base)
+  run_ = dg.load(adapted)
+  changed = jax.tree.map(
+    lambda a, b: bool((a != b).any()), run_.params, before.params
+  )
+  layer = changed['layer_00']
+  assert all(layer['attention'][f'{x}_proj'] for x in 'qko')
+  assert all(layer['shared_mlp'].values())
+  assert not any(layer['experts'].values()) and not changed['embedding']
+  assert not any(jax.tree.leaves(layer['router']))
+  saved = workdirs.load(adapted).params
+  assert set(saved) == {'layer_00'}
+  assert set(saved['layer_00']) == {'attention', 'shared_mlp'}
+  assert_same(dg.load(base).params, before.params)
+
+
+def test_a_run_of_adapters_goes_on(base, adapted, tmp_path):
+  """Straight through and in two goes: bit-equal adapters."""
+  config = make_config(3, init_from=base, lora=LORA)
+  half = dataclasses.replace(
+    config, train=dataclasses.replace(config.train, checkpoint_every=1)
+  )
+  stopped = []
+
+  def stop(step, params):
+    stopped.append(step)
+    raise KeyboardInterrupt
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train, 'report_quality', lambda *args: stop(*args[-2:]))
+    with pytest.raises(KeyboardInterrupt):
+      run(half, tmp_path)
+  assert stopped == [1] and workdirs.load(str(tmp_path)).step == 1
+  run(half, tmp_path)
+  assert_same(
+    workdirs.load(str(tmp_path)).params, workdirs.load(adapted).params
+  )
+
+
+def test_adapters_refuse_other_weights(adapted, tmp_path):
+  """The run they start from has gone on since."""
+  config = workdirs.read_config(adapted)
+  folder = shutil.copytree(adapted, tmp_path / 'copy')
+  (folder / 'base.txt').write_text('0' * 32)
+  with pytest.raises(workdirs.WorkdirError, match='trained on other weights'):
+    dg.load(str(folder))
+  with pytest.raises(workdirs.WorkdirError, match='trained on other weights'):
+    run(config, folder)
+
+
+def test_adapters_are_exported_merged(base, adapted, tmp_path):
+  folder = str(tmp_path / 'hf')
+  dg.export(adapted, folder)
+  exported, merged = dg.load(folder).params, dg.load(adapted).params
+  exported.pop('vision')  # Which transformers always has.
+  assert_same(exported, merged)
+
+
+def test_a_hugging_face_folder_lends_tokenizer_and_template(base, tmp_path):
+  """They travel along, so that what was trained can be used anywhere."""
+  folder = tmp_path / 'hf'
+  dg.export(base, str(folder))
+  (folder / 'chat_template.jinja').write_text('{{ bos_token }}own')
+  tuned = run(make_config(1, init_from=str(folder)), tmp_path / 'tuned')
+  exported = dg.load(str(folder))
+  loaded = dg.load(tuned)
+  assert_same(loaded.params, exported.params)
+  assert loaded.chat_template == '{{ bos_token }}own'
+  assert loaded.tokenizer.model == exported.tokenizer.model
+  travelled = pathlib.Path(tuned) / 'huggingface'
+  assert {p.name for p in travelled.iterdir()} >= {
+    'config.json',
+    'tokenizer.model',
+    'chat_template.jinja',
+  }
+  # And a run of what was trained would take them further.
+  third = make_config(1, init_from=tuned)
+  further = workdirs.files_beside(third, workdirs.load_tokenizer(third))
+  assert further['huggingface/chat_template.jinja'] == b'{{ bos_token }}own'
+
+
+def test_a_converted_folder_is_no_run_to_go_on_with(base, tmp_path):
+  folder, converted = str(tmp_path / 'hf'), str(tmp_path / 'converted')
+  dg.export(base, folder)
+  dg.convert(folder, converted)
+  with pytest.raises(workdirs.WorkdirError, match='config.train.init_from='):
+    run(make_config(1), converted)
+  assert make_config(1, init_from=converted).model == (
+    workdirs.read_config(converted).model
+  )
+
+
+def test_random_adapters_of_random_weights_can_be_read_again(tmp_path, capsys):
+  folder = run(make_config(2, lora=LORA), tmp_path)
+  output = capsys.readouterr().out
+  assert 'No config.train.init_from is given' in output
+  assert 'training on the shipped Shakespeare' in output
+  assert 'Goodput' in output and 'checkpoints' in output
+  apart = conversion.load(folder, merge=False).params
+  merged = dg.load(folder).params
+  of_apart = apart['layer_00']['attention']['q_proj']
+  update = np.tensordot(of_apart.a, of_apart.b, axes=1) * of_apart.scale
+  np.testing.assert_allclose(
+    merged['layer_00']['attention']['q_proj'],
+    of_apart.weight + update,
+    rtol=1e-6,
+  )
+  with open(pathlib.Path(folder) / 'config.json') as file:
+    assert json.load(file)['lora']['rank'] == 2
