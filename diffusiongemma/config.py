@@ -104,7 +104,8 @@ class DiffusionConfig:
 class DataConfig:
   """The text. An empty `path` is the shipped Shakespeare; otherwise a file, a
   folder or a glob of `.txt` and `.jsonl` files (`{"text": ...}`, or
-  `{"prompt": ..., "response": ...}`: only the response is learnt). Without a
+  `{"prompt": ..., "response": ...}`, or `{"messages": [...]}`, a chat: only the
+  response, or what the assistant says, is learnt). Without a
   `heldout_path`, every n-th document is held out (n = `heldout_every`); the
   shipped corpus has its own held-out plays. `tokenizer` is a SentencePiece
   model or a tokenizer.json; empty is the shipped one, or that of
@@ -161,7 +162,9 @@ class TrainConfig:
 
   It starts from the weights in the folder `init_from`, of a run or of Hugging
   Face; then `config.model` and `config.diffusion` are what they are there. The
-  objective `ar` learns to write from left to right, and not to denoise.
+  objective `ar` learns to write from left to right, and not to denoise;
+  `loo_ce` is for likelihoods (`diffusion/likelihood.py`), and the sampler takes
+  its logits, which leave out what a token tells of itself, as they are.
 
   A batch is worked through in `accumulate_steps` parts. `remat` computes each
   layer again in the backward pass instead of keeping what it computed. With an
@@ -308,6 +311,8 @@ def validate(config: Config) -> None:
     if seed >= 2**63:
       raise ConfigError(f'config.{name}.seed must be below 2^63.')
   train = config.train
+  if config.lora.rank and not config.lora.targets:
+    raise ConfigError('config.lora.targets names no matrix.')
   if train.init_from and data.tokenizer:
     raise ConfigError(
       'config.data.tokenizer must be empty: the tokenizer is that of '

@@ -196,16 +196,26 @@ def _stored_arrays(workdir: str, config: Config) -> Iterator[tuple]:
     yield native.stored_types(manager, step), read
 
 
-def adopt(config: Config) -> Config:
-  """The config of a run that starts from the weights in
+def adopt(config: Config, workdir: str) -> Config:
+  """The config of a run in `workdir` that starts from the weights in
   `config.train.init_from`: network and sampler are theirs, but for the types.
+  A run that has started has them itself.
 
   Raises:
     WorkdirError, CheckpointError: there is no network.
   """
   folder = os.path.abspath(config.train.init_from)
-  read = read_config if is_huggingface(folder) else workdirs.read_config
-  theirs = read(folder)
+  if workdirs.is_claimed(workdir):
+    theirs = workdirs.read_config(workdir)
+  elif is_huggingface(folder):
+    theirs = read_config(folder)
+  elif workdirs.is_claimed(folder):
+    theirs = workdirs.read_config(folder)
+  else:
+    raise workdirs.WorkdirError(
+      f'config.train.init_from: {folder} is neither a run nor a Hugging Face '
+      'folder.'
+    )
   model = dataclasses.replace(
     theirs.model,
     dtype=config.model.dtype,
@@ -252,11 +262,18 @@ def load(
       return workdirs.load(path, config, sharding, verify)
     run = workdirs.load(path, config, None, verify)
     adapters = jax.tree.map(np.asarray, run.params)  # For any sharding.
-    if config.train.init_from:
+    if not config.train.init_from:
+      base = train_state.fresh_params(config)
+    elif os.path.isdir(config.train.init_from):
       base = load(config.train.init_from, None, sharding, verify).params
     else:
-      base = train_state.fresh_params(config)
+      raise workdirs.WorkdirError(
+        f'{path} holds adapters of the weights in {config.train.init_from}, '
+        'which are not there. Put them back, or say where they are: '
+        '--config.train.init_from=...'
+      )
     workdirs.check_base(path, base)
+    base = train_state.with_configured_types(config, base)
     combine = lora.merge if merge else lora.attach
     return run._replace(params=combine(config.lora, base, adapters))
   config = config or read_config(path)

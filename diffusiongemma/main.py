@@ -57,7 +57,8 @@ _MODE = flags.DEFINE_enum(
 _HF_DIR = flags.DEFINE_string(
   'hf_dir',
   None,
-  'convert, sample: the Hugging Face folder to read; export: to make.',
+  'convert, sample, evaluate: the Hugging Face folder to read; export: to '
+  'make.',
 )
 _PROMPT = flags.DEFINE_string(
   'prompt', None, 'sample: the message, or the text to go on from.'
@@ -197,7 +198,7 @@ def _load_config(overrides: dict[str, str]) -> configs.Config:
     )
   config = _changed(configs.load_config(_CONFIG.value), overrides)
   if config.train.init_from:
-    adopted = conversion.adopt(config)
+    adopted = conversion.adopt(config, _workdir())
     # What was changed on the command line stays changed.
     rest = {k: v for k, v in overrides.items() if k != 'train.init_from'}
     config = _changed(adopted, rest)
@@ -335,7 +336,7 @@ def _evaluate(overrides: dict[str, str]) -> int:
     print(json.dumps(numbers))
     return 0
   table = rich_table.Table(
-    title=f'{_workdir()}, step {step}, held-out text of '
+    title=f'{_HF_DIR.value or _workdir()}, step {step}, held-out text of '
     f'{numbers["heldout_bytes"]:,} bytes'
   )
   table.add_column('measure')

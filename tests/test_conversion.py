@@ -204,8 +204,7 @@ def test_a_text_network_gets_an_encoder_of_nothing(tmp_path):
 
   config = micro_config.get_config()
   workdir, out = tmp_path / 'run', tmp_path / 'out'
-  beside = workdirs.files_beside(config, workdirs.load_tokenizer(config))
-  workdirs.claim(str(workdir), config, beside)
+  workdirs.claim(str(workdir), config, workdirs.load_tokenizer(config))
   state = workdirs.abstract_state(config)
   params = jax.tree.map(
     lambda x: jax.random.normal(jax.random.key(0), x.shape, x.dtype),

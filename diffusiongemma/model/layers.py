@@ -74,8 +74,9 @@ def rotary(
 class LowRank:
   """A matrix and its adapter, W + scale A B, which are never added up.
 
-  It stands in the place of W among the parameters. With W of axes (in, out),
-  each of which may be several:
+  It stands in the place of W among the parameters; Flax compares the shape of
+  the first field with what it expects. With W of axes (in, out), each of which
+  may be several:
 
   Attributes:
     weight: W.

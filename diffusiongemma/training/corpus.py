@@ -3,6 +3,7 @@
 .txt                                     one document
 .jsonl   {"text": ...}                   a document a line
          {"prompt": ..., "response": ...}  a prompt and what is to be written
+         {"messages": [...], "tools": [...]}  a chat, and what it could call
          and, if it likes, a "split" of "train" or "heldout"
 """
 

@@ -245,11 +245,10 @@ def heldout_canvases(
   canvas_length: int,
   bos_id: int,
   pad_id: int,
-  eos_id: int,
 ) -> Canvases:
   """Every document in canvases, half a row of them at a time after as much
   context as fits; every response in its own. The last canvas of a document is
-  filled with eos, which does not count."""
+  filled with its last token, eos, which does not count again."""
   C, rows = canvas_length, []
   most = max(1, (length - 1) // 2 // C)
 
@@ -257,7 +256,7 @@ def heldout_canvases(
     """A row of `context` tokens and as many canvases as the rest takes, of
     which `count` tokens count."""
     num = -(-(len(tokens) - context) // C)
-    filled = np.concatenate([tokens, np.full(num * C, eos_id)])
+    filled = np.concatenate([tokens, np.full(num * C, tokens[-1])])
     row, row_length = make_row(
       filled[: context + num * C], 0, length, bos_id, pad_id
     )

@@ -34,7 +34,8 @@ NELBO_DRAWS = 4  # Denoising passes over the held-out text.
 
 
 class DenoiseLoss(NamedTuple):
-  """Cross entropy in nats a token, apart for both kinds of positions."""
+  """Cross entropy in nats a token, apart for both kinds of positions; NaN
+  where there is none of a kind."""
 
   corrupted: float
   kept: float
@@ -108,7 +109,8 @@ def denoise_nats_per_token(
     key = jax.random.fold_in(jax.random.key(0), index)
     totals += np.array(_denoise_sums(config, params, *batch[:2], key, t))
   sums, counts = totals.T
-  return DenoiseLoss(*(sums / np.maximum(counts, 1)).tolist())
+  means = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+  return DenoiseLoss(*means.tolist())
 
 
 @functools.partial(jax.jit, static_argnames='config')
@@ -187,7 +189,12 @@ def quick(
     denoise = denoise_nats_per_token(config, params, windows, t)
     numbers['heldout_loss_corrupted'] = denoise.corrupted
     numbers['heldout_loss_kept'] = denoise.kept
-  return numbers
+  return _known(numbers)
+
+
+def _known(numbers: dict[str, float]) -> dict[str, float]:
+  """Those that are numbers: short texts have no canvas to denoise."""
+  return {k: v for k, v in numbers.items() if not math.isnan(v)}
 
 
 def _heldout_windows(config, corpus):
@@ -225,7 +232,6 @@ def evaluate(
       config.diffusion.canvas_length,
       config.diffusion.bos_token_id,
       config.diffusion.pad_token_id,
-      config.diffusion.stop_token_ids[0],
     )
     nelbo, error = nelbo_nats_per_token(config, params, canvases)
     for name, nats in (('nelbo', nelbo), ('nelbo_standard_error', error)):
@@ -236,4 +242,4 @@ def evaluate(
     at_t = denoise_nats_per_token(config, params, windows, t)
     numbers[f'denoise_loss_t{t}_corrupted_bits'] = at_t.corrupted / math.log(2)
     numbers[f'denoise_loss_t{t}_kept_bits'] = at_t.kept / math.log(2)
-  return numbers
+  return _known(numbers)

@@ -80,7 +80,7 @@ def compute_gradients(
   """Gradients and metrics of a batch, worked through in parts one by one.
 
   The parts see the noise of the whole batch and are divided by its counts, so
-  that their mean is what the batch gives at once.
+  that the mean of their losses and gradients is what the batch gives at once.
   """
   train = config.train
   parts = train.accumulate_steps
@@ -156,31 +156,38 @@ def train(
 
   Raises:
     ConfigError, DataError, WorkdirError: nothing was written.
-    CheckpointError: there are checkpoints, and all of them are damaged.
+    CheckpointError: there are checkpoints, and all of them are damaged, or
+      what the run starts from is.
     TrainingError: too many bad steps in a row; the last good state is saved.
   """
-  tokenizer = workdirs.load_tokenizer(config)
   start = config.train.init_from
+  if start and load_base is None:
+    raise ValueError('load_base must give the parameters in init_from.')
+  is_new = not workdirs.is_claimed(workdir)
+  if start and not is_new:
+    start = workdir  # What came with the weights is there since.
+  tokenizer = workdirs.load_tokenizer(config, start)
   corpus = corpora.load_corpus(
     config.data,
     tokenizer,
     config.diffusion.canvas_length,
     workdirs.find_chat_template(start) if start else None,
   )
-  workdirs.claim(workdir, config, workdirs.files_beside(config, tokenizer))
+  abstract = workdirs.abstract_state(config)  # Patterns that name nothing.
+  workdirs.claim(workdir, config, tokenizer)
   load_base = load_base or functools.partial(train_state.fresh_params, config)
-  base = None
-  if config.lora.rank:
-    base = load_base()
-    workdirs.check_base(workdir, base)
-    base = with_configured_types(config, base)
-    load_base = lambda: base
   manager = native.open_checkpoints(
     workdirs.checkpoint_dir(workdir), config.train.keep_checkpoints
   )
   with contextlib.closing(manager), stop_signals() as received:
+    base = None
+    if config.lora.rank:
+      base = load_base()
+      workdirs.check_base(workdir, base, is_new)
+      base = train_state.with_configured_types(config, base)
+      load_base = lambda: base
     state, iterator = start_or_resume(
-      config, manager, corpus, tokenizer, load_base
+      config, manager, corpus, tokenizer, abstract, load_base
     )
     step = int(state.step)
     with (
@@ -225,19 +232,12 @@ def told_at_start(config: Config) -> list[str]:
   return lines
 
 
-def with_configured_types(config: Config, params: dict) -> dict:
-  """Loaded parameters in the types that the config asks for."""
-  abstract = jax.eval_shape(lambda: train_state.fresh_params(config))
-  return jax.tree.map(
-    lambda x, wanted: jnp.asarray(x, wanted.dtype), params, abstract
-  )
-
-
 def start_or_resume(
   config: Config,
   manager,
   corpus: corpora.Corpus,
   tokenizer: Tokenizer,
+  abstract: train_state.TrainState,
   load_base: Callable[[], dict],
 ) -> tuple[train_state.TrainState, grain.DatasetIterator]:
   """The first state and iterator, or those of the newest whole checkpoint."""
@@ -250,10 +250,9 @@ def start_or_resume(
     jax.process_count(),
   )
   iterator = iter(dataset)
-  abstract = workdirs.abstract_state(config)
   restored = native.restore_newest(manager, *train_state.to_items(abstract))
   if restored is None:
-    params = with_configured_types(config, load_base())
+    params = train_state.with_configured_types(config, load_base())
     return train_state.init_train_state(config, params), iterator
   native.set_aside_after(manager, restored.step)
   iterator.set_state(restored.data)

@@ -60,14 +60,22 @@ def fresh_params(config: Config) -> dict:
   return denoiser.init_params(model, jax.random.key(config.train.seed))
 
 
+def with_configured_types(config: Config, params: dict) -> dict:
+  """Loaded parameters in the types that the config asks for."""
+  abstract = jax.eval_shape(lambda: fresh_params(config))
+  return jax.tree.map(
+    lambda x, wanted: jnp.asarray(x, wanted.dtype), params, abstract
+  )
+
+
 def init_train_state(config: Config, params: dict | None = None) -> TrainState:
   """The state before the first step, of the network with these parameters or
   a fresh one. The parameters are then the state's."""
   if params is None:
     params = fresh_params(config)
   if config.lora.rank:
-    key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
-    params = lora.init_adapters(config.lora, params, key)
+    _, adapter_key = jax.random.split(jax.random.key(config.train.seed))
+    params = lora.init_adapters(config.lora, params, adapter_key)
   optimizer = optimizers.make_optimizer(config)
   # Buffers of their own, each: the first step is given all of them.
   bad_in_row, bad, step = (jnp.zeros((), jnp.int32) for _ in range(3))
@@ -76,8 +84,13 @@ def init_train_state(config: Config, params: dict | None = None) -> TrainState:
     jax.jit(optimizer.init)(params),
     Health(jnp.zeros(()), bad_in_row, bad),
     step,
-    jax.tree.map(jnp.copy, params) if config.train.ema_decay else None,
+    _in_float32(params) if config.train.ema_decay else None,
   )
+
+
+def _in_float32(params: dict) -> dict:
+  """A copy in which small changes are not lost."""
+  return jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
 
 
 def network_params(config: Config, learnt: dict, base: dict | None) -> dict:

@@ -6,7 +6,7 @@
 `huggingface` has what came with a converted checkpoint: configs, tokenizer,
 chat template; what is trained from one takes it along. A folder belongs to one
 config: another is refused, field by field, and what is in it is enough to
-sample from it anywhere.
+sample from it anywhere; of adapters, together with the weights they are for.
 """
 
 from collections.abc import Callable
@@ -60,6 +60,11 @@ COMPANIONS = (
   'LICENSE',
 )
 TOKENIZERS = ('tokenizer.json', 'tokenizer.model')
+CHAT_TEMPLATES = (
+  'chat_template.jinja',
+  'chat_template.json',
+  'tokenizer_config.json',
+)
 MAX_TEXT_BYTES = 100_000_000  # Of a file beside the weights.
 
 
@@ -67,13 +72,23 @@ class WorkdirError(ValueError):
   """A working directory that can't be used for this; the message says why."""
 
 
-def claim(workdir: str, config: Config, beside: dict[str, bytes]) -> None:
+def is_claimed(workdir: str) -> bool:
+  """Whether the folder holds a run."""
+  return os.path.isfile(os.path.join(workdir, 'config.json'))
+
+
+def claim(
+  workdir: str, config: Config, tokenizer: tokenizers.Tokenizer
+) -> None:
   """Makes `workdir` this run's, or checks that it already is.
+
+  What a run starts from is copied once: tokenizer, template and so on. The run
+  goes on with its own.
 
   Args:
     workdir: the folder.
     config: of the run.
-    beside: other files that it is to have; see `files_beside`.
+    tokenizer: of the run.
 
   Raises:
     WorkdirError: it can't be written, or holds the run of another config.
@@ -81,8 +96,8 @@ def claim(workdir: str, config: Config, beside: dict[str, bytes]) -> None:
   folder = pathlib.Path(workdir)
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / 'config.json').exists():
-      for name, content in beside.items():
+    if not is_claimed(workdir):
+      for name, content in files_beside(config, tokenizer).items():
         (folder / name).parent.mkdir(exist_ok=True)
         _write_atomically(folder / name, content)
       text = json.dumps(configs.to_dict(config), indent=2)
@@ -94,26 +109,23 @@ def claim(workdir: str, config: Config, beside: dict[str, bytes]) -> None:
         f'{workdir} holds a converted checkpoint. To train from it, give '
         f'another --workdir and --config.train.init_from={workdir}.'
       )
-    others = [
-      f'  the contents of {name}'
-      for name, content in beside.items()
-      if not (folder / name).is_file()
-      or (folder / name).read_bytes() != content
-    ]
+    of_run = find_tokenizer(there, workdir)
   except OSError as error:
     raise WorkdirError(
       f'{workdir} cannot be used: {error.strerror}. Give another --workdir.'
     ) from error
   there, here = configs.flatten(there), configs.flatten(config)
   differences = [
-    f'  {name}: {there[name]!r} there, {here[name]!r} here'
-    for name in here
-    if name not in FREE_FIELDS and here[name] != there[name]
+    f'  {name}: {there.get(name)!r} there, {here.get(name)!r} here'
+    for name in {**here, **there}
+    if name not in FREE_FIELDS and here.get(name) != there.get(name)
   ]
-  if differences or others:
+  if of_run is None or of_run.model != tokenizer.model:
+    differences.append('  the contents of the tokenizer file')
+  if differences:
     raise WorkdirError(
       f'{workdir} holds a run of another config:\n'
-      + '\n'.join(differences + others)
+      + '\n'.join(differences)
       + '\nGive another --workdir, or the same values to go on with that run.'
     )
 
@@ -133,14 +145,14 @@ def read_config(workdir: str) -> Config:
     raise WorkdirError(f'{path} cannot be read: {error}') from error
 
 
-def load_tokenizer(config: Config) -> tokenizers.Tokenizer:
-  """The tokenizer that a run is trained with, checked.
+def load_tokenizer(config: Config, start: str = '') -> tokenizers.Tokenizer:
+  """The tokenizer that a run is trained with, checked: that in the folder
+  `start`, or else the one that the config names.
 
   Raises:
     ConfigError: it is not that of the config.
-    WorkdirError: what the run starts from has none.
+    WorkdirError: the folder has none.
   """
-  start = config.train.init_from
   if start:
     tokenizer = find_tokenizer(config, start)
     if tokenizer is None:
@@ -164,7 +176,7 @@ def files_beside(
     return {tokenizer.file_name: tokenizer.model}
   beside, companions = {}, os.path.join(start, COMPANIONS_DIR)
   if os.path.isdir(os.path.join(start, 'checkpoints')):
-    for name in (*TOKENIZERS, 'chat_template.jinja'):
+    for name in (*TOKENIZERS, *CHAT_TEMPLATES):
       if os.path.lexists(os.path.join(start, name)):
         beside[name] = files.read_file(start, name, MAX_TEXT_BYTES)
   else:
@@ -181,21 +193,29 @@ def read_companions(folder: str) -> Iterator[tuple[str, bytes]]:
       yield name, files.read_file(folder, name, MAX_TEXT_BYTES)
 
 
-def check_base(workdir: str, params: dict) -> None:
-  """Makes sure that a run's adapters meet the weights they were trained on.
+def check_base(workdir: str, params: dict, is_new: bool = False) -> None:
+  """Makes sure that a run's adapters meet the weights they were trained on;
+  those of a new run are noted.
 
   Raises:
-    WorkdirError: these are others.
+    WorkdirError: these are others, or none were noted.
   """
   names = json.dumps(native.digests(params), sort_keys=True)
   digest = hashlib.blake2b(names.encode(), digest_size=16).hexdigest()
   path = pathlib.Path(workdir) / 'base.txt'
-  if not path.exists():
-    _write_atomically(path, digest.encode())
-  elif path.read_text() != digest:
+  try:
+    if is_new:
+      _write_atomically(path, digest.encode())
+    noted = path.read_text()
+  except OSError as error:
+    raise WorkdirError(
+      f'{path}, which names the weights that the adapters are for: '
+      f'{error.strerror}.'
+    ) from error
+  if noted != digest:
     raise WorkdirError(
       f'The adapters in {workdir} were trained on other weights than those '
-      'that config.train.init_from has now.'
+      'that they start from now.'
     )
 
 

@@ -3,10 +3,10 @@ r"""What a run survives: kills at random moments, and a thousand steps.
   python experiments/reliability/measure.py --folder=/tmp/reliability
 
 trains a network that takes seconds (`tests/micro_config.py`) three times:
-straight; killed by SIGKILL --kills times, each time after a random while, until
-it is done, and its parameters, optimiser state and place in the data are
-compared with the straight run's, bit for bit; and for 1,000 steps, during which
-the memory of the process is read. Writes results.json beside this file.
+straight; killed by SIGKILL --kills times at random moments, and its parameters,
+optimiser state and place in the data are compared with the straight run's, bit
+for bit; and for 1,000 steps, during which the memory of the process is read.
+Writes results.json beside this file.
 """
 
 import argparse
@@ -30,7 +30,9 @@ FOLDER = pathlib.Path(__file__).parent
 CONFIG = FOLDER.parents[1] / 'tests' / 'micro_config.py'
 
 
-def start(workdir, *overrides: str) -> subprocess.Popen:
+def start(
+  workdir, *overrides: str, stdout: int = subprocess.PIPE
+) -> subprocess.Popen:
   """A training run in a process of its own."""
   return subprocess.Popen(
     [
@@ -41,7 +43,7 @@ def start(workdir, *overrides: str) -> subprocess.Popen:
       f'--workdir={workdir}',
       *(f'--config.train.{override}' for override in overrides),
     ],
-    stdout=subprocess.PIPE,
+    stdout=stdout,
     stderr=subprocess.STDOUT,
     text=True,
   )
@@ -79,31 +81,41 @@ def has_saved(workdir) -> int:
 def measure_kills(folder: pathlib.Path, kills: int, seed: int) -> dict:
   """Kills a run again and again; compares its end with the straight one's.
 
-  The whiles are drawn so that some end while the program starts, some while it
-  steps and some while it saves: one is saved at every other step.
+  One kill in four comes at a random moment of the start of the program; the
+  others a random while, up to a second, after a random save, which is in the
+  middle of steps, of the next save or of what tidies up after one.
   """
-  settings = (f'steps={8 * kills}', 'checkpoint_every=2')
+  settings = (
+    f'steps={16 * kills}',
+    'checkpoint_every=2',
+    'evaluate_every=1000',
+    'sample_every=1000',
+  )
   began = time.monotonic()
   output = finish(start(folder / 'straight', *settings))
-  straight = time.monotonic() - began
-  # Of which the program takes so long to start: the rest are steps.
-  goodput = re.search(r'Goodput .*? of ([\d.]+) s', output)
-  begin = straight - float(goodput[1])
-  rng, steps, workdir = random.Random(seed), [], folder / 'killed'
-  while len(steps) < kills:
+  of_steps = re.search(r'Goodput .*? of ([\d.]+) s', output)
+  seconds_to_start = time.monotonic() - began - float(of_steps[1])
+  rng, saved, workdir = random.Random(seed), [0], folder / 'killed'
+  for number in range(1, kills + 1):
     process = start(workdir, *settings)
-    time.sleep(rng.uniform(0.5 * begin, begin + 0.4 * float(goodput[1])))
+    if rng.random() < 0.25:
+      time.sleep(rng.uniform(0, seconds_to_start))
+    else:
+      wanted = saved[-1] + 2 * rng.randint(1, 4)
+      while has_saved(workdir) < wanted and process.poll() is None:
+        time.sleep(0.01)
+      time.sleep(rng.random())
     if process.poll() is not None:
-      break  # Done before the last kill.
+      sys.exit(f'The run ended before kill {number}:\n{finish(process)}')
     process.kill()
     process.communicate()
-    steps.append(has_saved(workdir))
-    print(f'kill {len(steps)}: {steps[-1]} steps are saved', flush=True)
+    saved.append(has_saved(workdir))
+    print(f'kill {number}: {saved[-1]} steps are saved', flush=True)
   finish(start(workdir, *settings))
   ends = [read_digests(folder / name) for name in ('straight', 'killed')]
   return {
-    'kills': len(steps),
-    'saved_steps_after_each': steps,
+    'kills': kills,
+    'steps_saved_at_each': saved[1:],
     'steps': ends[0]['step'],
     'bit_equal': ends[0] == ends[1],
   }
@@ -112,7 +124,13 @@ def measure_kills(folder: pathlib.Path, kills: int, seed: int) -> dict:
 def measure_memory(folder: pathlib.Path) -> dict:
   """Resident memory in megabytes over 1,000 steps."""
   workdir = folder / 'memory'
-  process = start(workdir, 'steps=1000', 'log_every=1', 'checkpoint_every=100')
+  process = start(
+    workdir,
+    'steps=1000',
+    'log_every=1',
+    'checkpoint_every=100',
+    stdout=subprocess.DEVNULL,  # A pipe that is not read would fill up.
+  )
   megabytes = {}
   while process.poll() is None:
     step = sum(1 for _ in _lines(workdir / 'metrics.jsonl'))
@@ -149,6 +167,7 @@ def main() -> None:
   results = {
     'killed': measure_kills(given.folder, given.kills, given.seed),
     'thousand_steps': measure_memory(given.folder),
+    'command': 'python experiments/reliability/measure.py',
     'seed': given.seed,
     'machine': f'{os.cpu_count()} cores, {platform.machine()}',
     'python': platform.python_version(),

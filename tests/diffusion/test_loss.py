@@ -342,6 +342,18 @@ def test_evidence_makes_a_leave_one_out_predictor_the_posterior():
     )
 
 
+def test_rows_without_a_canvas_do_not_count(model_config, params, batch):
+  network, drawn = make_network(model_config, params), all_canvases(batch)
+  run = jax.jit(lambda *given: loss.diffusion_loss(network, *given, 1.0)[1])
+  none = batch['canvas_start_BK'].at[1].set(-1)
+  noise = drawn._replace(valid_BK=drawn.valid_BK.at[1].set(False))
+  both = run({**batch, 'canvas_start_BK': none}, noise)
+  alone = run(*jax.tree.map(lambda x: x[:1], (batch, drawn)))
+  np.testing.assert_allclose(
+    both['loss_denoise'], alone['loss_denoise'], rtol=1e-5
+  )
+
+
 def test_objectives(model_config, params, batch):
   network, drawn = make_network(model_config, params), all_canvases(batch)
   run = lambda objective, network=network: loss.diffusion_loss(

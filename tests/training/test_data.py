@@ -443,7 +443,7 @@ def test_short_documents_are_for_packing(tmp_path):
 
 def test_heldout_canvases_count_every_token_once():
   for examples, length in ((DOCUMENTS, 32), (TALES, 20), (RESPONSES, 32)):
-    canvases = data.heldout_canvases(examples, length, C, 2, 0, 1)
+    canvases = data.heldout_canvases(examples, length, C, 2, 0)
     counted = []
     for tokens, row_length, start_K, counted_L in zip(*canvases, strict=True):
       assert tokens[0] == 2 and row_length <= length
@@ -463,10 +463,10 @@ def test_heldout_canvases_count_every_token_once():
 
 
 def test_heldout_canvases_have_half_a_row_of_context():
-  canvases = data.heldout_canvases(DOCUMENTS[1:2], 32, C, 2, 0, 1)
+  canvases = data.heldout_canvases(DOCUMENTS[1:2], 32, C, 2, 0)
   starts = canvases.start_MK[:, 0]
   assert starts[:3].tolist() == [1, 1 + C, 1 + 2 * C]
   assert (starts[3:] == 32 - C).all()
   last = canvases.tokens_MS[-1]
   fill = last[canvases.start_MK[-1, 0] :][~canvases.counted_ML[-1]]
-  assert len(fill) == -431 % C and (fill == 1).all()
+  assert len(fill) == -431 % C and (fill == DOCUMENTS[1].tokens[-1]).all()

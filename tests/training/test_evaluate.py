@@ -73,11 +73,11 @@ def test_denoising_loss_by_noise_level(config, params, document):
   windows = data.heldout_windows([corpora.Example(document)], 16, 2, 0)
   clean = evaluate.denoise_nats_per_token(config, params, windows, 0.0)
   noisy = evaluate.denoise_nats_per_token(config, params, windows, 1.0)
-  assert clean.corrupted == 0 and noisy.kept == 0
+  assert math.isnan(clean.corrupted) and math.isnan(noisy.kept)
   # An untrained network copies a kept token and can't guess a lost one.
   assert clean.kept < noisy.corrupted
   again = evaluate.denoise_nats_per_token(config, params, windows, 1.0)
-  assert again == noisy
+  assert again.corrupted == noisy.corrupted
 
 
 def test_unigram_entropy():
@@ -120,7 +120,7 @@ def test_nelbo_of_a_network_that_knows_nothing(config, params, document):
     corpora.Example(np.tile(document, 12)),
     corpora.fill_canvases([5, 6], list(range(7, 16)), 16, C, 1),
   ]
-  canvases = data.heldout_canvases(examples, 16, C, 2, 0, 1)
+  canvases = data.heldout_canvases(examples, 16, C, 2, 0)
   nats, error = evaluate.nelbo_nats_per_token(config, blank, canvases)
   assert 0 < error < 0.25
   assert abs(nats - math.log(97)) < 4 * error

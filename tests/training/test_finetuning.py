@@ -1,5 +1,6 @@
 """Runs that start from the weights of another, whole or with adapters."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -13,6 +14,7 @@ import pytest
 import diffusiongemma as dg
 from diffusiongemma import config as configs
 from diffusiongemma import conversion
+from diffusiongemma.checkpoints import native
 from diffusiongemma.training import corpus as corpora
 from diffusiongemma.training import train
 from diffusiongemma.training import workdir as workdirs
@@ -32,7 +34,7 @@ def little_to_do(tmp_path_factory):
     yield
 
 
-def make_config(steps, **changes):
+def make_config(steps, workdir='', **changes):
   """A run of few steps; `changes` are fields of training or other groups.
 
   The rate does not depend on the number of steps, so that all runs of a kind
@@ -56,7 +58,7 @@ def make_config(steps, **changes):
   )
   config = dataclasses.replace(config, **groups)
   if config.train.init_from:
-    config = conversion.adopt(config)
+    config = conversion.adopt(config, workdir)
   configs.validate(config)
   return config
 
@@ -108,7 +110,7 @@ def test_network_and_sampler_are_those_of_the_weights(base):
   )
   theirs = workdirs.read_config(base)
   assert (config.model, config.diffusion) == (theirs.model, theirs.diffusion)
-  with pytest.raises(workdirs.WorkdirError, match='holds no run'):
+  with pytest.raises(workdirs.WorkdirError, match='init_from: /nowhere is'):
     make_config(1, init_from='/nowhere')
 
 
@@ -152,15 +154,48 @@ def test_a_run_of_adapters_goes_on(base, adapted, tmp_path):
   )
 
 
-def test_adapters_refuse_other_weights(adapted, tmp_path):
-  """The run they start from has gone on since."""
-  config = workdirs.read_config(adapted)
-  folder = shutil.copytree(adapted, tmp_path / 'copy')
-  (folder / 'base.txt').write_text('0' * 32)
-  with pytest.raises(workdirs.WorkdirError, match='trained on other weights'):
+def test_adapters_refuse_other_weights(base, adapted, tmp_path):
+  """The run they start from has gone on since, or is gone."""
+  moved, folder = tmp_path / 'base', tmp_path / 'adapted'
+  shutil.copytree(base, moved)
+  shutil.copytree(adapted, folder)
+  config = configs.override(
+    workdirs.read_config(str(folder)), 'train.init_from', str(moved)
+  )
+  text = json.dumps(configs.to_dict(config))
+  (folder / 'config.json').write_text(text)
+  assert_same(dg.load(str(folder)).params, dg.load(adapted).params)
+  directory = workdirs.checkpoint_dir(str(moved))
+  params = jax.tree.map(lambda x: x + 1, dg.load(base).params)
+  with contextlib.closing(native.open_checkpoints(directory, 9)) as manager:
+    native.save(manager, 3, params, {'none': np.zeros(1)}, {}, config)
+  for use in (lambda: dg.load(str(folder)), lambda: run(config, folder)):
+    with pytest.raises(workdirs.WorkdirError, match='trained on other weights'):
+      use()
+  shutil.rmtree(moved)
+  with pytest.raises(workdirs.WorkdirError, match='adapters of the weights in'):
     dg.load(str(folder))
-  with pytest.raises(workdirs.WorkdirError, match='trained on other weights'):
-    run(config, folder)
+
+
+def test_a_run_goes_on_without_what_it_started_from(base, tmp_path):
+  """Tokenizer, network and checkpoint are its own by then."""
+  moved, folder = tmp_path / 'base', str(tmp_path / 'tuned')
+  shutil.copytree(base, moved)
+  run(make_config(1, init_from=str(moved)), folder)
+  shutil.rmtree(moved)
+  again = make_config(1, folder, init_from=str(moved))
+  assert train.train(again, folder, lambda: 1 / 0) == 0
+
+
+def test_mistakes_leave_nothing_behind(base, tmp_path):
+  for changes in (
+    {'optimizer': configs.OptimizerConfig(freeze=('nothing/*',))},
+    {'lora': configs.LoraConfig(rank=2, targets=('nothing/*',))},
+  ):
+    config = make_config(1, init_from=base, **changes)
+    with pytest.raises(configs.ConfigError, match="'nothing/.' names no"):
+      run(config, tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
 
 
 def test_adapters_are_exported_merged(base, adapted, tmp_path):
@@ -190,7 +225,8 @@ def test_a_hugging_face_folder_lends_tokenizer_and_template(base, tmp_path):
   }
   # And a run of what was trained would take them further.
   third = make_config(1, init_from=tuned)
-  further = workdirs.files_beside(third, workdirs.load_tokenizer(third))
+  tokenizer = workdirs.load_tokenizer(third, tuned)
+  further = workdirs.files_beside(third, tokenizer)
   assert further['huggingface/chat_template.jinja'] == b'{{ bos_token }}own'
 
 

@@ -224,16 +224,20 @@ def config(micro):
 
 
 def test_workdir_of_another_config_is_refused(micro, straight):
-  beside = workdirs.files_beside(micro, workdirs.load_tokenizer(micro))
+  tokenizer = workdirs.load_tokenizer(micro)
   free = dataclasses.replace(micro.train, log_every=1, keep_checkpoints=9)
-  workdirs.claim(straight[0], dataclasses.replace(micro, train=free), beside)
+  workdirs.claim(straight[0], dataclasses.replace(micro, train=free), tokenizer)
   other = configs.override(micro, 'data.batch_size', '4')
   other = configs.override(other, 'train.seed', '3')
   with pytest.raises(workdirs.WorkdirError) as caught:
-    workdirs.claim(straight[0], other, beside)
+    workdirs.claim(straight[0], other, tokenizer)
   assert 'config.data.batch_size: 2 there, 4 here' in str(caught.value)
   assert 'config.train.seed: 0 there, 3 here' in str(caught.value)
   assert str(caught.value).count(' here') == 2
+  seeing = dataclasses.replace(micro.model, vision=configs.VisionConfig())
+  other = dataclasses.replace(micro, model=seeing)
+  with pytest.raises(workdirs.WorkdirError, match='config.model.vision'):
+    workdirs.claim(straight[0], other, tokenizer)
 
 
 def test_tokenizer_must_fit_the_network(micro):
