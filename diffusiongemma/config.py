@@ -124,12 +124,14 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """Adam with decoupled weight decay, or Adafactor, which keeps no second
-  moment of a matrix; the rate rises over `warmup_steps`, then falls as a cosine
-  to `final_rate_fraction` of its peak, or stays. `freeze` has patterns such as
-  `*/router/*` of parameters that stay as they are. `b1` and `b2` are Adam's."""
+  """Adam with decoupled weight decay; Adafactor, without second moments of a
+  matrix; or Muon, which makes the steps of matrices orthogonal and is Adam
+  elsewhere (https://arxiv.org/abs/2502.16982). The rate rises over
+  `warmup_steps`, then falls as a cosine to `final_rate_fraction` of its peak,
+  or stays. `freeze` has patterns such as `*/router/*` of parameters that stay
+  as they are. `b1` and `b2` are Adam's; `b1` is Muon's momentum too."""
 
-  kind: Literal['adam', 'adafactor'] = 'adam'
+  kind: Literal['adam', 'adafactor', 'muon'] = 'adam'
   peak_learning_rate: float = 1.5e-4
   schedule: Literal['cosine', 'constant'] = 'cosine'
   warmup_steps: int = 100
@@ -140,6 +142,17 @@ class OptimizerConfig:
   weight_decay: float = 1e-4
   clip_norm: float = 1.0
   freeze: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """How many devices lie along each axis of the mesh, see `sharding.py`; one of
+  them may be -1, which takes the rest."""
+
+  data: int = -1
+  fsdp: int = 1
+  tensor: int = 1
+  expert: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +220,7 @@ class Config:
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
   lora: LoraConfig = LoraConfig()
+  mesh: MeshConfig = MeshConfig()
   train: TrainConfig = TrainConfig()
 
 
@@ -323,6 +337,12 @@ def validate(config: Config) -> None:
       'config.optimizer.freeze must be empty with config.lora: nothing but '
       'the adapters is learnt.'
     )
+  if config.lora.rank and config.optimizer.kind == 'muon':
+    raise ConfigError(
+      "config.optimizer.kind = 'muon' is for whole matrices; adapters take "
+      "'adam' or 'adafactor'."
+    )
+  _validate_mesh(config.mesh)
   if train.self_conditioning_probability > 1:
     raise ConfigError(
       'config.train.self_conditioning_probability is a probability, at most 1.'
@@ -344,6 +364,18 @@ def validate_diffusion(diffusion: DiffusionConfig) -> None:
   _check_numbers(diffusion, 'config.diffusion')
   if diffusion.t_min > diffusion.t_max:
     raise ConfigError('config.diffusion.t_min is above config.diffusion.t_max.')
+
+
+def _validate_mesh(mesh: MeshConfig) -> None:
+  """The part of `validate` that is about devices."""
+  sizes = dataclasses.asdict(mesh)
+  for name, size in sizes.items():
+    if size < 1 and size != -1:
+      raise ConfigError(
+        f'config.mesh.{name} = {size} must be positive, or -1: what is left.'
+      )
+  if list(sizes.values()).count(-1) > 1:
+    raise ConfigError('config.mesh: only one axis can be -1.')
 
 
 def _validate_vision(vision: VisionConfig) -> None:
@@ -513,6 +545,8 @@ def _check_types(config: Any, prefix: str) -> None:
 
 def _check_numbers(config: Any, prefix: str) -> None:
   for name, value in flatten(config, prefix).items():
+    if name.startswith('config.mesh.'):
+      continue  # May be -1.
     positive = not name.startswith(_MAY_BE_ZERO)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
       if not math.isfinite(value) or value < 0 or (positive and value == 0):

@@ -41,9 +41,6 @@ from diffusiongemma.training import workdir as workdirs
 CONFIG, GENERATION_CONFIG = 'config.json', 'generation_config.json'
 MAX_SHARD_BYTES = 5 * 10**9
 
-# Where an array is to live: (path in the parameters, shape) -> sharding.
-ShardingOf = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]
-
 
 def read_config(hf_dir: str) -> Config:
   """The config of a Hugging Face folder; fields it says nothing of have their
@@ -227,15 +224,15 @@ def adopt(config: Config, workdir: str) -> Config:
   )
 
 
-def load_base(config: Config) -> dict:
+def load_base(config: Config, sharding: native.ShardingOf) -> dict:
   """The parameters that a run starts from, as they are stored; see `load`."""
-  return load(config.train.init_from).params
+  return load(config.train.init_from, sharding=sharding).params
 
 
 def load(
   path: str,
   config: Config | None = None,
-  sharding: ShardingOf | None = None,
+  sharding: native.ShardingOf | None = None,
   verify: bool = True,
   merge: bool = True,
 ) -> workdirs.Run:
@@ -298,7 +295,7 @@ def is_huggingface(path: str) -> bool:
 
 
 def _to_device(
-  array: np.ndarray, path: tuple[str, ...], sharding: ShardingOf | None
+  array: np.ndarray, path: tuple[str, ...], sharding: native.ShardingOf | None
 ) -> jax.Array:
   """On its devices, each of which gets its own part and no more."""
   if sharding is None:

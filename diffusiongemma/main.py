@@ -24,6 +24,7 @@ import pathlib
 import shlex
 import signal
 import sys
+import traceback
 
 from absl import app
 from absl import flags
@@ -35,6 +36,8 @@ from rich import table as rich_table
 from diffusiongemma import checkpoints
 from diffusiongemma import config as configs
 from diffusiongemma import conversion
+from diffusiongemma import processes
+from diffusiongemma import sharding
 from diffusiongemma.text import chat
 from diffusiongemma.text import sample
 from diffusiongemma.training import corpus as corpora
@@ -92,6 +95,18 @@ _MAX_NEW_TOKENS = flags.DEFINE_integer(
   None,
   'sample: most tokens of a text or reply. Default: four canvases.',
 )
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator',
+  None,
+  'HOST:PORT of process 0, where several train together; "auto" asks the '
+  'cluster.',
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  'num_processes', None, 'How many processes train together.', lower_bound=1
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  'process_id', None, 'Which of them this is, from 0 on.', lower_bound=0
+)
 _FORMAT = flags.DEFINE_enum(
   'format', 'text', ['text', 'json'], 'sample, evaluate: what to print.'
 )
@@ -124,6 +139,7 @@ def main(argv: list[str]) -> None:
   _keep_compilations()
   try:
     overrides = _overrides(argv[1:])
+    _start_processes()
     run = {
       'train': _train,
       'evaluate': _evaluate,
@@ -133,11 +149,41 @@ def main(argv: list[str]) -> None:
     }
     code = run[_MODE.value](overrides)
   except (configs.ConfigError, sample.SampleError, chat.ToolsError) as error:
-    _fail_usage(str(error))
+    code = _fail(str(error), 2)
   except EXPECTED_ERRORS as error:
-    print(f'Error: {error}', file=sys.stderr)
-    sys.exit(1)
+    code = _fail(str(error), 1)
+  except Exception:
+    if not jax.distributed.is_initialized():
+      raise
+    code = _fail(
+      f'{traceback.format_exc()}If another process has ended, this one cannot '
+      'go on without it. The same commands go on from the newest checkpoint.',
+      1,
+    )
   sys.exit(code)
+
+
+def _start_processes() -> None:
+  """Joins the job that the flags describe."""
+  given = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+  if _MODE.value != 'train' and any(x is not None for x in given):
+    raise configs.ConfigError(
+      f'--mode={_MODE.value} runs in one process: leave out --coordinator, '
+      '--num_processes and --process_id.'
+    )
+  processes.start(*given)
+
+
+def _fail(message: str, code: int) -> int:
+  """Says what is wrong; of several processes, each says who it is and ends,
+  for the others would wait for it."""
+  if not jax.distributed.is_initialized():
+    print(f'Error: {message}', file=sys.stderr)
+    return code
+  print(f'Error in process {jax.process_index()}: {message}', file=sys.stderr)
+  sys.stderr.flush()
+  processes.leave(code)
+  return code
 
 
 def _reuse_memory() -> None:
@@ -252,7 +298,13 @@ def _load_run(overrides: dict[str, str]) -> workdirs.Run:
   config = _changed(own, overrides)
   configs.validate(config)
   _check_network(config, own, folder)
-  run = conversion.load(folder, config)
+  where = None
+  if any(field.startswith('mesh.') for field in overrides):
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.validate(config, tuple(mesh.shape.values()), batch=False)
+    jax.set_mesh(mesh)
+    where = sharding.parameter_sharding(mesh)
+  run = conversion.load(folder, config, where)
   if run.tokenizer is None:
     raise workdirs.WorkdirError(
       f'{folder} has no tokenizer; put its tokenizer.json or '
@@ -268,6 +320,8 @@ def _train(overrides: dict[str, str]) -> int:
   code = train.train(
     config, workdir, load_base if config.train.init_from else None
   )
+  if not processes.is_first():
+    return code
   if code == 0:
     prompt = shlex.quote(config.train.sample_prompt.strip() or '...')
     print(

@@ -21,6 +21,7 @@ import diffusiongemma
 from diffusiongemma import config as configs
 from diffusiongemma import conversion
 from diffusiongemma.checkpoints import CheckpointError
+from diffusiongemma.checkpoints import digest as digest_lib
 from diffusiongemma.checkpoints import huggingface_config
 from diffusiongemma.checkpoints import native
 from diffusiongemma.checkpoints import safetensors
@@ -263,7 +264,7 @@ def test_a_flipped_bit_is_reported_by_the_name_of_the_array(workdir, tmp_path):
 def test_export_reports_a_flipped_bit_and_leaves_nothing(
   workdir, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(native, 'digest', lambda array: 'other')
+  monkeypatch.setattr(digest_lib, 'digest', lambda array: 'other')
   with pytest.raises(CheckpointError, match=r"\['embedding'\] differs"):
     diffusiongemma.export(str(workdir), str(tmp_path / 'out'))
   assert not os.listdir(tmp_path)

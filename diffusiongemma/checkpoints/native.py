@@ -4,15 +4,16 @@
 
 Items are apart, so that sampling restores `params` alone. Orbax writes a step
 beside its place and renames it when complete, and notices neither a flipped
-bit nor a missing chunk: `digests` has a BLAKE2 of every array, and restoring
-goes back to the newest step whose arrays all agree. Manager and items are
-Orbax' v0 interface; its v1 adds what v0 lacks, saving piece by piece.
+bit nor a missing chunk: `digests` has one of every array, and restoring goes
+back to the newest step whose arrays all agree. Manager and items are Orbax' v0
+interface; its v1 adds what v0 lacks, saving piece by piece. All processes of a
+job save and restore together.
 """
 
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 import contextlib
-import hashlib
 import os
 import re
 import shutil
@@ -28,7 +29,12 @@ from orbax.checkpoint.experimental.v1 import partial as ocp_partial
 import tensorstore
 
 from diffusiongemma import config as configs
+from diffusiongemma import processes
 from diffusiongemma.checkpoints import CheckpointError
+from diffusiongemma.checkpoints import digest as digest_lib
+
+# Where an array is to live: (path in the parameters, shape) -> sharding.
+ShardingOf = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]
 
 
 class Restored(NamedTuple):
@@ -64,21 +70,6 @@ def open_checkpoints(
   return ocp.CheckpointManager(directory, options=options)
 
 
-def digest(array: Any) -> str:
-  """BLAKE2 of an array's type, shape and bytes."""
-  array = np.ascontiguousarray(array)
-  head = f'{array.dtype} {array.shape}'.encode()
-  hasher = hashlib.blake2b(head, digest_size=16)
-  hasher.update(array.view(np.uint8).reshape(-1))
-  return hasher.hexdigest()
-
-
-def digests(tree: Any) -> dict[str, str]:
-  """`{path of array: digest}`."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(path): digest(leaf) for path, leaf in leaves}
-
-
 def save(
   manager: ocp.CheckpointManager,
   step: int,
@@ -96,8 +87,19 @@ def save(
   if step in manager.all_steps():
     return
   num_bytes = sum(x.nbytes for x in jax.tree.leaves((params, opt_state)))
+  sums = {
+    'params': digest_lib.digests(params),
+    'opt_state': digest_lib.digests(opt_state),
+  }
   try:
-    _check_room(str(manager.directory), num_bytes)
+    problem = None
+    try:
+      if processes.is_first():
+        _check_room(str(manager.directory), num_bytes)
+    except OSError as error:
+      problem = error
+    if not processes.all_agree(problem is None):
+      raise problem or OSError('the first process could not write')
     manager.save(
       step,
       args=ocp.args.Composite(
@@ -105,9 +107,7 @@ def save(
         opt_state=ocp.args.StandardSave(opt_state),
         data=ocp.args.JsonSave(data),
         config=ocp.args.JsonSave(configs.to_dict(config)),
-        digests=ocp.args.JsonSave(
-          {'params': digests(params), 'opt_state': digests(opt_state)}
-        ),
+        digests=ocp.args.JsonSave(sums),
       ),
     )
     manager.wait_until_finished()
@@ -155,7 +155,7 @@ def save_arrays(
     os.makedirs(directory)
     _check_room(directory, num_bytes)
     for path, array in arrays:
-      sums[_key(path)] = digest(array)
+      sums[_key(path)] = digest_lib.digest(array)
       node = piece
       for part in path[:-1]:
         node = node.setdefault(part, {})
@@ -269,6 +269,32 @@ def restore_step(
   verify: bool = True,
 ) -> Restored:
   """One step, verified array by array. Raises `CheckpointError`."""
+  problem = None
+  try:
+    items = _read_step(manager, step, params, opt_state)
+  except CheckpointError as error:
+    problem = error
+  if not processes.all_agree(problem is None):
+    raise problem or CheckpointError(
+      f'Checkpoint {step} cannot be read by another process.'
+    )
+  for name in ('params', 'opt_state') if verify else ():
+    if name not in items:
+      continue
+    expected, found = items.digests[name], digest_lib.digests(items[name])
+    wrong = sorted(k for k in found if expected.get(k) != found[k])
+    if wrong:
+      raise CheckpointError(
+        f'Checkpoint {step} is damaged: {name} {", ".join(wrong[:4])} '
+        f'{"and more " if len(wrong) > 4 else ""}differ from what was saved.'
+      )
+  return Restored(step, items.params, items.get('opt_state'), items.get('data'))
+
+
+def _read_step(
+  manager: ocp.CheckpointManager, step: int, params: Any, opt_state: Any
+) -> Any:
+  """The items of a step as Orbax gives them. Raises `CheckpointError`."""
   _check_index(manager, step)
   wanted = {'params': _with_stored_types(manager, step, params)}
   if opt_state is not None:
@@ -279,19 +305,10 @@ def restore_step(
   if opt_state is not None:
     arguments['data'] = ocp.args.JsonRestore()
   try:
-    items = manager.restore(step, args=ocp.args.Composite(**arguments))
+    return manager.restore(step, args=ocp.args.Composite(**arguments))
   except Exception as error:  # Orbax and TensorStore raise many kinds.
     message = f'Checkpoint {step} cannot be read: {_reason(error)}.'
     raise CheckpointError(_unreadable(manager, step) or message) from error
-  for name in wanted if verify else ():
-    expected, found = items.digests[name], digests(items[name])
-    wrong = sorted(k for k in found if expected.get(k) != found[k])
-    if wrong:
-      raise CheckpointError(
-        f'Checkpoint {step} is damaged: {name} {", ".join(wrong[:4])} '
-        f'{"and more " if len(wrong) > 4 else ""}differ from what was saved.'
-      )
-  return Restored(step, items.params, items.get('opt_state'), items.get('data'))
 
 
 def _with_stored_types(
@@ -401,7 +418,7 @@ def read_arrays(
       raise CheckpointError(
         f'Checkpoint {step}: {_key(path)} cannot be read: {_reason(error)}.'
       ) from error
-    if expected.get(_key(path)) != digest(array):
+    if expected.get(_key(path)) != digest_lib.digest(array):
       raise CheckpointError(
         f'Checkpoint {step} is damaged: params {_key(path)} differs from what '
         'was saved.'
@@ -412,9 +429,10 @@ def read_arrays(
 def set_aside_after(manager: ocp.CheckpointManager, step: int) -> None:
   """Renames newer steps to `damaged-<step>`: their numbers are needed again,
   and what is in them may still be of use to somebody."""
-  for newer in manager.all_steps():
+  for newer in manager.all_steps() if processes.is_first() else ():
     if newer > step:
       aside = manager.directory / f'damaged-{newer}'
       shutil.rmtree(aside, ignore_errors=True)
       (manager.directory / str(newer)).rename(aside)
+  processes.wait('set aside')
   manager.reload()

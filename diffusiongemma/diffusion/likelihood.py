@@ -34,7 +34,7 @@ def nelbo_density(
     t_M: float32 in (0, 1), the time of each.
 
   Returns:
-    l in nats per unit of time, float32 [M], at least 0.
+    l in nats per unit of time, float32 [M], at least 0; M may be several axes.
 
   Source: the score entropy of Lou et al., https://arxiv.org/abs/2310.16834,
   for uniform noise, and Schiff et al., https://arxiv.org/abs/2412.10193.
@@ -44,8 +44,8 @@ def nelbo_density(
     noise.noise_schedule, (t_M,), (jnp.ones_like(t_M),)
   )
   # qbar in units of (1 - alpha) / V: 1, and more at x.
-  rho_M1 = (V * alpha_M / (1 - alpha_M))[:, None]
-  extra_MV = rho_M1 * (jnp.arange(V) == x_M[:, None])
+  rho_M1 = (V * alpha_M / (1 - alpha_M))[..., None]
+  extra_MV = rho_M1 * (jnp.arange(V) == x_M[..., None])
   log_y_MV = jnp.log1p(rho_M1 * jnp.exp(log_mu_MV)) - jnp.log1p(extra_MV)
   kl_M = jnp.sum((1 + extra_MV) * _excess(log_y_MV), axis=-1)
   kl_M *= (1 - alpha_M) / V
@@ -55,7 +55,7 @@ def nelbo_density(
 
 
 def _pick(values_MV: jax.Array, index_M: jax.Array) -> jax.Array:
-  return jnp.take_along_axis(values_MV, index_M[:, None], axis=-1)[:, 0]
+  return jnp.take_along_axis(values_MV, index_M[..., None], axis=-1)[..., 0]
 
 
 def _excess(d: jax.Array) -> jax.Array:
@@ -120,9 +120,9 @@ def nelbo(
   clean_BL = loss.slice_canvases(tokens_BS, start_BK, C)
   _, cache, _ = network.prefill(tokens_BS, length_B)
 
-  def density(h_MD, x_M, z_M, t_M):
-    log_mu_MV = jax.nn.log_softmax(network.logits(h_MD), axis=-1)
-    return nelbo_density(log_mu_MV, x_M, z_M, t_M)
+  def density(h_BLD, x_BL, z_BL, t_BL):
+    log_mu_BLV = jax.nn.log_softmax(network.logits(h_BLD), axis=-1)
+    return nelbo_density(log_mu_BLV, x_BL, z_BL, t_BL)
 
   def draw(drawn):
     t_BK, weight_BK, draw_key = drawn

@@ -264,59 +264,64 @@ def cross_entropy(
   and what z tells of its own position is added.
   """
 
-  def chunk(h_MD, targets_M, *evidence_M):
-    logits_MV = logits_fn(h_MD)
-    if evidence_M:
-      logits_MV = add_evidence(logits_MV, *evidence_M)
-    log_normalizer_M = jax.nn.logsumexp(logits_MV, axis=-1)
-    picked_M = jnp.take_along_axis(logits_MV, targets_M[:, None], axis=-1)
-    right_M = jnp.argmax(logits_MV, axis=-1) == targets_M
-    return log_normalizer_M - picked_M[:, 0], right_M.astype(jnp.float32)
+  def chunk(h_BLD, targets_BL, *evidence_BL):
+    logits_BLV = logits_fn(h_BLD)
+    if evidence_BL:
+      logits_BLV = add_evidence(logits_BLV, *evidence_BL)
+    log_normalizer_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
+    # As a sum: a vocabulary in parts is not put together for it.
+    tokens_V = jnp.arange(logits_BLV.shape[-1])
+    is_target_BLV = tokens_V == targets_BL[..., None]
+    picked_BL = jnp.sum(jnp.where(is_target_BLV, logits_BLV, 0.0), axis=-1)
+    right_BL = jnp.argmax(logits_BLV, axis=-1) == targets_BL
+    return log_normalizer_BL - picked_BL, right_BL.astype(jnp.float32)
 
   return in_chunks(logits_fn, chunk, h_BLD, targets_BL, *(evidence or ()))
 
 
 def add_evidence(
-  logits_MV: jax.Array, z_M: jax.Array, t_M: jax.Array
+  logits_BLV: jax.Array, z_BL: jax.Array, t_BL: jax.Array
 ) -> jax.Array:
   """log p(x_i | z) up to a constant, from log p(x_i | z without z_i): Bayes'
   rule with  q(z | x) ~ 1 + V alpha / (1 - alpha)  where x = z, 1 elsewhere."""
-  V, alpha_M = logits_MV.shape[-1], noise.noise_schedule(t_M)
-  bonus_M = jnp.log1p(V * alpha_M / (1 - alpha_M))
-  return logits_MV + bonus_M[:, None] * jax.nn.one_hot(z_M, V)
+  V, alpha_BL = logits_BLV.shape[-1], noise.noise_schedule(t_BL)
+  bonus_BL = jnp.log1p(V * alpha_BL / (1 - alpha_BL))
+  return logits_BLV + bonus_BL[..., None] * jax.nn.one_hot(z_BL, V)
 
 
 def soft_embedding(network: Network, h_BLD: jax.Array) -> jax.Array:
   """The self-conditioning signal softmax(logits) @ E sqrt(D): [B, L, D]."""
 
-  def chunk(h_MD):
-    probabilities_MV = jax.nn.softmax(network.logits(h_MD), axis=-1)
-    return network.soft_embedding(probabilities_MV)
+  def chunk(h_BLD):
+    probabilities_BLV = jax.nn.softmax(network.logits(h_BLD), axis=-1)
+    return network.soft_embedding(probabilities_BLV)
 
   return in_chunks(network.logits, chunk, h_BLD)
 
 
 def in_chunks(logits_fn: Callable, chunk: Callable, h_BLD, *others_BL):
-  """Maps `chunk` over groups of positions whose logits fit CHUNK_LOGITS."""
+  """Maps `chunk` over groups of positions whose logits fit CHUNK_LOGITS, on
+  each device of the mesh. Every group has all rows, or devices would idle."""
   B, L, D = h_BLD.shape
-  row = jax.ShapeDtypeStruct((1, D), h_BLD.dtype)
+  row = jax.ShapeDtypeStruct((1, 1, D), h_BLD.dtype)
   V = jax.eval_shape(logits_fn, row).shape[-1]
-  arrays = [x.reshape(B * L, *x.shape[2:]) for x in (h_BLD, *others_BL)]
-  size = max(1, CHUNK_LOGITS // V)
-  if size >= B * L:
-    out = chunk(*arrays)
-  else:
-    count = -(-B * L // size)
-    padding = count * size - B * L
+  devices = max(1, jax.sharding.get_abstract_mesh().size)
+  size = max(1, CHUNK_LOGITS * devices // (V * B))
+  if size >= L:
+    return chunk(h_BLD, *others_BL)
+  count = -(-L // size)
 
-    def split(x):
-      x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
-      return x.reshape(count, size, *x.shape[1:])
+  def split(x):
+    padding = [(0, 0), (0, count * size - L)] + [(0, 0)] * (x.ndim - 2)
+    x = jnp.pad(x, padding).reshape(B, count, size, *x.shape[2:])
+    return jnp.moveaxis(x, 1, 0)
 
-    chunks = [split(x) for x in arrays]
-    out = jax.lax.map(lambda c: jax.checkpoint(chunk)(*c), chunks)
-    out = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: B * L], out)
-  return jax.tree.map(lambda x: x.reshape(B, L, *x.shape[1:]), out)
+  def join(x):
+    return jnp.moveaxis(x, 0, 1).reshape(B, -1, *x.shape[3:])[:, :L]
+
+  chunks = [split(x) for x in (h_BLD, *others_BL)]
+  out = jax.lax.map(lambda c: jax.checkpoint(chunk)(*c), chunks)
+  return jax.tree.map(join, out)
 
 
 def slice_canvases(

@@ -5,7 +5,8 @@
 The portable twin: rows are laid out group by group, every group padded to
 whole tiles of `tile` rows, so that a tile meets one matrix; M rows of E
 groups fill at most ceil(M / tile) + E tiles, whatever the routing is. No row
-is dropped and nothing is computed for experts that a row did not choose.
+is dropped; a loop goes over the tiles that are used, so that nothing is
+computed for experts that no row chose, and no matrix is copied for each tile.
 `jax.lax.ragged_dot` is dense on CPU and GPU, which is why it is not used.
 """
 
@@ -21,15 +22,18 @@ class Groups:
   """Where the R = M*k (token, choice) rows lie in the tiled buffer of T rows.
 
   Attributes:
-    slot_R: int32, row of the tiled buffer that holds each routed row.
+    slot_R: int32, row of the tiled buffer that holds each routed row; T where
+      it has none.
     row_T: int32, routed row held by each buffer row; R where it is padding.
     expert_of_tile: int32 [T / tile], the expert of each tile.
+    used: int32, how many tiles, the first ones, have rows.
     tile: rows in a tile.
   """
 
   slot_R: jax.Array
   row_T: jax.Array
   expert_of_tile: jax.Array
+  used: jax.Array
   tile: int = flax.struct.field(pytree_node=False)
 
 
@@ -44,7 +48,8 @@ def make_groups(expert_R: jax.Array, num_experts: int, tile: int) -> Groups:
   """Lays R routed rows out by expert (a counting sort; stable).
 
   Args:
-    expert_R: int32, the expert of each routed row.
+    expert_R: int32, the expert of each routed row; E or more is none of these
+      experts, and the row is left out.
     num_experts: E.
     tile: rows in a tile.
   """
@@ -56,18 +61,20 @@ def make_groups(expert_R: jax.Array, num_experts: int, tile: int) -> Groups:
   tiles_E = -(-jnp.sum(one_hot_RE, axis=0) // tile)
   end_E = jnp.cumsum(tiles_E)
   start_R = jnp.sum((end_E - tiles_E) * one_hot_RE, axis=1) * tile
-  slot_R = start_R + rank_R
+  # The rows of no expert go nowhere.
+  here_R = expert_R < num_experts
+  slot_R = jnp.where(here_R, start_R + rank_R, num_tiles * tile)
   row_T = jnp.full((num_tiles * tile,), num_rows, jnp.int32)
   row_T = row_T.at[slot_R].set(
-    jnp.arange(num_rows, dtype=jnp.int32),
-    unique_indices=True,
-    mode='promise_in_bounds',
+    jnp.arange(num_rows, dtype=jnp.int32), mode='drop'
   )
   # Tiles past the last group are padding; they may meet any expert.
   tile_index = jnp.arange(num_tiles)
   expert_of_tile = jnp.sum(tile_index[:, None] >= end_E[None, :], axis=1)
   expert_of_tile = jnp.minimum(expert_of_tile, num_experts - 1)
-  return Groups(slot_R, row_T, expert_of_tile.astype(jnp.int32), tile)
+  return Groups(
+    slot_R, row_T, expert_of_tile.astype(jnp.int32), end_E[-1], tile
+  )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -86,7 +93,7 @@ def _scatter_forward(x_MD, groups, k):
 
 
 def _scatter_backward(k, groups, d_TD):
-  d_RD = jnp.take(d_TD, groups.slot_R, axis=0, mode='clip')
+  d_RD = gather_from_tiles(d_TD, groups)
   return d_RD.reshape(-1, k, d_TD.shape[-1]).sum(axis=1), None
 
 
@@ -95,8 +102,8 @@ scatter_to_tiles.defvjp(_scatter_forward, _scatter_backward)
 
 @jax.custom_vjp
 def gather_from_tiles(y_TD: jax.Array, groups: Groups) -> jax.Array:
-  """The routed rows back in their order: [R, D]."""
-  return jnp.take(y_TD, groups.slot_R, axis=0, mode='clip')
+  """The routed rows back in their order, [R, D]; zero where left out."""
+  return jnp.take(y_TD, groups.slot_R, axis=0, mode='fill', fill_value=0)
 
 
 def _gather_forward(y_TD, groups):
@@ -111,6 +118,7 @@ def _gather_backward(groups, d_RD):
 gather_from_tiles.defvjp(_gather_forward, _gather_backward)
 
 
+@jax.custom_vjp
 def grouped_matmul(
   x_TD: jax.Array, weights_EFD: jax.Array, groups: Groups
 ) -> jax.Array:
@@ -119,9 +127,58 @@ def grouped_matmul(
   Args:
     x_TD: rows in the tiled layout of `groups`.
     weights_EFD: one matrix [F, D] per expert, as Hugging Face stores them.
-    groups: the layout.
+    groups: the layout. Rows of tiles that are not used become zero.
   """
-  x_NMD = x_TD.reshape(-1, groups.tile, x_TD.shape[-1])
-  weights_NFD = weights_EFD[groups.expert_of_tile]
-  y_NMF = jnp.einsum('nmd,nfd->nmf', x_NMD, weights_NFD)
-  return y_NMF.reshape(x_TD.shape[0], -1)
+  return _multiply_tiles(x_TD, weights_EFD, groups)
+
+
+def _matmul_forward(x_TD, weights_EFD, groups):
+  return grouped_matmul(x_TD, weights_EFD, groups), (x_TD, weights_EFD, groups)
+
+
+def _matmul_backward(saved, d_TF):
+  x_TD, weights_EFD, groups = saved
+  d_x_TD = _multiply_tiles(d_TF, weights_EFD.mT, groups)
+  return d_x_TD, _add_tiles(d_TF, x_TD, weights_EFD, groups), None
+
+
+grouped_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+@jax.jit
+def _multiply_tiles(x_TD, weights_EFD, groups):
+  """Each tile times the transposed matrix of its expert: [T, F]."""
+
+  def tile(index, y_TF):
+    x_mD = _rows(x_TD, index, groups)
+    weights_FD = weights_EFD[groups.expert_of_tile[index]]
+    y_mF = jnp.einsum('md,fd->mf', x_mD, weights_FD)
+    return jax.lax.dynamic_update_slice_in_dim(
+      y_TF, y_mF, index * groups.tile, 0
+    )
+
+  y_TF = jnp.zeros((x_TD.shape[0], weights_EFD.shape[1]), x_TD.dtype)
+  return jax.lax.fori_loop(0, groups.used, tile, y_TF)
+
+
+@jax.jit
+def _add_tiles(d_TF, x_TD, weights_EFD, groups):
+  """The gradient of the matrices: sums of products of tiles, [E, F, D]."""
+
+  def tile(index, total_EFD):
+    d_mF, x_mD = _rows(d_TF, index, groups), _rows(x_TD, index, groups)
+    product_FD = jnp.einsum(
+      'mf,md->fd', d_mF, x_mD, preferred_element_type=jnp.float32
+    )
+    return total_EFD.at[groups.expert_of_tile[index]].add(product_FD)
+
+  total_EFD = jnp.zeros(weights_EFD.shape, jnp.float32)
+  total_EFD = jax.lax.fori_loop(0, groups.used, tile, total_EFD)
+  return total_EFD.astype(weights_EFD.dtype)
+
+
+def _rows(x_TD: jax.Array, index: jax.Array, groups: Groups) -> jax.Array:
+  """The rows of one tile."""
+  return jax.lax.dynamic_slice_in_dim(
+    x_TD, index * groups.tile, groups.tile, axis=0
+  )

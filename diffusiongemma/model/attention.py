@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from diffusiongemma.config import ModelConfig
 from diffusiongemma.model import cache as kv_cache
 from diffusiongemma.model import layers
+from diffusiongemma.model import parallel
 
 
 def attend(
@@ -81,7 +82,13 @@ class Attention(nn.Module):
       v = k
     q = layers.rotary(self.q_norm(q), positions_BL, self.frequencies)
     k = layers.rotary(self.k_norm(k), positions_BL, self.frequencies)
-    return q, k, layers.rms_norm(v, self.config.norm_epsilon)
+    v = layers.rms_norm(v, self.config.norm_epsilon)
+    kv_axes = ('batch', None, f'{self.kind}_kv_heads', None)
+    return (
+      parallel.constrain(q, 'batch', 'length', 'q_heads', None),
+      parallel.constrain(k, *kv_axes),
+      parallel.constrain(v, *kv_axes),
+    )
 
   def output(self, out_BLNH: jax.Array) -> jax.Array:
     """Back to the residual width: [B, L, D]."""

@@ -87,11 +87,13 @@ def write(
 
   Of more entries than slots, the last stay. Padding is not written.
   """
-  B, S = slots_BSKH.shape[:2]
-  slot_BP = slots_for(start_B, length_B, new_BPKH.shape[1], S)
-  return slots_BSKH.at[jnp.arange(B)[:, None], slot_BP].set(
-    new_BPKH.astype(slots_BSKH.dtype), mode='drop', unique_indices=True
-  )
+  slot_BP = slots_for(start_B, length_B, new_BPKH.shape[1], slots_BSKH.shape[1])
+
+  @jax.vmap  # So that a mesh sees rows that have nothing to do with each other.
+  def put(slots_SKH, slot_P, new_PKH):
+    return slots_SKH.at[slot_P].set(new_PKH, mode='drop', unique_indices=True)
+
+  return put(slots_BSKH, slot_BP, new_BPKH.astype(slots_BSKH.dtype))
 
 
 def slots_for(

@@ -24,6 +24,7 @@ from diffusiongemma.model import cache as kv_cache
 from diffusiongemma.model import layers
 from diffusiongemma.model import masks
 from diffusiongemma.model import moe
+from diffusiongemma.model import parallel
 from diffusiongemma.model import vision
 
 
@@ -79,15 +80,13 @@ class Layer(nn.Module):
     """Residuals and both feed-forward branches."""
     attended_BLD = self.attention.output(attended_BLNH)
     h_BLD = x_BLD + self.norm_post_attn(attended_BLD)
-    B, L, D = h_BLD.shape
-    routing = self.router(h_BLD.reshape(B * L, D))
+    routing = self.router(h_BLD)
     shared = self.norm_post_ffw_1(self.shared_mlp(self.norm_pre_ffw(h_BLD)))
-    routed_MD = self.experts(
-      self.norm_pre_ffw_2(h_BLD).reshape(B * L, D), routing
-    )
-    routed = self.norm_post_ffw_2(routed_MD.reshape(B, L, D))
+    routed = self.experts(self.norm_pre_ffw_2(h_BLD), routing)
+    routed = self.norm_post_ffw_2(routed)
     h_BLD = h_BLD + self.norm_post_ffw(shared + routed)
-    return h_BLD * scalar.astype(h_BLD.dtype), routing
+    h_BLD = h_BLD * scalar.astype(h_BLD.dtype)
+    return parallel.constrain(h_BLD, 'batch', 'length', None), routing
 
 
 class SelfConditioning(nn.Module):
@@ -289,11 +288,12 @@ class Denoiser(nn.Module):
       return x_BPD, None
     return x_BPD, jnp.where(is_image_BP, images.index_BP // T, -1)
 
-  def embed(self, tokens: jax.Array) -> jax.Array:
+  def embed(self, tokens_BL: jax.Array) -> jax.Array:
     """Embeddings times sqrt(D), the factor rounded to their type."""
     dtype = jnp.dtype(self.config.dtype)
     factor = jnp.asarray(self.config.embed_dim**0.5, dtype)
-    return self.embedding[tokens].astype(dtype) * factor
+    x = parallel.look_up(self.embedding, tokens_BL).astype(dtype) * factor
+    return parallel.constrain(x, 'batch', 'length', None)
 
   def logits(self, h: jax.Array) -> jax.Array:
     """Softcapped logits of hidden states, [..., V] in float32."""
@@ -303,6 +303,8 @@ class Denoiser(nn.Module):
       self.embedding.astype(h.dtype),
       preferred_element_type=jnp.float32,
     )
+    rows = ('rows',) + (None,) * (h.ndim - 2)
+    logits = parallel.constrain(logits, *rows, 'vocab')
     cap = self.config.logit_softcap
     return cap * jnp.tanh(logits / cap) if cap else logits
 
@@ -311,7 +313,8 @@ class Denoiser(nn.Module):
     dtype = jnp.dtype(self.config.dtype)
     factor = jnp.asarray(self.config.embed_dim**0.5, dtype)
     table_VD = self.embedding.astype(dtype)
-    return (probabilities.astype(dtype) @ table_VD) * factor
+    soft = (probabilities.astype(dtype) @ table_VD) * factor
+    return parallel.constrain(soft, 'batch', *(None,) * (soft.ndim - 1))
 
 
 def init_params(model: Denoiser, key: jax.Array) -> dict:

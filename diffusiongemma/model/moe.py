@@ -7,6 +7,9 @@
 The router reads the raw residual h, the experts its normed copy x.
 """
 
+import functools
+from typing import Any
+
 import flax
 import flax.linen as nn
 import jax
@@ -15,21 +18,22 @@ import jax.numpy as jnp
 from diffusiongemma.config import ModelConfig
 from diffusiongemma.kernels import grouped_matmul as grouped
 from diffusiongemma.model import layers
+from diffusiongemma.model import parallel
 
 
 @flax.struct.dataclass
 class Routing:
-  """What the router decided for M tokens.
+  """What the router decided for each token.
 
   Attributes:
-    weights_Mk: float32, the share of each chosen expert.
-    experts_Mk: int32, the chosen experts.
-    probabilities_ME: float32, before the choice (for the statistics).
+    weights_BLk: float32, the share of each chosen expert.
+    experts_BLk: int32, the chosen experts.
+    probabilities_BLE: float32, before the choice (for the statistics).
   """
 
-  weights_Mk: jax.Array
-  experts_Mk: jax.Array
-  probabilities_ME: jax.Array
+  weights_BLk: jax.Array
+  experts_BLk: jax.Array
+  probabilities_BLE: jax.Array
 
 
 class Router(nn.Module):
@@ -50,16 +54,16 @@ class Router(nn.Module):
       'per_expert_scale', ones, (E,), jnp.float32
     )
 
-  def __call__(self, h_MD: jax.Array) -> Routing:
+  def __call__(self, h_BLD: jax.Array) -> Routing:
     cfg = self.config
-    h_MD = layers.rms_norm(h_MD.astype(jnp.float32), cfg.norm_epsilon)
-    h_MD = h_MD * self.scale.astype(jnp.float32) * cfg.embed_dim**-0.5
-    logits_ME = h_MD @ self.proj.astype(jnp.float32)
-    probabilities_ME = jax.nn.softmax(logits_ME, axis=-1)
-    weights, experts = jax.lax.top_k(probabilities_ME, cfg.experts_per_token)
+    h_BLD = layers.rms_norm(h_BLD.astype(jnp.float32), cfg.norm_epsilon)
+    h_BLD = h_BLD * self.scale.astype(jnp.float32) * cfg.embed_dim**-0.5
+    logits_BLE = h_BLD @ self.proj.astype(jnp.float32)
+    probabilities_BLE = jax.nn.softmax(logits_BLE, axis=-1)
+    weights, experts = jax.lax.top_k(probabilities_BLE, cfg.experts_per_token)
     weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights * self.per_expert_scale.astype(jnp.float32)[experts]
-    return Routing(weights, experts, probabilities_ME)
+    return Routing(weights, experts, probabilities_BLE)
 
 
 class Experts(nn.Module):
@@ -74,23 +78,100 @@ class Experts(nn.Module):
     self.gate_up = self.param('gate_up', init, (E, 2 * F, D), dtype)
     self.down = self.param('down', init, (E, D, F), dtype)
 
-  def __call__(self, x_MD: jax.Array, routing: Routing) -> jax.Array:
-    """[M, D]; each token meets only the experts it was routed to."""
-    k = self.config.experts_per_token
-    num_experts = self.config.num_experts
-    experts_R = routing.experts_Mk.reshape(-1)
-    tile = grouped.default_tile(experts_R.shape[0], num_experts)
-    groups = grouped.make_groups(experts_R, num_experts, tile)
-    x_TD = grouped.scatter_to_tiles(x_MD, groups, k)
-    gate_up_TF = _expert_linear(x_TD, self.gate_up, groups)
-    gate_TF, up_TF = jnp.split(gate_up_TF, 2, axis=-1)
-    hidden_TF = nn.gelu(gate_TF, approximate=True) * up_TF
-    y_TD = _expert_linear(hidden_TF, self.down, groups)
-    y_MkD = grouped.gather_from_tiles(y_TD, groups).reshape(
-      *routing.experts_Mk.shape, -1
+  def __call__(self, x_BLD: jax.Array, routing: Routing) -> jax.Array:
+    """[B, L, D]; each token meets only the experts it was routed to."""
+    matrices = (self.gate_up, self.down)
+    chosen = (routing.weights_BLk, routing.experts_BLk)
+    if not parallel.is_active():
+      return _apply_experts(x_BLD, *chosen, *matrices)
+    tokens = parallel.spec('batch', 'length', None)
+    specs = (
+      _specs(self.gate_up, ('experts', None, 'embed')),
+      _specs(self.down, ('experts', 'embed', None)),
     )
-    weights_Mk = routing.weights_Mk.astype(x_MD.dtype)
-    return jnp.einsum('mkd,mk->md', y_MkD, weights_Mk)
+    return jax.shard_map(
+      functools.partial(_apply_experts, tokens=tokens),
+      in_specs=(tokens, tokens, tokens, *specs),
+      out_specs=tokens,
+      check_vma=False,
+    )(x_BLD, *chosen, *matrices)
+
+
+def _specs(w: jax.Array | layers.LowRank, axes: tuple) -> Any:
+  """Where the matrices of experts lie, with their adapters if they have any."""
+  spec = parallel.spec(*axes)
+  if not isinstance(w, layers.LowRank):
+    return spec
+  experts, out, into = axes
+  return w.replace(
+    weight=spec,
+    a=parallel.spec(experts, None, into),
+    b=parallel.spec(experts, out, None),
+  )
+
+
+def _apply_experts(
+  x_BLD: jax.Array,
+  weights_BLk: jax.Array,
+  experts_BLk: jax.Array,
+  gate_up_EFD: jax.Array | layers.LowRank,
+  down_EDF: jax.Array | layers.LowRank,
+  tokens: jax.sharding.PartitionSpec | None = None,
+) -> jax.Array:
+  """The mixture of each token, [B, L, D].
+
+  With `tokens`, what lies along which axes of the mesh, this is one device's
+  part: it gathers the tokens of those that have other experts, applies the
+  experts that it has, and adds up what all of them say.
+  """
+  (B, L, D), k = x_BLD.shape, experts_BLk.shape[-1]
+  x_MD = x_BLD.reshape(B * L, D)
+  weights_Mk = weights_BLk.reshape(B * L, k).astype(x_BLD.dtype)
+  experts_Mk = experts_BLk.reshape(B * L, k)
+  if tokens is not None:
+    shared_by = parallel.mesh_axes('experts')
+    spread = [a for a in parallel.names_in(tokens) if a in shared_by]
+    gather = functools.partial(parallel.gather, names=spread, axis=0)
+    x_MD, weights_Mk = gather(x_MD), gather(weights_Mk)
+    gate_up_EFD = _whole(gate_up_EFD, 2, x_MD.dtype)
+    down_EDF = _whole(down_EDF, 1, x_MD.dtype)
+    first = jax.lax.axis_index(shared_by) * len(_leaf(down_EDF))
+    experts_Mk = gather(experts_Mk) - first
+  y_MD = _mix(x_MD, weights_Mk, experts_Mk, gate_up_EFD, down_EDF)
+  if tokens is not None:
+    y_MD = parallel.sum_and_scatter(y_MD, shared_by, spread)
+  return y_MD.reshape(B, L, D)
+
+
+def _mix(x_MD, weights_Mk, experts_Mk, gate_up_EFD, down_EDF) -> jax.Array:
+  """[M, D]: the experts that are here on the tokens that chose them."""
+  E, k = len(_leaf(down_EDF)), experts_Mk.shape[1]
+  experts_R = experts_Mk.reshape(-1)
+  experts_R = jnp.where((experts_R >= 0) & (experts_R < E), experts_R, E)
+  tile = grouped.default_tile(experts_R.shape[0], E)
+  groups = grouped.make_groups(experts_R, E, tile)
+  x_TD = grouped.scatter_to_tiles(x_MD, groups, k)
+  gate_up_TF = _expert_linear(x_TD, gate_up_EFD, groups)
+  gate_TF, up_TF = jnp.split(gate_up_TF, 2, axis=-1)
+  hidden_TF = nn.gelu(gate_TF, approximate=True) * up_TF
+  y_TD = _expert_linear(hidden_TF, down_EDF, groups)
+  y_MkD = grouped.gather_from_tiles(y_TD, groups).reshape(*experts_Mk.shape, -1)
+  return jnp.einsum('mkd,mk->md', y_MkD, weights_Mk)
+
+
+def _leaf(w: jax.Array | layers.LowRank) -> jax.Array:
+  return w.weight if isinstance(w, layers.LowRank) else w
+
+
+def _whole(w: jax.Array | layers.LowRank, axis: int, dtype) -> Any:
+  """Experts put together from where they lie in parts, in the compute type."""
+  names = parallel.mesh_axes('embed')
+  if not isinstance(w, layers.LowRank):
+    return parallel.gather(w.astype(dtype), names, axis)
+  # The adapter's A ends, or its B is second, in the same axis.
+  part = {2: 'a', 1: 'b'}[axis]
+  whole = {part: parallel.gather(getattr(w, part), names, axis)}
+  return w.replace(weight=_whole(w.weight, axis, dtype), **whole)
 
 
 def _expert_linear(
@@ -114,12 +195,12 @@ def routing_statistics(routings: tuple[Routing, ...]) -> dict[str, jax.Array]:
   """
   entropies, loads = [], []
   for routing in routings:
-    p_ME = routing.probabilities_ME
-    num_experts = p_ME.shape[-1]
-    entropy_M = -jnp.sum(p_ME * jnp.log(p_ME + 1e-30), axis=-1)
-    entropies.append(jnp.mean(entropy_M))
-    chosen = jax.nn.one_hot(routing.experts_Mk, num_experts)
-    loads.append(jnp.max(jnp.mean(chosen, axis=(0, 1))) * num_experts)
+    p_BLE = routing.probabilities_BLE
+    num_experts = p_BLE.shape[-1]
+    entropy_BL = -jnp.sum(p_BLE * jnp.log(p_BLE + 1e-30), axis=-1)
+    entropies.append(jnp.mean(entropy_BL))
+    chosen = jax.nn.one_hot(routing.experts_BLk, num_experts)
+    loads.append(jnp.max(jnp.mean(chosen, axis=(0, 1, 2))) * num_experts)
   return {
     'router_entropy': jnp.mean(jnp.stack(entropies)),
     'expert_load_max': jnp.mean(jnp.stack(loads)),

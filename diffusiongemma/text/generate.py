@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusiongemma import sharding
 from diffusiongemma.config import Config
 from diffusiongemma.config import ModelConfig
 from diffusiongemma.diffusion import sampler
@@ -101,9 +102,10 @@ def prefill(
 ) -> kv_cache.KVCache:
   """Reads new tokens into the cache; also commits a canvas. No head."""
   model = denoiser.Denoiser(config)
-  _, cache, _ = model.apply(
-    {'params': params}, tokens_BP, length_B, cache, images, method='prefill'
-  )
+  with sharding.activate(config, *tokens_BP.shape):
+    _, cache, _ = model.apply(
+      {'params': params}, tokens_BP, length_B, cache, images, method='prefill'
+    )
   return cache
 
 
@@ -198,17 +200,21 @@ def write_canvas(
   pinned: sampler.Pinned | None = None,
 ) -> sampler.SamplerState:
   """Denoises one canvas after the cached text, all on the device."""
-  state, _ = sampler.sample_canvas(
-    make_denoise_fn(config.model, params, cache, logit_hook),
-    keys_B,
-    config.diffusion,
-    batch_size=keys_B.shape[0],
-    vocab_size=config.model.vocab_size,
-    embed_dim=config.model.embed_dim,
-    done_B=done_B,
-    pinned=pinned,
+  with sharding.activate(config.model, keys_B.shape[0]):
+    state, _ = sampler.sample_canvas(
+      make_denoise_fn(config.model, params, cache, logit_hook),
+      keys_B,
+      config.diffusion,
+      batch_size=keys_B.shape[0],
+      vocab_size=config.model.vocab_size,
+      embed_dim=config.model.embed_dim,
+      done_B=done_B,
+      pinned=pinned,
+    )
+  return state.replace(
+    draft_BL=sharding.on_every_device(state.draft_BL),
+    steps_B=sharding.on_every_device(state.steps_B),
   )
-  return state
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'logit_hook'))
@@ -227,9 +233,10 @@ def write_step(
     keys_B, step, config.diffusion, config.model.vocab_size
   )
   denoise_fn = make_denoise_fn(config.model, params, cache, logit_hook)
-  return sampler.denoise_step(
-    denoise_fn, config.diffusion, state, step, drawn, pinned=pinned
-  )
+  with sharding.activate(config.model, keys_B.shape[0]):
+    return sampler.denoise_step(
+      denoise_fn, config.diffusion, state, step, drawn, pinned=pinned
+    )
 
 
 def watch_canvas(

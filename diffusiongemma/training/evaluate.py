@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusiongemma import sharding
 from diffusiongemma.config import Config
 from diffusiongemma.diffusion import likelihood
 from diffusiongemma.diffusion import loss
@@ -46,10 +47,17 @@ def bind_network(
 ) -> loss.Network:
   """The loss's view of a network: its functions with parameters bound."""
   model = denoiser.Denoiser(config.model, remat)
-  apply = functools.partial(model.apply, {'params': params})
-  return loss.Network(
-    *(functools.partial(apply, method=name) for name in loss.Network._fields)
-  )
+
+  def bind(method):
+    def call(rows, *args, **kwargs):
+      with sharding.activate(config.model, rows.shape[0]):
+        return model.apply(
+          {'params': params}, rows, *args, method=method, **kwargs
+        )
+
+    return call
+
+  return loss.Network(*map(bind, loss.Network._fields))
 
 
 @functools.partial(jax.jit, static_argnames='config')

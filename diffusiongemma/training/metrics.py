@@ -22,9 +22,15 @@ BAD_STEPS = 'bad_steps.jsonl'  # Steps that were left out, and their data.
 
 
 class MetricsWriter:
-  """Appends to `metrics.jsonl` and to TensorBoard events in `workdir`."""
+  """Appends to `metrics.jsonl` and to TensorBoard events in `workdir`.
 
-  def __init__(self, workdir: str, first_step: int):
+  Of the processes of a job, one is `recording`; the others write nothing.
+  """
+
+  def __init__(self, workdir: str, first_step: int, recording: bool = True):
+    self._recording = recording
+    if not recording:
+      return
     self._path = pathlib.Path(workdir) / 'metrics.jsonl'
     self._bad_steps = pathlib.Path(workdir) / BAD_STEPS
     self._failed = False
@@ -36,6 +42,8 @@ class MetricsWriter:
 
   def write(self, step: int, numbers: Mapping[str, float]) -> None:
     """Records the numbers of one step under their names."""
+    if not self._recording:
+      return
     numbers = {name: float(value) for name, value in numbers.items()}
     with self._telling_once():
       with self._path.open('a') as stream:
@@ -45,11 +53,15 @@ class MetricsWriter:
 
   def write_bad_step(self, record: Mapping[str, float]) -> None:
     """Records a step that was left out."""
+    if not self._recording:
+      return
     with self._telling_once(), self._bad_steps.open('a') as stream:
       stream.write(json.dumps(record) + '\n')
 
   def write_text(self, step: int, text: str) -> None:
     """Shows a sample in TensorBoard."""
+    if not self._recording:
+      return
     with self._telling_once():
       # As it is: TensorBoard reads Markdown, in which four spaces are code.
       lines = ['    ' + line for line in text.split('\n')]
@@ -67,6 +79,8 @@ class MetricsWriter:
 
   def close(self) -> None:
     """Flushes the events."""
+    if not self._recording:
+      return
     try:
       self._events.close()
     except OSError as error:
@@ -128,13 +142,13 @@ class Stopwatch:
 
 
 class Progress:
-  """The terminal's view of a run: a bar, or plain lines.
+  """The terminal's view of a run: a bar, or plain lines, or `quiet`.
 
   Use as a context manager; `print` writes above the bar.
   """
 
-  def __init__(self, total_steps: int, first_step: int):
-    self._console = rich_console.Console()
+  def __init__(self, total_steps: int, first_step: int, quiet: bool = False):
+    self._console = rich_console.Console(quiet=quiet)
     self._total = total_steps
     self._bar = None
     if self._console.is_terminal:

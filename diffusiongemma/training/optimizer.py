@@ -1,4 +1,4 @@
-"""Adam or Adafactor behind a clip of the global norm; frozen parameters.
+"""Adam, Adafactor or Muon behind a clip of the global norm; frozen parameters.
 
 rate(n): linear from 0 over `warmup_steps`, then a cosine from the peak down
 to `final_rate_fraction` of it at the last step, or constant.
@@ -9,10 +9,22 @@ import fnmatch
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from diffusiongemma import config as configs
 from diffusiongemma.config import Config
 from diffusiongemma.config import OptimizerConfig
+
+# The input and output axes of what is one matrix, or one for each expert, but
+# has more than two axes.
+MATRIX_AXES = {
+  'q_proj': (0, (1, 2)),
+  'k_proj': (0, (1, 2)),
+  'v_proj': (0, (1, 2)),
+  'o_proj': ((0, 1), 2),
+  'gate_up': (2, 1),
+  'down': (2, 1),
+}
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -46,6 +58,18 @@ def make_optimizer(run: Config) -> optax.GradientTransformation:
       eps=config.epsilon,
       weight_decay=config.weight_decay,
       mask=_is_matrix,
+    )
+  elif config.kind == 'muon':
+    rule = optax.contrib.muon(
+      schedule,
+      beta=config.b1,
+      weight_decay=config.weight_decay,
+      adam_b1=config.b1,
+      adam_b2=config.b2,
+      eps=config.epsilon,
+      muon_weight_dimension_numbers=_matrix_axes,
+      # Steps as long as Adam's, so that a rate means the same.
+      consistent_rms=0.2,
     )
   else:
     rule = optax.adafactor(
@@ -114,3 +138,17 @@ def stop_frozen(run: Config, params: dict) -> dict:
 
 def _is_matrix(params: dict) -> dict:
   return jax.tree.map(lambda x: jnp.ndim(x) > 1, params)
+
+
+def _matrix_axes(params: dict) -> dict:
+  """Axes of the matrices that Muon makes orthogonal; None where Adam stays:
+  vectors, the embedding and the router."""
+
+  def axes(keys, x):
+    *owners, name = [key.key for key in keys]
+    if name == 'embedding' or 'router' in owners or jnp.ndim(x) < 2:
+      return None
+    inner, outer = (0, 1) if jnp.ndim(x) == 2 else MATRIX_AXES[name]
+    return optax.contrib.MuonDimensionNumbers(inner, outer)
+
+  return jax.tree_util.tree_map_with_path(axes, params)

@@ -12,11 +12,15 @@ from collections.abc import Callable
 import contextlib
 import functools
 import signal
+from typing import Any
 
 import grain
 import jax
 import jax.numpy as jnp
 
+from diffusiongemma import processes
+from diffusiongemma import sharding
+from diffusiongemma.checkpoints import CheckpointError
 from diffusiongemma.checkpoints import native
 from diffusiongemma.config import Config
 from diffusiongemma.diffusion import loss
@@ -38,15 +42,17 @@ class TrainingError(RuntimeError):
   """A run that can't go on; the message says what is left of it."""
 
 
-def make_train_step(config: Config):
+def make_train_step(config: Config, shardings: Any = None):
   """The jitted (state, batch, base) -> (state, metrics) of a run.
 
-  The state is donated: use the one that is returned.
+  The state is donated: use the one that is returned. It lies as `shardings`
+  say, and the metrics on every device.
   """
   optimizer = optimizers.make_optimizer(config)
   train, seed = config.train, jax.random.key(config.train.seed)
+  out_shardings = shardings and (shardings, None)
 
-  @functools.partial(jax.jit, donate_argnums=0)
+  @functools.partial(jax.jit, donate_argnums=0, out_shardings=out_shardings)
   def train_step(state, batch, base=None):
     drawn = loss.draw_noise(
       jax.random.fold_in(seed, state.step),
@@ -121,7 +127,11 @@ def compute_gradients(
 
 @contextlib.contextmanager
 def stop_signals():
-  """Yields a list that receives SIGINT or SIGTERM; a second one kills."""
+  """Yields a list that receives SIGINT or SIGTERM; a second one kills.
+
+  Of several processes, one alone may get SIGTERM, and all are to stop at the
+  same step: there it is left to `processes.is_preempted`.
+  """
   received = []
 
   def receive(number, frame):
@@ -129,7 +139,9 @@ def stop_signals():
     received.append(number)
     signal.signal(number, signal.SIG_DFL)
 
-  numbers = (signal.SIGINT, signal.SIGTERM)
+  numbers = [signal.SIGINT]
+  if jax.process_count() == 1:
+    numbers.append(signal.SIGTERM)
   before = {number: signal.signal(number, receive) for number in numbers}
   try:
     yield received
@@ -141,14 +153,16 @@ def stop_signals():
 def train(
   config: Config,
   workdir: str,
-  load_base: Callable[[], dict] | None = None,
+  load_base: Callable[[native.ShardingOf], dict] | None = None,
 ) -> int:
-  """Trains up to `config.train.steps`, from the newest whole checkpoint on.
+  """Trains up to `config.train.steps`, from the newest whole checkpoint on,
+  on the mesh that the config describes. All processes of a job call this.
 
   Args:
     config: of the run.
-    workdir: its folder.
-    load_base: gives the parameters in `config.train.init_from`.
+    workdir: its folder, the same for all processes.
+    load_base: gives the parameters in `config.train.init_from`, where they are
+      to lie.
 
   Returns:
     The exit code: 0 when done, 1 when the last save failed, 128 + n when
@@ -160,6 +174,14 @@ def train(
       what the run starts from is.
     TrainingError: too many bad steps in a row; the last good state is saved.
   """
+  mesh = sharding.make_mesh(config.mesh)
+  sharding.validate(config, tuple(mesh.shape.values()))
+  with jax.set_mesh(mesh):
+    return _train_on(mesh, config, workdir, load_base)
+
+
+def _train_on(mesh, config, workdir, load_base) -> int:
+  """`train` on a mesh."""
   start = config.train.init_from
   if start and load_base is None:
     raise ValueError('load_base must give the parameters in init_from.')
@@ -173,9 +195,14 @@ def train(
     config.diffusion.canvas_length,
     workdirs.find_chat_template(start) if start else None,
   )
-  abstract = workdirs.abstract_state(config)  # Patterns that name nothing.
-  workdirs.claim(workdir, config, tokenizer)
-  load_base = load_base or functools.partial(train_state.fresh_params, config)
+  # Fails where patterns name nothing.
+  abstract = sharding.with_sharding(workdirs.abstract_state(config), mesh)
+  if processes.is_first():
+    workdirs.claim(workdir, config, tokenizer)
+  processes.wait('claimed')
+  if load_base is None:
+    load_base = functools.partial(train_state.fresh_params_at, config)
+  load_base = functools.partial(load_base, sharding.parameter_sharding(mesh))
   manager = native.open_checkpoints(
     workdirs.checkpoint_dir(workdir), config.train.keep_checkpoints
   )
@@ -191,8 +218,12 @@ def train(
     )
     step = int(state.step)
     with (
-      contextlib.closing(metrics_lib.MetricsWriter(workdir, step)) as writer,
-      metrics_lib.Progress(config.train.steps, step) as progress,
+      contextlib.closing(
+        metrics_lib.MetricsWriter(workdir, step, processes.is_first())
+      ) as writer,
+      metrics_lib.Progress(
+        config.train.steps, step, not processes.is_first()
+      ) as progress,
     ):
       if step:
         progress.print(f'Going on from step {step}.')
@@ -253,13 +284,36 @@ def start_or_resume(
   restored = native.restore_newest(manager, *train_state.to_items(abstract))
   if restored is None:
     params = train_state.with_configured_types(config, load_base())
-    return train_state.init_train_state(config, params), iterator
+    init = jax.jit(
+      functools.partial(train_state.init_train_state, config),
+      out_shardings=jax.tree.map(lambda x: x.sharding, abstract),
+      # A base is needed later on.
+      donate_argnums=() if config.lora.rank else 0,
+    )
+    return init(params), iterator
   native.set_aside_after(manager, restored.step)
-  iterator.set_state(restored.data)
+  iterator.set_state(_own_place(restored))
   state = train_state.from_items(
     restored.step, restored.params, restored.opt_state
   )
-  return state, iterator
+  where = jax.tree.map(lambda x: x.sharding, abstract)
+  return jax.device_put(state, where), iterator
+
+
+def _own_place(restored: native.Restored) -> dict:
+  """This process's place in the data.
+
+  Raises:
+    CheckpointError: there were as many places as processes, and now there is
+      another number of them.
+  """
+  places, count = restored.data['processes'], jax.process_count()
+  if len(places) == count:
+    return places[jax.process_index()]
+  raise CheckpointError(
+    f'Step {restored.step} was saved by {len(places)} processes, each with its '
+    f'own place in the data; go on with as many, not with {count}.'
+  )
 
 
 def run_steps(
@@ -279,7 +333,9 @@ def run_steps(
   that the device never waits for the host.
   """
   schedule = config.train
-  train_step = make_train_step(config)
+  where = jax.tree.map(lambda x: x.sharding, state)
+  train_step = make_train_step(config, where)
+  by_row = sharding.batch_sharding(where.step.mesh)
   tokens_per_step = config.data.batch_size * config.data.sequence_length
   step = int(state.step)
   pending, collected, bad_in_row = None, [], 0
@@ -325,7 +381,7 @@ def run_steps(
   def save():
     """Saves the state after `step` steps; a failure is told, not fatal."""
     try:
-      place = iterator.get_state()
+      place = {'processes': processes.gather_json(iterator.get_state())}
       items = train_state.to_items(state)
       native.save(manager, step, *items, place, config)
     except native.CheckpointError as error:
@@ -342,7 +398,10 @@ def run_steps(
   failed = unsaved = compiled = False
   while step < schedule.steps and not (received or failed or unsaved):
     with watch.spent_on('data'):
-      batch = next(iterator)
+      batch = jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(by_row, x),
+        next(iterator),
+      )
     if not compiled:
       with watch.spent_on('compile'):
         train_step = train_step.lower(state, batch, base).compile()
@@ -350,6 +409,8 @@ def run_steps(
     state, metrics = train_step(state, batch, base)
     step += 1
     saved = False
+    if processes.is_preempted(step):
+      received.append(signal.SIGTERM)
     if pending is not None:
       record(pending)
     pending = (step, metrics)

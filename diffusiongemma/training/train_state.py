@@ -10,10 +10,12 @@ part of the state.
 from typing import Any
 
 import flax
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import optax
 
+from diffusiongemma.checkpoints import native
 from diffusiongemma.config import Config
 from diffusiongemma.model import denoiser
 from diffusiongemma.training import lora
@@ -58,6 +60,15 @@ def fresh_params(config: Config) -> dict:
   """Random parameters; the same seed gives the same ones."""
   model = denoiser.Denoiser(config.model)
   return denoiser.init_params(model, jax.random.key(config.train.seed))
+
+
+def fresh_params_at(config: Config, where: native.ShardingOf) -> dict:
+  """`fresh_params`, each where it is to lie."""
+  abstract = jax.eval_shape(lambda: fresh_params(config))
+  shardings = traverse_util.path_aware_map(
+    lambda path, x: where(path, x.shape), abstract
+  )
+  return jax.jit(lambda: fresh_params(config), out_shardings=shardings)()
 
 
 def with_configured_types(config: Config, params: dict) -> dict:

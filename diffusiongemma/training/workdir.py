@@ -23,6 +23,7 @@ from orbax import checkpoint as ocp
 
 from diffusiongemma import config as configs
 from diffusiongemma.checkpoints import CheckpointError
+from diffusiongemma.checkpoints import digest as digest_lib
 from diffusiongemma.checkpoints import files
 from diffusiongemma.checkpoints import native
 from diffusiongemma.config import Config
@@ -39,6 +40,10 @@ FREE_FIELDS = (
   'config.train.checkpoint_every',
   'config.train.keep_checkpoints',
   'config.train.stops_when_unsaved',
+  'config.mesh.data',
+  'config.mesh.fsdp',
+  'config.mesh.tensor',
+  'config.mesh.expert',
 )
 
 
@@ -200,7 +205,7 @@ def check_base(workdir: str, params: dict, is_new: bool = False) -> None:
   Raises:
     WorkdirError: these are others, or none were noted.
   """
-  names = json.dumps(native.digests(params), sort_keys=True)
+  names = json.dumps(digest_lib.digests(params), sort_keys=True)
   digest = hashlib.blake2b(names.encode(), digest_size=16).hexdigest()
   path = pathlib.Path(workdir) / 'base.txt'
   try:

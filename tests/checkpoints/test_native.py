@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from diffusiongemma import config as configs
+from diffusiongemma.checkpoints import digest as digest_lib
 from diffusiongemma.checkpoints import native
 
 
@@ -92,7 +93,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(manager, tmp_path):
 def test_damage_is_named(manager, monkeypatch):
   save(manager, 4)
   monkeypatch.setattr(
-    native, 'digest', lambda array: 'x' if array.ndim == 2 else 'y'
+    digest_lib, 'digest', lambda array: 'x' if array.ndim == 2 else 'y'
   )
   with pytest.raises(native.CheckpointError) as caught:
     native.restore_newest(manager, make(0)[0])
@@ -160,5 +161,5 @@ def test_digest_sees_type_and_shape():
     np.zeros((6,), np.float32),
     zeros + 1,
   )
-  assert native.digest(zeros) == native.digest(jnp.zeros((2, 3)))
-  assert native.digest(zeros) not in map(native.digest, others)
+  assert digest_lib.digest(zeros) == digest_lib.digest(jnp.zeros((2, 3)))
+  assert digest_lib.digest(zeros) not in map(digest_lib.digest, others)

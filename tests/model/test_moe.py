@@ -10,56 +10,59 @@ from diffusiongemma.model import moe
 
 def make(model_config, params):
   layer = params['layer_00']
-  x_MD = jax.random.normal(jax.random.key(5), (17, model_config.embed_dim))
+  x_BLD = jax.random.normal(jax.random.key(5), (1, 17, model_config.embed_dim))
   routing = moe.Router(model_config).apply(
-    {'params': layer['router']}, 3 * x_MD
+    {'params': layer['router']}, 3 * x_BLD
   )
-  return layer, x_MD, routing
+  return layer, x_BLD, routing
 
 
 def test_router_formula(model_config, params):
-  layer, x_MD, routing = make(model_config, params)
+  layer, x_BLD, routing = make(model_config, params)
   router, k = layer['router'], model_config.experts_per_token
-  for m, x in enumerate(3 * np.asarray(x_MD, np.float64)):
+  for m, x in enumerate(3 * np.asarray(x_BLD[0], np.float64)):
     x = x / np.sqrt(np.mean(x**2) + model_config.norm_epsilon)
     x = x * router['scale'] * model_config.embed_dim**-0.5
     logits = x @ router['proj']
     p = np.exp(logits) / np.exp(logits).sum()
     chosen = np.argsort(-p)[:k]
     weights = p[chosen] / p[chosen].sum() * router['per_expert_scale'][chosen]
-    assert routing.experts_Mk[m].tolist() == chosen.tolist()
-    np.testing.assert_allclose(routing.weights_Mk[m], weights, rtol=1e-5)
+    assert routing.experts_BLk[0, m].tolist() == chosen.tolist()
+    np.testing.assert_allclose(routing.weights_BLk[0, m], weights, rtol=1e-5)
 
 
 def test_router_ignores_the_length_of_the_residual(model_config, params):
-  layer, x_MD, routing = make(model_config, params)
+  layer, x_BLD, routing = make(model_config, params)
   router = moe.Router(model_config)
-  other = router.apply({'params': layer['router']}, 300 * x_MD)
-  np.testing.assert_allclose(other.weights_Mk, routing.weights_Mk, rtol=1e-4)
+  other = router.apply({'params': layer['router']}, 300 * x_BLD)
+  np.testing.assert_allclose(other.weights_BLk, routing.weights_BLk, rtol=1e-4)
 
 
 def test_experts_formula(model_config, params):
-  layer, x_MD, routing = make(model_config, params)
+  layer, x_BLD, routing = make(model_config, params)
   experts = layer['experts']
-  out = moe.Experts(model_config).apply({'params': experts}, x_MD, routing)
-  for m, x in enumerate(x_MD):
+  out = moe.Experts(model_config).apply({'params': experts}, x_BLD, routing)
+  for m, x in enumerate(x_BLD[0]):
     expected = 0
-    for e, w in zip(routing.experts_Mk[m], routing.weights_Mk[m], strict=True):
+    chosen, weights = routing.experts_BLk[0, m], routing.weights_BLk[0, m]
+    for e, w in zip(chosen, weights, strict=True):
       gate, up = jnp.split(experts['gate_up'][e] @ x, 2)
       hidden = nn.gelu(gate, approximate=True) * up
       expected += w * (experts['down'][e] @ hidden)
-    np.testing.assert_allclose(out[m], expected, atol=1e-5)
+    np.testing.assert_allclose(out[0, m], expected, atol=1e-5)
 
 
 def test_statistics_tell_even_from_collapsed():
   M, E = 12, 4
   even = moe.Routing(
-    jnp.full((M, 2), 0.5),
-    jnp.stack([jnp.arange(M) % E, (jnp.arange(M) + 1) % E], 1),
-    jnp.full((M, E), 1 / E),
+    jnp.full((1, M, 2), 0.5),
+    jnp.stack([jnp.arange(M) % E, (jnp.arange(M) + 1) % E], 1)[None],
+    jnp.full((1, M, E), 1 / E),
   )
   one = moe.Routing(
-    jnp.ones((M, 1)), jnp.zeros((M, 1), int), jax.nn.one_hot(jnp.zeros(M), E)
+    jnp.ones((1, M, 1)),
+    jnp.zeros((1, M, 1), int),
+    jax.nn.one_hot(jnp.zeros((1, M)), E),
   )
   statistics = moe.routing_statistics((even,))
   np.testing.assert_allclose(statistics['router_entropy'], np.log(E), rtol=1e-5)

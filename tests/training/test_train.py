@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from diffusiongemma import config as configs
+from diffusiongemma.checkpoints import digest as digest_lib
 from diffusiongemma.checkpoints import native
 from diffusiongemma.diffusion import loss
 from diffusiongemma.text import generate
@@ -89,7 +90,7 @@ def assert_bit_equal(workdir, other):
   one, two = read_state(workdir), read_state(other)
   assert one.step == two.step and one.data == two.data
   for name in ('params', 'opt_state'):
-    assert native.digests(getattr(one, name)) == native.digests(
+    assert digest_lib.digests(getattr(one, name)) == digest_lib.digests(
       getattr(two, name)
     )
 

@@ -1,0 +1,225 @@
+"""Meshes, and along which of their axes each axis of an array lies.
+
+  data     copies of the network, each with its part of the batch
+  fsdp     the batch and, between uses, the parameters
+  tensor   heads, hidden features, experts and the vocabulary
+  expert   the batch and, in its mixtures, the experts
+
+`RULES` is all there is to it: logical axes to mesh axes. Parameters get their
+logical axes from `PARAMETERS`; inside the network arrays name theirs, and
+what they become depends on the mesh around a call, `jax.set_mesh(mesh)`:
+
+  mesh = make_mesh(MeshConfig(tensor=8))
+  run = diffusiongemma.load(folder, sharding=parameter_sharding(mesh))
+  with jax.set_mesh(mesh):
+    diffusiongemma.generate(run.config, run.params, ...)
+
+The batch lies along three axes, so none of them is idle outside the experts.
+The table of the vocabulary is never put together: what is looked up in it, and
+what is multiplied with it, are sums over its parts.
+"""
+
+from collections.abc import Callable
+import fnmatch
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+
+from diffusiongemma import config as configs
+from diffusiongemma.config import MeshConfig
+from diffusiongemma.config import ModelConfig
+
+AXES = ('data', 'fsdp', 'tensor', 'expert')
+
+RULES = {
+  'batch': ('data', 'fsdp', 'expert'),
+  'embed': ('fsdp',),
+  'q_heads': ('tensor',),
+  'kv_heads': ('tensor',),
+  'mlp': ('tensor',),
+  'experts': ('expert', 'tensor'),
+  'vocab': ('tensor', 'fsdp'),
+  # Rows that meet the vocabulary, whose table takes the other axes.
+  'rows': ('data', 'expert'),
+}
+
+# The logical axes of parameters by their paths; all others are on every device.
+PARAMETERS = {
+  'embedding': ('vocab', None),
+  '*/attention/q_proj': ('embed', 'q_heads', None),
+  '*/attention/[kv]_proj': ('embed', 'kv_heads', None),
+  '*/attention/o_proj': ('q_heads', None, 'embed'),
+  '*mlp/gate': ('embed', 'mlp'),
+  '*mlp/up': ('embed', 'mlp'),
+  '*mlp/down': ('mlp', 'embed'),
+  '*/experts/gate_up': ('experts', None, 'embed'),
+  '*/experts/down': ('experts', 'embed', None),
+}
+
+
+def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
+  """The mesh of a config over all devices, or those given.
+
+  Raises:
+    ConfigError: its axes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = mesh_shape(config, len(devices))
+  return jax.make_mesh(
+    sizes,
+    AXES,
+    axis_types=(jax.sharding.AxisType.Auto,) * len(AXES),
+    devices=devices,
+  )
+
+
+def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
+  """The sizes of `AXES`, the one that is -1 filled in. Raises `ConfigError`."""
+  sizes = [getattr(config, axis) for axis in AXES]
+  given = math.prod(size for size in sizes if size > 0)
+  if -1 in sizes and num_devices % given == 0:
+    sizes[sizes.index(-1)] = num_devices // given
+  if math.prod(sizes) != num_devices:
+    shape = ', '.join(f'{a} = {s}' for a, s in zip(AXES, sizes, strict=True))
+    raise configs.ConfigError(
+      f'config.mesh ({shape}) is for '
+      f'{"a multiple of " if -1 in sizes else ""}{given} devices; there are '
+      f'{num_devices}.'
+    )
+  return tuple(sizes)
+
+
+def validate(
+  config: configs.Config, shape: tuple[int, ...], batch: bool = True
+) -> None:
+  """Raises `ConfigError` where what is to be divided can't be: the message
+  names the sizes that would work. Without `batch`, only the network is."""
+  sizes = dict(zip(AXES, shape, strict=True))
+  model, data = config.model, config.data
+  for axis, field, size in (
+    ('batch', 'data.batch_size', data.batch_size),
+    ('embed', 'model.embed_dim', model.embed_dim),
+    ('q_heads', 'model.num_heads', model.num_heads),
+    ('mlp', 'model.mlp_dim', model.mlp_dim),
+    ('experts', 'model.num_experts', model.num_experts),
+    ('vocab', 'model.vocab_size', model.vocab_size),
+  ):
+    if axis == 'batch' and not batch:
+      continue
+    names = [name for name in RULES[axis] if sizes[name] > 1]
+    parts = math.prod(sizes[name] for name in names)
+    if size % parts:
+      raise configs.ConfigError(
+        f'config.{field} = {size} cannot be divided among the {parts} devices '
+        f'along {" x ".join(f"{name} = {sizes[name]}" for name in names)} of '
+        f'config.mesh: take a multiple of {parts}, or a mesh of which '
+        f'{" x ".join(names)} divides {size}'
+        f' ({", ".join(map(str, _divisors(size)))}).'
+      )
+  parts = math.prod(sizes[name] for name in RULES['batch'])
+  parts *= config.train.accumulate_steps
+  if batch and data.batch_size % parts:
+    raise configs.ConfigError(
+      f'config.data.batch_size = {data.batch_size} must be a multiple of '
+      f'{parts}: config.train.accumulate_steps times the devices of the batch.'
+    )
+
+
+def _divisors(number: int) -> list[int]:
+  return [d for d in range(1, min(number, 512) + 1) if number % d == 0]
+
+
+def parameter_sharding(
+  mesh: Mesh,
+) -> Callable[[tuple[str, ...], tuple[int, ...]], NamedSharding]:
+  """(path, shape) of a parameter -> where it lies; for `diffusiongemma.load`.
+
+  Also for what has a parameter's path at its end, such as the optimiser's
+  moments; of another shape, it is on every device.
+  """
+  rules = _static_rules()
+
+  def place(path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
+    spec = PartitionSpec()
+    name = '/'.join(path)
+    for pattern, axes in PARAMETERS.items():
+      in_layers = fnmatch.fnmatchcase(name, pattern)
+      in_layers |= pattern == 'embedding' and path[-1] == pattern
+      if in_layers and 'vision' not in path and len(axes) == len(shape):
+        few = len(shape) == 3 and shape[1] % mesh.shape['tensor']
+        if few and axes[1] == 'kv_heads':
+          axes = (axes[0], None, None)  # A head is never cut.
+        spec = nn.logical_to_mesh_axes(axes, rules)
+    return NamedSharding(mesh, spec)
+
+  return place
+
+
+def with_sharding(abstract: Any, mesh: Mesh) -> Any:
+  """Shapes of a tree of parameters, or of a training state, with shardings."""
+  place = parameter_sharding(mesh)
+
+  def add(keys, leaf):
+    path = tuple(str(getattr(k, 'key', getattr(k, 'name', k))) for k in keys)
+    return leaf.update(sharding=place(path, leaf.shape))
+
+  return jax.tree_util.tree_map_with_path(add, abstract)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Rows of a batch over all devices that share it."""
+  return NamedSharding(mesh, PartitionSpec(RULES['batch']))
+
+
+def on_every_device(x: jax.Array) -> jax.Array:
+  """`x`, whole on all devices of the mesh around the call, so that each process
+  can read it; without a mesh as it is."""
+  if jax.sharding.get_abstract_mesh().size <= 1:
+    return x
+  return jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
+def activate(model: ModelConfig, batch_size: int, length: int = 1):
+  """A context for tracing the network: its arrays lie as `RULES` says on the
+  mesh around the call; without one, or with one device, nothing happens.
+
+  Of the batch's axes, those that divide `batch_size` are used; the others
+  divide the `length` of what is read, where they can.
+  """
+  sizes = dict(jax.sharding.get_abstract_mesh().shape)
+  if math.prod(sizes.values()) == 1 or set(sizes) != set(AXES):
+    return nn.logical_axis_rules(())
+  batch, left = [], []
+  for axis in RULES['batch']:
+    parts = math.prod(sizes[name] for name in batch) * sizes[axis]
+    (left if batch_size % parts else batch).append(axis)
+  length_axes = []
+  for axis in left:
+    parts = math.prod(sizes[name] for name in length_axes) * sizes[axis]
+    if length % parts == 0:
+      length_axes.append(axis)
+  rules = {
+    'batch': batch,
+    'length': length_axes,
+    'rows': [axis for axis in batch if axis in RULES['rows']],
+  }
+  # Where there are fewer heads than devices, each has them all.
+  for kind, heads in (
+    ('local', model.num_kv_heads),
+    ('global', model.num_global_kv_heads),
+  ):
+    divides = heads % sizes['tensor'] == 0
+    rules[f'{kind}_kv_heads'] = RULES['kv_heads'] if divides else ()
+  return nn.logical_axis_rules(
+    _static_rules() + [(k, tuple(v) or None) for k, v in rules.items()]
+  )
+
+
+def _static_rules() -> list:
+  """Flax's form of the rules that do not depend on a batch."""
+  return [(k, v) for k, v in RULES.items() if k not in ('batch', 'rows')]

@@ -1,0 +1,186 @@
+"""Eight devices against one: losses, gradients, tokens, and what is refused."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from diffusiongemma import config as configs
+from diffusiongemma import sharding
+
+MESHES = ((8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 1, 4), (1, 1, 2, 4))
+
+# Run with eight devices, in a process of its own.
+SCRIPT = """
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusiongemma import config as configs
+from diffusiongemma import sharding
+from diffusiongemma.diffusion import loss
+from diffusiongemma.diffusion import sampler
+from diffusiongemma.text import generate
+from diffusiongemma.training import train
+from diffusiongemma.training import train_state
+
+config = configs.Config(
+  model=configs.ModelConfig(
+    vocab_size=96,
+    embed_dim=24,
+    attention_pattern=('local', 'global'),
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    num_global_kv_heads=1,
+    global_head_dim=16,
+    sliding_window=5,
+    mlp_dim=16,
+    num_experts=8,
+    experts_per_token=2,
+    expert_dim=12,
+    context_length=128,
+    dtype='float32',
+  ),
+  diffusion=configs.DiffusionConfig(
+    canvas_length=8, max_denoising_steps=4, stop_token_ids=(1,)
+  ),
+)
+C, S, B = 8, 32, 8
+key = jax.random.key(0)
+params = train_state.fresh_params(config)
+batch = {
+  'tokens_BS': jax.random.randint(key, (B, S), 3, 96),
+  'length_B': jnp.arange(S - B, S) + 1,
+  'first_BS': jnp.zeros((B, S), jnp.int32),
+  'canvas_start_BK': jnp.array([[4, 12, -1]] * B),
+  'target_mask_BS': jnp.arange(S) < jnp.arange(S - B, S)[:, None],
+}
+drawn = loss.draw_noise(key, batch, C, 96, 0.5)
+compute = jax.jit(
+  lambda *given: train.compute_gradients(config, *given)
+)
+prompts = [[2, 5, 7, 9], [2, 11], [2, 3, 4, 5, 6, 7, 8, 9, 10]]
+prompts = [prompts[i % 3] + [20 + i] for i in range(B)]
+
+
+def write(params, prompts):
+  written = generate.generate(config, params, prompts, key, C)
+  return [row.tokens for row in written.rows]
+
+
+expected = compute(params, batch, drawn)
+tokens, single = write(params, prompts), write(params, prompts[:1])
+for sizes in MESHES:
+  mesh = sharding.make_mesh(configs.MeshConfig(*sizes))
+  where = sharding.parameter_sharding(mesh)
+  placed = jax.device_put(
+    params,
+    jax.tree_util.tree_map_with_path(
+      lambda keys, x: where(tuple(k.key for k in keys), x.shape), params
+    ),
+  )
+  with jax.set_mesh(mesh):
+    rows = sharding.batch_sharding(mesh)
+    given = jax.device_put((batch, drawn), rows)
+    found = compute(placed, *given)
+    for (path, a), b in zip(
+      jax.tree_util.tree_leaves_with_path(expected),
+      jax.tree.leaves(found),
+      strict=True,
+    ):
+      np.testing.assert_allclose(
+        np.asarray(b), np.asarray(a), rtol=2e-4, atol=2e-6,
+        err_msg=f'{sizes} {jax.tree_util.keystr(path)}',
+      )
+    assert write(placed, prompts) == tokens, sizes
+    if sizes[2] > 1:
+      assert write(placed, prompts[:1]) == single, sizes
+    text = compute.lower(placed, *given).compile().as_text()
+    table = f'f32[96,{config.model.embed_dim}]'
+    gathers = [
+      line for line in text.splitlines()
+      if 'all-gather' in line and table in line.split('=')[1][:40]
+    ]
+    assert not gathers, (sizes, gathers)
+  print(sizes, flush=True)
+print('equal')
+"""
+
+
+def run(script: str, devices: int = 8) -> str:
+  flags = os.environ.get('XLA_FLAGS', '')
+  environment = {
+    **os.environ,
+    'XLA_FLAGS': f'{flags} --xla_force_host_platform_device_count={devices}',
+  }
+  done = subprocess.run(
+    [sys.executable, '-c', script],
+    env=environment,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+  return done.stdout
+
+
+def test_losses_gradients_and_tokens_equal_those_of_one_device():
+  """And no program puts the embedding together."""
+  assert run(f'MESHES = {MESHES}\n' + SCRIPT).endswith('equal\n')
+
+
+def test_a_mesh_takes_what_is_left():
+  shape = sharding.mesh_shape(configs.MeshConfig(tensor=2, expert=2), 8)
+  assert shape == (2, 1, 2, 2)
+  assert sharding.mesh_shape(configs.MeshConfig(), 1) == (1, 1, 1, 1)
+
+
+@pytest.mark.parametrize('sizes', [(1, 3, 1, 1), (-1, 3, 1, 1), (2, 1, 1, 1)])
+def test_a_mesh_of_another_number_of_devices_is_refused(sizes):
+  with pytest.raises(configs.ConfigError, match='there are 8'):
+    sharding.mesh_shape(configs.MeshConfig(*sizes), 8)
+
+
+@pytest.mark.parametrize(
+  ('field', 'size', 'shape'),
+  [
+    ('data.batch_size', 6, (4, 1, 1, 1)),
+    ('model.embed_dim', 18, (1, 4, 1, 1)),
+    ('model.num_heads', 4, (1, 1, 8, 1)),
+    ('model.mlp_dim', 6, (1, 1, 4, 1)),
+    ('model.num_experts', 4, (1, 1, 2, 4)),
+    ('model.vocab_size', 97, (1, 2, 1, 1)),
+  ],
+)
+def test_what_cannot_be_divided_is_named(field, size, shape):
+  config = configs.Config(data=configs.DataConfig(batch_size=64))
+  config = configs.override(config, field, str(size))
+  if field == 'model.num_heads':
+    config = configs.override(config, 'model.num_kv_heads', '4')
+  with pytest.raises(configs.ConfigError, match=f'{field} = {size} ') as info:
+    sharding.validate(config, shape)
+  assert 'take a multiple of' in str(info.value)
+
+
+def test_every_part_of_an_accumulated_batch_is_divided():
+  config = configs.Config(
+    data=configs.DataConfig(batch_size=8),
+    train=configs.TrainConfig(accumulate_steps=4),
+  )
+  sharding.validate(config, (2, 1, 1, 1))
+  with pytest.raises(configs.ConfigError, match='multiple of 16'):
+    sharding.validate(config, (4, 1, 1, 1))
+
+
+def test_heads_are_never_cut():
+  """Fewer kv heads than devices: each device has them all."""
+  mesh = jax.sharding.AbstractMesh((1, 1, 4, 1), sharding.AXES)
+  where = sharding.parameter_sharding(mesh)
+  path = ('layer_00', 'attention', 'k_proj')
+  assert where(path, (16, 8, 4)).spec[1] == 'tensor'
+  assert where(path, (16, 2, 4)).spec[1] is None
