@@ -9,7 +9,8 @@
 `--mode=train` trains, and goes on with a run that was stopped; `evaluate`
 measures a run on held-out text; `sample` chats, or goes on from a text;
 `convert` makes a Hugging Face folder a run, `export` a run a Hugging Face
-folder. Single fields of the config: `--config.train.steps=100`.
+folder; `plan` compiles for devices that are not there and says what it would
+take. Single fields of the config: `--config.train.steps=100`.
 
 Exit codes: 0 done, 1 failed (the message says why), 2 wrong usage, 128 + n
 stopped by signal n after saving (130 Ctrl-C, 143 SIGTERM).
@@ -36,6 +37,7 @@ from rich import table as rich_table
 from diffusiongemma import checkpoints
 from diffusiongemma import config as configs
 from diffusiongemma import conversion
+from diffusiongemma import plan
 from diffusiongemma import processes
 from diffusiongemma import sharding
 from diffusiongemma.text import chat
@@ -54,7 +56,7 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
   'mode',
   'train',
-  ['train', 'evaluate', 'sample', 'convert', 'export'],
+  ['train', 'evaluate', 'sample', 'convert', 'export', 'plan'],
   'What to do.',
 )
 _HF_DIR = flags.DEFINE_string(
@@ -107,8 +109,23 @@ _NUM_PROCESSES = flags.DEFINE_integer(
 _PROCESS_ID = flags.DEFINE_integer(
   'process_id', None, 'Which of them this is, from 0 on.', lower_bound=0
 )
+_TOPOLOGY = flags.DEFINE_string(
+  'topology',
+  'local',
+  'plan: v5e:4x4, v5p:4x4x4, v6e:8x8, tpu7x:4x4x4, h100, h200, h100x8, h100x16 '
+  'or local.',
+)
+_PROGRAM = flags.DEFINE_enum(
+  'program', 'train', ['train', 'sample'], 'plan: what to compile.'
+)
+_BATCH_SIZE = flags.DEFINE_integer(
+  'batch_size', 1, 'plan: texts that are sampled together.', lower_bound=1
+)
+_CONTEXT = flags.DEFINE_integer(
+  'context', 8192, 'plan: tokens that sampling has room for.', lower_bound=1
+)
 _FORMAT = flags.DEFINE_enum(
-  'format', 'text', ['text', 'json'], 'sample, evaluate: what to print.'
+  'format', 'text', ['text', 'json'], 'sample, evaluate, plan: what to print.'
 )
 
 # Errors that are the user's to mend: a message, no stack trace.
@@ -117,6 +134,7 @@ EXPECTED_ERRORS = (
   corpora.DataError,
   checkpoints.CheckpointError,
   *sample.EXPECTED_ERRORS,
+  plan.PlanError,
   train.TrainingError,
   workdirs.WorkdirError,
 )
@@ -146,6 +164,7 @@ def main(argv: list[str]) -> None:
       'sample': _sample,
       'convert': _convert,
       'export': _export,
+      'plan': _plan,
     }
     code = run[_MODE.value](overrides)
   except (configs.ConfigError, sample.SampleError, chat.ToolsError) as error:
@@ -378,6 +397,27 @@ def _both_folders(overrides: dict[str, str]) -> tuple[str, str]:
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, _: sys.exit(128 + number))
   return _HF_DIR.value, _WORKDIR.value
+
+
+def _plan(overrides: dict[str, str]) -> int:
+  config = _load_config(overrides)
+  made = plan.plan(
+    config,
+    _TOPOLOGY.value,
+    _PROGRAM.value,
+    batch_size=_BATCH_SIZE.value,
+    context=_CONTEXT.value,
+  )
+  change = None if made.fits is not False else plan.nearest_fit(config, made)
+  if _FORMAT.value == 'json':
+    print(json.dumps({**plan.to_json(made), 'nearest_fit': change}))
+    return 0
+  print(plan.to_text(made))
+  if made.fits is False:
+    print(
+      f'  With {change} it would.' if change else '  No small change helps.'
+    )
+  return 0
 
 
 def _evaluate(overrides: dict[str, str]) -> int:

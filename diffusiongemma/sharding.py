@@ -176,6 +176,23 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(RULES['batch']))
 
 
+def cache_with_sharding(cache: Any, model: ModelConfig, mesh: Mesh) -> Any:
+  """Shapes of a KV cache with shardings."""
+  abstract = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+  with abstract, activate(model, len(cache.length_B)):
+    rows = nn.logical_to_mesh_axes(('batch',))
+
+    def place(x, kind):
+      spec = nn.logical_to_mesh_axes(('batch', None, f'{kind}_kv_heads', None))
+      return x.update(sharding=NamedSharding(mesh, spec))
+
+    return cache.replace(
+      k=tuple(map(place, cache.k, model.attention_pattern)),
+      v=tuple(map(place, cache.v, model.attention_pattern)),
+      length_B=cache.length_B.update(sharding=NamedSharding(mesh, rows)),
+    )
+
+
 def on_every_device(x: jax.Array) -> jax.Array:
   """`x`, whole on all devices of the mesh around the call, so that each process
   can read it; without a mesh as it is."""

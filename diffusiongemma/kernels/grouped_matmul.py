@@ -145,6 +145,10 @@ def _matmul_backward(saved, d_TF):
 grouped_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+# How the loops are called in a traced program, for those who count its FLOPs.
+MULTIPLY, ADD = '_multiply_tiles', '_add_tiles'
+
+
 @jax.jit
 def _multiply_tiles(x_TD, weights_EFD, groups):
   """Each tile times the transposed matrix of its expert: [T, F]."""

@@ -13,6 +13,7 @@ stopped.
 from typing import NamedTuple
 
 import grain
+import jax
 import numpy as np
 
 from diffusiongemma.config import DataConfig
@@ -162,6 +163,20 @@ def make_dataset(
     seed=data.seed,
   )
   return packed.map(row).batch(size)
+
+
+def abstract_batch(data: DataConfig, canvas_length: int) -> dict:
+  """Shapes and types of a batch of the whole job; see `make_dataset`."""
+  B, S = data.batch_size, data.sequence_length
+  row = jax.ShapeDtypeStruct((B, S), np.int32)
+  canvases = (B, (S - 1) // canvas_length)
+  return {
+    'tokens_BS': row,
+    'first_BS': row,
+    'target_mask_BS': jax.ShapeDtypeStruct((B, S), np.bool_),
+    'canvas_start_BK': jax.ShapeDtypeStruct(canvases, np.int32),
+    'length_B': jax.ShapeDtypeStruct((B,), np.int32),
+  }
 
 
 class Windows(NamedTuple):

@@ -17,7 +17,9 @@ from typing import Any
 import grain
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from diffusiongemma import memory
 from diffusiongemma import processes
 from diffusiongemma import sharding
 from diffusiongemma.checkpoints import CheckpointError
@@ -76,6 +78,62 @@ def make_train_step(config: Config, shardings: Any = None):
   return train_step
 
 
+def abstract_state(config: Config, mesh: Mesh) -> train_state.TrainState:
+  """Shapes and types of a run's state, and where they lie."""
+  return sharding.with_sharding(workdirs.abstract_state(config), mesh)
+
+
+def lower_step(
+  config: Config, abstract: train_state.TrainState, mesh: Mesh
+) -> tuple[jax.stages.Lowered, dict[str, Any]]:
+  """(the training step for a mesh, what it is given, by part); to be called
+  within `jax.set_mesh(mesh)`. Nothing is allocated."""
+  base = None
+  if config.lora.rank:
+    base = sharding.with_sharding(
+      jax.eval_shape(lambda: train_state.fresh_params(config)), mesh
+    )
+  batch = data.abstract_batch(config.data, config.diffusion.canvas_length)
+  by_row = sharding.batch_sharding(mesh)
+  batch = jax.tree.map(lambda x: x.update(sharding=by_row), batch)
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
+  lowered = make_train_step(config, shardings).lower(abstract, batch, base)
+  parts = {
+    'parameters': (base, abstract.params),
+    'optimiser and counts': (abstract.opt_state, abstract.health),
+    'running mean': abstract.ema,
+    'batch': batch,
+  }
+  return lowered, {k: v for k, v in parts.items() if jax.tree.leaves(v)}
+
+
+def trace_step(config: Config) -> Any:
+  """The training step as a jaxpr, of the whole batch on one device."""
+  abstract = workdirs.abstract_state(config)
+  base = None
+  if config.lora.rank:
+    base = jax.eval_shape(lambda: train_state.fresh_params(config))
+  batch = data.abstract_batch(config.data, config.diffusion.canvas_length)
+  return jax.make_jaxpr(make_train_step(config))(abstract, batch, base)
+
+
+def compile_step(
+  config: Config, abstract: train_state.TrainState, mesh: Mesh
+) -> Callable:
+  """The training step, compiled for the mesh's devices.
+
+  Raises:
+    ConfigError: they don't have the memory for it; the message is a table.
+  """
+  limit = memory.available(mesh.devices.flat[0])
+  size = memory.bytes_on_a_device(abstract)
+  memory.check(memory.Need({'parameters and optimiser': size}, 0, size), limit)
+  lowered, parts = lower_step(config, abstract, mesh)
+  compiled = lowered.compile()
+  memory.check(memory.need_of(compiled, parts), limit)
+  return compiled
+
+
 def compute_gradients(
   config: Config,
   params: dict,
@@ -130,18 +188,19 @@ def stop_signals():
   """Yields a list that receives SIGINT or SIGTERM; a second one kills.
 
   Of several processes, one alone may get SIGTERM, and all are to stop at the
-  same step: there it is left to `processes.is_preempted`.
+  same step: there it is left to `processes.is_preempted`, SIGINT too.
   """
-  received = []
+  received, alone = [], jax.process_count() == 1
 
   def receive(number, frame):
     del frame
-    received.append(number)
     signal.signal(number, signal.SIG_DFL)
+    if alone:
+      received.append(number)
+    else:
+      signal.raise_signal(signal.SIGTERM)
 
-  numbers = [signal.SIGINT]
-  if jax.process_count() == 1:
-    numbers.append(signal.SIGTERM)
+  numbers = (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,)
   before = {number: signal.signal(number, receive) for number in numbers}
   try:
     yield received
@@ -195,8 +254,10 @@ def _train_on(mesh, config, workdir, load_base) -> int:
     config.diffusion.canvas_length,
     workdirs.find_chat_template(start) if start else None,
   )
-  # Fails where patterns name nothing.
-  abstract = sharding.with_sharding(workdirs.abstract_state(config), mesh)
+  watch = metrics_lib.Stopwatch()
+  with watch.spent_on('compile'):  # Before anything is written or allocated.
+    abstract = abstract_state(config, mesh)
+    train_step = compile_step(config, abstract, mesh)
   if processes.is_first():
     workdirs.claim(workdir, config, tokenizer)
   processes.wait('claimed')
@@ -234,6 +295,8 @@ def _train_on(mesh, config, workdir, load_base) -> int:
       )
       saved = run_steps(
         config,
+        train_step,
+        watch,
         state,
         iterator,
         manager,
@@ -318,6 +381,8 @@ def _own_place(restored: native.Restored) -> dict:
 
 def run_steps(
   config: Config,
+  train_step: Callable,
+  watch: metrics_lib.Stopwatch,
   state: train_state.TrainState,
   iterator: grain.DatasetIterator,
   manager,
@@ -333,13 +398,10 @@ def run_steps(
   that the device never waits for the host.
   """
   schedule = config.train
-  where = jax.tree.map(lambda x: x.sharding, state)
-  train_step = make_train_step(config, where)
-  by_row = sharding.batch_sharding(where.step.mesh)
+  by_row = sharding.batch_sharding(state.step.sharding.mesh)
   tokens_per_step = config.data.batch_size * config.data.sequence_length
   step = int(state.step)
   pending, collected, bad_in_row = None, [], 0
-  watch = metrics_lib.Stopwatch()
 
   def record(entry):
     """Fetches the metrics of a finished step and shows every n-th mean."""
@@ -395,17 +457,14 @@ def run_steps(
     return bad_in_row >= schedule.max_bad_steps
 
   saved = manager.latest_step() == step
-  failed = unsaved = compiled = False
+  failed = unsaved = started = False
   while step < schedule.steps and not (received or failed or unsaved):
     with watch.spent_on('data'):
       batch = jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(by_row, x),
         next(iterator),
       )
-    if not compiled:
-      with watch.spent_on('compile'):
-        train_step = train_step.lower(state, batch, base).compile()
-      compiled = True
+    started = True
     state, metrics = train_step(state, batch, base)
     step += 1
     saved = False
@@ -429,7 +488,7 @@ def run_steps(
   if not (saved or unsaved):
     with watch.spent_on('checkpoints'):
       saved = save()
-  if compiled:
+  if started:
     progress.print(watch.summary())
   if failed or gives_up():
     raise TrainingError(

@@ -1,0 +1,100 @@
+"""What a program needs of a device's memory, known before it runs.
+
+  peak = arguments + results that are not arguments again + temporaries
+
+as XLA reports for the compiled program; the arguments by part. What a device
+has is what the runtime says, on a CPU what the machine has left.
+"""
+
+from collections.abc import Mapping
+import math
+from typing import Any
+from typing import NamedTuple
+
+import jax
+
+from diffusiongemma import config as configs
+
+
+class Need(NamedTuple):
+  """Bytes on each device.
+
+  Attributes:
+    arrays: by part, of what is given to the program.
+    temporaries: what it needs besides, activations and results.
+    peak: the most at any time.
+  """
+
+  arrays: dict[str, int]
+  temporaries: int
+  peak: int
+
+
+def bytes_on_a_device(tree: Any) -> int:
+  """Of arrays, or of their shapes; where a sharding is known, of a shard."""
+
+  def count(x):
+    sharding = getattr(x, 'sharding', None)
+    shape = sharding.shard_shape(x.shape) if sharding else x.shape
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+      return 8 * math.prod(shape)
+    return x.dtype.itemsize * math.prod(shape)
+
+  return sum(map(count, jax.tree.leaves(tree)))
+
+
+def need_of(compiled: jax.stages.Compiled, parts: Mapping[str, Any]) -> Need:
+  """The need of a compiled program whose arguments have these parts."""
+  arrays = {name: bytes_on_a_device(tree) for name, tree in parts.items()}
+  analysis = compiled.memory_analysis()
+  temporaries = (
+    analysis.temp_size_in_bytes
+    + analysis.output_size_in_bytes
+    - analysis.alias_size_in_bytes
+  )
+  peak = max(
+    analysis.argument_size_in_bytes + temporaries,
+    getattr(analysis, 'peak_memory_in_bytes', 0) or 0,
+  )
+  return Need(arrays, temporaries, peak)
+
+
+def available(device: jax.Device) -> int | None:
+  """Bytes that a program may use on a device; None where nobody knows."""
+  if device.platform == 'cpu':
+    try:
+      with open('/proc/meminfo') as stream:
+        lines = dict(line.split(':', 1) for line in stream)
+      free = int(lines['MemAvailable'].split()[0]) * 1024
+    except (OSError, ValueError, KeyError):
+      return None
+    return free // jax.local_device_count()
+  stats = device.memory_stats() or {}
+  return stats.get('bytes_limit')
+
+
+def table(need: Need, limit: int | None) -> str:
+  """The need in lines, for a person."""
+  rows = [*need.arrays.items()]
+  if need.temporaries:
+    rows.append(('activations and temporaries', need.temporaries))
+  rows.append(('together', need.peak))
+  if limit is not None:
+    rows.append(('there is', limit))
+  width = max(len(name) for name, _ in rows)
+  return '\n'.join(
+    f'  {name:<{width}}  {size / 1e9:8.2f} GB' for name, size in rows
+  )
+
+
+def check(need: Need, limit: int | None) -> None:
+  """Raises `ConfigError`, with the table, if it is more than the limit."""
+  if limit is None or need.peak <= limit:
+    return
+  raise configs.ConfigError(
+    'This does not fit into the memory of a device:\n'
+    f'{table(need, limit)}\n'
+    'Try configs/tiny.py, or see with --mode=plan what would fit where: '
+    'config.train.remat, a smaller config.data.batch_size, more '
+    'config.train.accumulate_steps or more devices along config.mesh.fsdp.'
+  )

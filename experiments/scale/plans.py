@@ -1,0 +1,101 @@
+"""Plans of the shipped configs for devices that are not here.
+
+  python experiments/scale/plans.py --out=experiments/scale/results.json h100-2b
+
+Each plan is a process of its own, `python -m diffusiongemma.main --mode=plan`;
+without names, all that are not in the file yet. TPU plans need libtpu
+(`pip install "diffusiongemma[tpu]"`), GPU plans the CUDA plugin (`[cuda13]`).
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+
+BIG = '--config=configs/26b_a4b.py'
+# Master weights in float32, the batch in tokens.
+TRAIN = (
+  BIG,
+  '--config.model.param_dtype=float32',
+  '--config.train.remat=True',
+  '--config.data.sequence_length=4096',
+)
+PLANS = {
+  'h100-2b': ('--config=configs/2b.py', '--topology=h100'),
+  'h100-26b-sample': (BIG, '--topology=h100', '--program=sample'),
+  'h200-26b-sample': (BIG, '--topology=h200', '--program=sample'),
+  'v5p-26b-finetune': (
+    *TRAIN,
+    '--topology=v5p:4x4x4',
+    '--config.mesh.fsdp=8',
+    '--config.mesh.tensor=2',
+    '--config.mesh.expert=4',
+    '--config.data.batch_size=32',
+  ),
+  'v5e-26b-finetune': (
+    *TRAIN,
+    '--topology=v5e:16x16',
+    '--config.mesh.fsdp=16',
+    '--config.mesh.tensor=4',
+    '--config.mesh.expert=4',
+    '--config.data.batch_size=64',
+  ),
+  'v5p-26b-pretrain': (
+    *TRAIN,
+    '--topology=v5p:8x8x8',
+    '--config.mesh.data=4',
+    '--config.mesh.fsdp=16',
+    '--config.mesh.tensor=2',
+    '--config.mesh.expert=4',
+    '--config.data.batch_size=1024',
+  ),
+}
+
+
+def make(name: str) -> dict:
+  """One plan as `--mode=plan --format=json` prints it."""
+  command = [
+    *(sys.executable, '-m', 'diffusiongemma.main', '--mode=plan'),
+    *PLANS[name],
+    '--format=json',
+  ]
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  if done.returncode:
+    raise SystemExit(f'{name}: {done.stderr[-3000:]}')
+  return {
+    'command': ' '.join(['python', *command[1:]]),
+    **json.loads(done.stdout.splitlines()[-1]),
+    'machine': f'{os.cpu_count()} cores, {platform.machine()}',
+    'python': platform.python_version(),
+    'date': datetime.date.today().isoformat(),
+  }
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('--out', required=True, help='JSON file to add to')
+  parser.add_argument('names', nargs='*', metavar='NAME')
+  given = parser.parse_args()
+  results = {}
+  if os.path.exists(given.out):
+    with open(given.out) as stream:
+      results = json.load(stream)
+  for name in given.names or [n for n in PLANS if n not in results]:
+    results[name] = make(name)
+    made = results[name]
+    print(
+      f'{name}: peak {made["peak_bytes"] / 1e9:.1f} GB, fits: {made["fits"]}, '
+      f'compiled in {made["compile_seconds"]} s',
+      flush=True,
+    )
+    with open(given.out + '.tmp', 'w') as stream:
+      json.dump(results, stream, indent=1)
+      stream.write('\n')
+    os.replace(given.out + '.tmp', given.out)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,144 @@
+"""What a plan counts, against formulas; what it says, against what is there."""
+
+import dataclasses
+import json
+
+import micro_config
+import pytest
+
+from diffusiongemma import config as configs
+from diffusiongemma import memory
+from diffusiongemma import plan
+from diffusiongemma.kernels import grouped_matmul
+
+
+@pytest.fixture(scope='module')
+def config() -> configs.Config:
+  """Wide enough for products to be all that counts."""
+  micro = micro_config.get_config()
+  model = dataclasses.replace(
+    micro.model, embed_dim=64, mlp_dim=128, expert_dim=32, context_length=256
+  )
+  data = dataclasses.replace(micro.data, sequence_length=64, batch_size=4)
+  return dataclasses.replace(micro, model=model, data=data)
+
+
+def layer_flops(model, rows, keys, kind) -> float:
+  """Of one layer on so many tokens in all, each of which meets `keys`."""
+  N, D = model.num_heads, model.embed_dim
+  K, H = model.num_kv_heads, model.head_dim
+  if kind == 'global':
+    K, H = model.num_global_kv_heads, model.global_head_dim
+  projections = D * H * (2 * N + K * (2 if kind == 'local' else 1))
+  attention = 2 * N * H * keys
+  shared = 3 * D * model.mlp_dim + D * model.num_experts
+  dense = 2.0 * rows * (projections + attention + shared)
+  routed = rows * model.experts_per_token
+  tile = grouped_matmul.default_tile(routed, model.num_experts)
+  padded = (-(-routed // tile) + model.num_experts) * tile
+  return dense + 2.0 * padded * 3 * D * model.expert_dim
+
+
+def stack_flops(model, rows, keys) -> float:
+  return sum(
+    layer_flops(model, rows, keys, kind) for kind in model.attention_pattern
+  )
+
+
+def test_flops_of_training_are_those_of_the_formula(config):
+  model, (B, S) = config.model, (4, 64)
+  C = config.diffusion.canvas_length
+  D, V = model.embed_dim, model.vocab_size
+  self_conditioning = 2.0 * B * C * 3 * D * model.mlp_dim
+  prefill = stack_flops(model, B * S, S) + 2.0 * B * S * D * V
+  denoise = stack_flops(model, B * C, S + C)
+  first = denoise + 2 * 2.0 * B * C * D * V  # Logits and the soft embedding.
+  second = denoise + self_conditioning + 2.0 * B * C * D * V
+  expected = 3 * (prefill + second) + first
+  counted = plan.count_flops(plan._lower_training(config, None))
+  assert counted == pytest.approx(expected, rel=0.05)
+
+
+def test_flops_of_a_denoising_step_are_those_of_the_formula(config):
+  model, context = config.model, 64
+  C, D = config.diffusion.canvas_length, model.embed_dim
+  window = min(model.sliding_window, context)
+  expected = 2.0 * C * 3 * D * model.mlp_dim + 4.0 * C * D * model.vocab_size
+  for kind in model.attention_pattern:
+    keys = C + (window if kind == 'local' else context)
+    expected += layer_flops(model, C, keys, kind)
+  counted = plan.count_flops(plan._lower_sampling(config, 1, context, None))
+  assert counted == pytest.approx(expected, rel=0.05)
+
+
+def test_recomputing_is_counted(config):
+  remat = configs.override(config, 'train.remat', 'True')
+  plain = plan.count_flops(plan._lower_training(config, None))
+  assert plan.count_flops(plan._lower_training(remat, None)) > 1.1 * plain
+
+
+def test_collectives_are_found_by_kind_and_size():
+  text = """
+    %a = f32[4,8]{1,0} all-reduce(%x), channel_id=1
+    %b = bf16[16]{0} all-gather(%y), dimensions={0}
+    %c = (bf16[4]{0}, bf16[16]{0}) all-gather-start(%y), dimensions={0}
+    %d = bf16[16]{0} all-gather-done(%c)
+    %e = f32[2]{0} fusion(%all-reduce.3)
+  """
+  assert plan.collectives(text) == {
+    'all-gather': (2, 64),
+    'all-reduce': (1, 128),
+  }
+
+
+@pytest.mark.parametrize('program', ['train', 'sample'])
+def test_a_plan_for_this_machine(config, program):
+  made = plan.plan(config, 'local', program, context=64)
+  assert made.devices == 1 and made.need.arrays['parameters'] > 10_000
+  assert made.need.peak > sum(made.need.arrays.values())
+  assert made.fits and made.seconds is None
+  told = json.loads(json.dumps(plan.to_json(made)))
+  assert told['fits'] is True and told['peak_bytes'] == made.need.peak
+  text = plan.to_text(made)
+  assert 'parameters' in text and '  fits' in text
+  assert 'not measured' not in text
+
+
+def test_a_chip_gives_a_limit_and_an_estimate(config, monkeypatch):
+  tiny = plan.Chip(1e3, 1e9, 1e9, 1e9)
+  monkeypatch.setitem(plan.CHIPS, 'local', tiny)
+  made = plan.plan(config, 'local', 'sample', context=64)
+  assert made.fits is False and made.limit == 1000
+  assert made.seconds >= made.flops / 1e9
+  text = plan.to_text(made)
+  assert 'does not fit' in text and 'estimate, not measured' in text
+
+
+def test_what_would_fit_is_compiled(config, monkeypatch):
+  """The first of the changes whose program needs no more than there is."""
+  made = plan.plan(config, 'local')
+  remat = configs.override(config, 'train.remat', 'True')
+  half = configs.override(remat, 'data.batch_size', '2')
+  needs = [plan.plan(c, 'local').need.peak for c in (remat, half)]
+  assert needs[1] < needs[0]
+  chip = plan.Chip(sum(needs) / 2, 1e9, 1e9, 1e9)
+  monkeypatch.setitem(plan.CHIPS, 'local', chip)
+  assert plan.nearest_fit(config, made) == 'config.data.batch_size=2'
+  monkeypatch.setitem(plan.CHIPS, 'local', chip._replace(memory=1.0))
+  assert plan.nearest_fit(config, made) is None
+
+
+@pytest.mark.parametrize('topology', ['h1000', 'v9:2x2', 'v5p', 'h100x12'])
+def test_unknown_topologies_are_errors(topology):
+  with pytest.raises(plan.PlanError, match=topology):
+    plan._devices(topology)
+
+
+def test_what_does_not_fit_is_a_table():
+  need = memory.Need({'parameters': 30 * 10**9}, 5 * 10**9, 35 * 10**9)
+  memory.check(need, None)
+  memory.check(need, 36 * 10**9)
+  with pytest.raises(configs.ConfigError) as info:
+    memory.check(need, 34 * 10**9)
+  for part in ('30.00 GB', '5.00 GB', '34.00 GB', 'tiny.py', '--mode=plan'):
+    assert part in str(info.value)
