@@ -72,6 +72,7 @@ CHIPS = {
   'h200': Chip(141e9, 989e12, 4800e9, 450e9),
 }
 GPUS_PER_HOST = 8
+STEPS = 16  # A canvas takes about so many, says DeepMind's report.
 _COLLECTIVES = (
   'all-gather',
   'all-reduce',
@@ -99,7 +100,7 @@ class Plan(NamedTuple):
     compile_seconds: of this compilation, on this machine.
     seconds: of a step, a roofline estimate; None where the chip is unknown.
     bound_by: what the estimate is: FLOPs, memory or links.
-    tokens: of a step: trained on, or in a canvas.
+    tokens: of a step of training, or of the canvases that are sampled.
   """
 
   topology: str
@@ -120,6 +121,15 @@ class Plan(NamedTuple):
   def fits(self) -> bool | None:
     """Whether the memory is enough; None where nobody knows."""
     return None if self.limit is None else self.need.peak <= self.limit
+
+  @property
+  def tokens_per_second(self) -> float | None:
+    """By the estimate; of sampling with `STEPS` steps a canvas, without what
+    reads the prompt and the finished canvas."""
+    if self.seconds is None:
+      return None
+    steps = STEPS if self.program == 'sample' else 1
+    return self.tokens / (steps * self.seconds)
 
 
 def plan(
@@ -400,6 +410,7 @@ def to_json(made: Plan) -> dict[str, Any]:
     'compile_seconds': round(made.compile_seconds, 1),
     'estimated_seconds': made.seconds,
     'estimate_bound_by': made.bound_by,
+    'estimated_tokens_per_second': made.tokens_per_second,
     'tokens': made.tokens,
   }
 
@@ -424,8 +435,9 @@ def to_text(made: Plan) -> str:
   for kind, (count, size) in made.collectives.items():
     lines.append(f'  {kind:<18} {count:5d} {size / 1e9:10.3f} GB')
   if made.seconds:
+    at = f' at {STEPS} steps a canvas' if made.program == 'sample' else ''
     lines.append(
       f'  estimate, not measured: {1e3 * made.seconds:.2f} ms, bound by '
-      f'{made.bound_by}; {made.tokens / made.seconds:,.0f} tokens/s'
+      f'{made.bound_by}; {made.tokens_per_second:,.0f} tokens/s{at}'
     )
   return '\n'.join(lines)

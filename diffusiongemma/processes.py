@@ -61,6 +61,9 @@ def start(
     raise configs.ConfigError(
       f'The processes of the job do not come together: {reason}'
     ) from error
+  # All meet at once: collectives that are set up later than half a minute
+  # after each other's would give up.
+  wait('started')
 
 
 def is_first() -> bool:

@@ -292,7 +292,7 @@ class Denoiser(nn.Module):
     """Embeddings times sqrt(D), the factor rounded to their type."""
     dtype = jnp.dtype(self.config.dtype)
     factor = jnp.asarray(self.config.embed_dim**0.5, dtype)
-    x = parallel.look_up(self.embedding, tokens_BL).astype(dtype) * factor
+    x = parallel.look_up(self.embedding, tokens_BL, dtype) * factor
     return parallel.constrain(x, 'batch', 'length', None)
 
   def logits(self, h: jax.Array) -> jax.Array:

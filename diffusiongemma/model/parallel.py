@@ -59,11 +59,13 @@ def sum_and_scatter(
   return jax.lax.psum(x, rest) if rest else x
 
 
-def look_up(table_VD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
-  """Rows [B, L, D] of a table that may lie in parts, and stays so: each device
-  looks up what it has, and the results are added."""
+def look_up(
+  table_VD: jax.Array, tokens_BL: jax.Array, dtype: jnp.dtype
+) -> jax.Array:
+  """Rows [B, L, D], in `dtype`, of a table that may lie in parts, and stays so:
+  each device looks up what it has, and the results are added."""
   if not is_active():
-    return table_VD[tokens_BL]
+    return table_VD[tokens_BL].astype(dtype)
   batch, owners = mesh_axes('batch'), mesh_axes('vocab')
   spread = [name for name in batch if name in owners]
 
@@ -71,7 +73,7 @@ def look_up(table_VD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
     tokens_BL = gather(tokens_BL, spread, 0)
     place_BL = tokens_BL - jax.lax.axis_index(owners) * len(table_VD)
     here_BL = (place_BL >= 0) & (place_BL < len(table_VD))
-    x_BLD = table_VD[jnp.where(here_BL, place_BL, 0)]
+    x_BLD = table_VD[jnp.where(here_BL, place_BL, 0)].astype(dtype)
     x_BLD = jnp.where(here_BL[..., None], x_BLD, 0)
     return sum_and_scatter(x_BLD, owners, spread)
 

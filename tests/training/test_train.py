@@ -415,6 +415,36 @@ def test_adafactor_learns_and_keeps_no_second_moment(config, rows):
   assert elements(state.opt_state) < 2 * elements(state.params)
 
 
+def test_muon_makes_orthogonal_steps_of_matrices(config, rows):
+  """All singular values of a step are about the same, those of experts one by
+  one; embedding, router and vectors move as with Adam."""
+  muon = changed(config, kind='muon', warmup_steps=0)
+  before = train_state.init_train_state(muon).params
+  state, first = one_step(muon, rows)
+  moved = jax.tree.map(lambda a, b: np.asarray(a - b), state.params, before)
+  D = config.model.embed_dim
+  layer = moved['layer_00']
+  for matrix in (
+    layer['attention']['q_proj'].reshape(D, -1),
+    layer['attention']['o_proj'].reshape(-1, D),
+    layer['shared_mlp']['up'],
+    layer['experts']['down'][0],
+  ):
+    values = np.linalg.svd(matrix, compute_uv=False)
+    assert values.min() > 0.5 * values.max() > 0
+  embedding = np.linalg.svd(moved['embedding'], compute_uv=False)
+  assert embedding.min() < 0.5 * embedding.max()
+  _, last = one_step(muon, rows, 40)
+  assert last['loss'] < 0.8 * first['loss']
+
+
+def test_muon_is_not_for_adapters(config):
+  config = configs.override(config, 'optimizer.kind', 'muon')
+  configs.validate(config)
+  with pytest.raises(configs.ConfigError, match='whole matrices'):
+    configs.validate(configs.override(config, 'lora.rank', '2'))
+
+
 def test_the_running_mean_is_what_is_sampled_from(config, rows):
   config = changed(config, ema_decay=0.9, peak_learning_rate=0.1)
   state, step = (
