@@ -145,7 +145,7 @@ def parse_flags(argv: list[str]) -> list[str]:
   try:
     rest = flags.FLAGS(argv, known_only=True)
   except flags.Error as error:
-    _fail_usage(str(error))
+    sys.exit(_fail(str(error), 2))
   if flags.FLAGS['verbosity'].using_default_value:
     flags.FLAGS.verbosity = logging.WARNING  # At INFO, Orbax tells every file.
   return rest
@@ -227,11 +227,6 @@ def _keep_compilations() -> None:
     jax.config.update(
       'jax_compilation_cache_dir', os.path.join(cache, 'diffusiongemma')
     )
-
-
-def _fail_usage(message: str) -> None:
-  print(f'Error: {message}', file=sys.stderr)
-  sys.exit(2)
 
 
 def _overrides(arguments: list[str]) -> dict[str, str]:

@@ -9,6 +9,7 @@ from absl.testing import flagsaver
 import pytest
 
 from diffusiongemma import main
+from diffusiongemma import memory
 
 MICRO = str(pathlib.Path(__file__).parent / 'micro_config.py')
 
@@ -224,3 +225,44 @@ def test_own_text(tmp_path):
   )
   assert code == 0, errors
   assert 'step 10/10' in output
+
+
+def test_a_plan_as_json():
+  code, output, errors = run(
+    '--mode=plan',
+    f'--config={MICRO}',
+    '--format=json',
+    '--program=sample',
+    '--context=32',
+  )
+  assert code == 0, errors
+  made = json.loads(output)
+  assert made['fits'] and made['devices'] == 1 and made['nearest_fit'] is None
+  assert made['peak_bytes'] > made['array_bytes']['parameters'] > 0
+
+
+def test_a_plan_for_devices_that_nobody_knows():
+  code, _, errors = run(
+    '--mode=plan', f'--config={MICRO}', '--topology=v5q:2x2'
+  )
+  assert code == 1 and 'v5p:4x4x4' in errors
+
+
+def test_what_does_not_fit_stops_before_anything_is_written(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(memory, 'available', lambda device: 10_000)
+  code, _, errors = run(f'--config={MICRO}', f'--workdir={tmp_path / "run"}')
+  assert code == 2
+  assert 'parameters and optimiser' in errors and '--mode=plan' in errors
+  assert not (tmp_path / 'run').exists()
+
+
+def test_samples_are_written_by_one_process(workdir):
+  code, _, errors = sample(workdir, '--coordinator=host:1')
+  assert code == 2 and 'one process' in errors
+
+
+def test_a_mesh_of_more_devices_than_there_are(workdir):
+  code, _, errors = sample(workdir, '--prompt=a', '--config.mesh.tensor=2')
+  assert code == 2 and 'there are 1' in errors

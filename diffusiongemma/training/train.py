@@ -244,7 +244,8 @@ def _train_on(mesh, config, workdir, load_base) -> int:
   start = config.train.init_from
   if start and load_base is None:
     raise ValueError('load_base must give the parameters in init_from.')
-  is_new = not workdirs.is_claimed(workdir)
+  # As the first process sees it, before it claims the folder.
+  is_new, *_ = processes.gather_json(not workdirs.is_claimed(workdir))
   if start and not is_new:
     start = workdir  # What came with the weights is there since.
   tokenizer = workdirs.load_tokenizer(config, start)

@@ -22,6 +22,7 @@ import jax
 from orbax import checkpoint as ocp
 
 from diffusiongemma import config as configs
+from diffusiongemma import processes
 from diffusiongemma.checkpoints import CheckpointError
 from diffusiongemma.checkpoints import digest as digest_lib
 from diffusiongemma.checkpoints import files
@@ -209,8 +210,9 @@ def check_base(workdir: str, params: dict, is_new: bool = False) -> None:
   digest = hashlib.blake2b(names.encode(), digest_size=16).hexdigest()
   path = pathlib.Path(workdir) / 'base.txt'
   try:
-    if is_new:
+    if is_new and processes.is_first():
       _write_atomically(path, digest.encode())
+    processes.wait('base noted')
     noted = path.read_text()
   except OSError as error:
     raise WorkdirError(

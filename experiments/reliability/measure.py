@@ -22,6 +22,7 @@ import time
 
 import jax
 
+from diffusiongemma.checkpoints import digest
 from diffusiongemma.checkpoints import native
 from diffusiongemma.training import train_state
 from diffusiongemma.training import workdir as workdirs
@@ -67,8 +68,8 @@ def read_digests(workdir) -> dict:
   return {
     'step': restored.step,
     'data': restored.data,
-    'params': native.digests(restored.params),
-    'opt_state': native.digests(restored.opt_state),
+    'params': digest.digests(restored.params),
+    'opt_state': digest.digests(restored.opt_state),
   }
 
 
