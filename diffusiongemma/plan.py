@@ -37,7 +37,7 @@ from diffusiongemma.diffusion import sampler
 from diffusiongemma.kernels import grouped_matmul
 from diffusiongemma.model import cache as kv_cache
 from diffusiongemma.text import generate
-from diffusiongemma.training import train
+from diffusiongemma.training import step as steps
 from diffusiongemma.training import train_state
 
 
@@ -128,8 +128,8 @@ class Plan(NamedTuple):
     reads the prompt and the finished canvas."""
     if self.seconds is None:
       return None
-    steps = STEPS if self.program == 'sample' else 1
-    return self.tokens / (steps * self.seconds)
+    passes = STEPS if self.program == 'sample' else 1
+    return self.tokens / (passes * self.seconds)
 
 
 def plan(
@@ -261,8 +261,8 @@ def _lower_training(config: Config, mesh: Mesh | None) -> Any:
   """The training step lowered for a mesh, with its parts; without a mesh, its
   jaxpr."""
   if mesh is not None:
-    return train.lower_step(config, train.abstract_state(config, mesh), mesh)
-  return train.trace_step(config)
+    return steps.lower_step(config, steps.abstract_state(config, mesh), mesh)
+  return steps.trace_step(config)
 
 
 def _lower_sampling(

@@ -25,7 +25,7 @@ from diffusiongemma import sharding
 from diffusiongemma.diffusion import loss
 from diffusiongemma.diffusion import sampler
 from diffusiongemma.text import generate
-from diffusiongemma.training import train
+from diffusiongemma.training import step as steps
 from diffusiongemma.training import train_state
 
 config = configs.Config(
@@ -62,7 +62,7 @@ batch = {
 }
 drawn = loss.draw_noise(key, batch, C, 96, 0.5)
 compute = jax.jit(
-  lambda *given: train.compute_gradients(config, *given)
+  lambda *given: steps.compute_gradients(config, *given)
 )
 prompts = [[2, 5, 7, 9], [2, 11], [2, 3, 4, 5, 6, 7, 8, 9, 10]]
 prompts = [prompts[i % 3] + [20 + i] for i in range(B)]

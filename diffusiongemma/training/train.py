@@ -1,6 +1,4 @@
-"""The training run: data, loss and optimiser in a loop that can stop anywhere.
-
-  state, metrics = train_step(state, batch)       jitted, the state donated
+"""The training run: data and steps in a loop that can stop anywhere.
 
 Everything random is a function of the seed and the step, and everything that
 changes is in the checkpoint (parameters, optimiser state, place in the data),
@@ -12,28 +10,22 @@ from collections.abc import Callable
 import contextlib
 import functools
 import signal
-from typing import Any
 
 import grain
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from diffusiongemma import memory
 from diffusiongemma import processes
 from diffusiongemma import sharding
 from diffusiongemma.checkpoints import CheckpointError
 from diffusiongemma.checkpoints import native
 from diffusiongemma.config import Config
-from diffusiongemma.diffusion import loss
-from diffusiongemma.model import moe
 from diffusiongemma.text import generate
 from diffusiongemma.text.tokenizer import Tokenizer
 from diffusiongemma.training import corpus as corpora
 from diffusiongemma.training import data
 from diffusiongemma.training import evaluate
 from diffusiongemma.training import metrics as metrics_lib
-from diffusiongemma.training import optimizer as optimizers
+from diffusiongemma.training import step as steps
 from diffusiongemma.training import train_state
 from diffusiongemma.training import workdir as workdirs
 
@@ -42,145 +34,6 @@ EVALUATION_NOISE = 0.3
 
 class TrainingError(RuntimeError):
   """A run that can't go on; the message says what is left of it."""
-
-
-def make_train_step(config: Config, shardings: Any = None):
-  """The jitted (state, batch, base) -> (state, metrics) of a run.
-
-  The state is donated: use the one that is returned. It lies as `shardings`
-  say, and the metrics on every device.
-  """
-  optimizer = optimizers.make_optimizer(config)
-  train, seed = config.train, jax.random.key(config.train.seed)
-  out_shardings = shardings and (shardings, None)
-
-  @functools.partial(jax.jit, donate_argnums=0, out_shardings=out_shardings)
-  def train_step(state, batch, base=None):
-    drawn = loss.draw_noise(
-      jax.random.fold_in(seed, state.step),
-      batch,
-      config.diffusion.canvas_length,
-      config.model.vocab_size,
-      train.self_conditioning_probability,
-      train.canvases,
-    )
-    gradients, metrics = compute_gradients(
-      config, state.params, batch, drawn, base
-    )
-    state, norm = train_state.apply_gradients(
-      config, optimizer, state, gradients, metrics['loss']
-    )
-    metrics['gradient_norm'] = norm
-    metrics['bad_steps'] = state.health.bad
-    metrics['bad_in_row'] = state.health.bad_in_row
-    return state, metrics
-
-  return train_step
-
-
-def abstract_state(config: Config, mesh: Mesh) -> train_state.TrainState:
-  """Shapes and types of a run's state, and where they lie."""
-  return sharding.with_sharding(workdirs.abstract_state(config), mesh)
-
-
-def lower_step(
-  config: Config, abstract: train_state.TrainState, mesh: Mesh
-) -> tuple[jax.stages.Lowered, dict[str, Any]]:
-  """(the training step for a mesh, what it is given, by part); to be called
-  within `jax.set_mesh(mesh)`. Nothing is allocated."""
-  base = None
-  if config.lora.rank:
-    base = sharding.with_sharding(
-      jax.eval_shape(lambda: train_state.fresh_params(config)), mesh
-    )
-  batch = data.abstract_batch(config.data, config.diffusion.canvas_length)
-  by_row = sharding.batch_sharding(mesh)
-  batch = jax.tree.map(lambda x: x.update(sharding=by_row), batch)
-  shardings = jax.tree.map(lambda x: x.sharding, abstract)
-  lowered = make_train_step(config, shardings).lower(abstract, batch, base)
-  parts = {
-    'parameters': (base, abstract.params),
-    'optimiser and counts': (abstract.opt_state, abstract.health),
-    'running mean': abstract.ema,
-    'batch': batch,
-  }
-  return lowered, {k: v for k, v in parts.items() if jax.tree.leaves(v)}
-
-
-def trace_step(config: Config) -> Any:
-  """The training step as a jaxpr, of the whole batch on one device."""
-  abstract = workdirs.abstract_state(config)
-  base = None
-  if config.lora.rank:
-    base = jax.eval_shape(lambda: train_state.fresh_params(config))
-  batch = data.abstract_batch(config.data, config.diffusion.canvas_length)
-  return jax.make_jaxpr(make_train_step(config))(abstract, batch, base)
-
-
-def compile_step(
-  config: Config, abstract: train_state.TrainState, mesh: Mesh
-) -> Callable:
-  """The training step, compiled for the mesh's devices.
-
-  Raises:
-    ConfigError: they don't have the memory for it; the message is a table.
-  """
-  limit = memory.available(mesh.devices.flat[0])
-  size = memory.bytes_on_a_device(abstract)
-  memory.check(memory.Need({'parameters and optimiser': size}, 0, size), limit)
-  lowered, parts = lower_step(config, abstract, mesh)
-  compiled = lowered.compile()
-  memory.check(memory.need_of(compiled, parts), limit)
-  return compiled
-
-
-def compute_gradients(
-  config: Config,
-  params: dict,
-  batch: dict,
-  drawn: loss.Noise,
-  base: dict | None = None,
-) -> tuple[dict, dict]:
-  """Gradients and metrics of a batch, worked through in parts one by one.
-
-  The parts see the noise of the whole batch and are divided by its counts, so
-  that the mean of their losses and gradients is what the batch gives at once.
-  """
-  train = config.train
-  parts = train.accumulate_steps
-  counts = jax.tree.map(lambda n: n / parts, loss.count(batch))
-
-  def loss_fn(params, batch, drawn):
-    params = optimizers.stop_frozen(config, params)
-    params = train_state.network_params(config, params, base)
-    network = evaluate.bind_network(config, params, train.remat)
-    value, metrics = loss.diffusion_loss(
-      network,
-      batch,
-      drawn,
-      train.ar_loss_weight,
-      objective=train.objective,
-      counts=counts,
-    )
-    metrics.update(moe.routing_statistics(metrics.pop('auxiliary')))
-    return value, metrics
-
-  gradient_fn = jax.grad(loss_fn, has_aux=True)
-  if parts == 1:
-    return gradient_fn(params, batch, drawn)
-
-  def add_part(total, part):
-    new = gradient_fn(params, *part)
-    return jax.tree.map(lambda a, b: a + b / parts, total, new), None
-
-  split = jax.tree.map(
-    lambda x: jnp.reshape(x, (parts, -1, *x.shape[1:])), (batch, drawn)
-  )
-  first = jax.tree.map(lambda x: x[0], split)
-  shapes = jax.eval_shape(gradient_fn, params, *first)
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-  total, _ = jax.lax.scan(add_part, zeros, split)
-  return total
 
 
 @contextlib.contextmanager
@@ -255,12 +108,15 @@ def _train_on(mesh, config, workdir, load_base) -> int:
     config.diffusion.canvas_length,
     workdirs.find_chat_template(start) if start else None,
   )
+  claim = functools.partial(workdirs.claim, workdir, config, tokenizer)
+  if processes.is_first() and not is_new:
+    claim()
   watch = metrics_lib.Stopwatch()
   with watch.spent_on('compile'):  # Before anything is written or allocated.
-    abstract = abstract_state(config, mesh)
-    train_step = compile_step(config, abstract, mesh)
-  if processes.is_first():
-    workdirs.claim(workdir, config, tokenizer)
+    abstract = steps.abstract_state(config, mesh)
+    train_step = steps.compile_step(config, abstract, mesh)
+  if processes.is_first() and is_new:
+    claim()
   processes.wait('claimed')
   if load_base is None:
     load_base = functools.partial(train_state.fresh_params_at, config)

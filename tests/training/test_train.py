@@ -22,7 +22,7 @@ from diffusiongemma.diffusion import loss
 from diffusiongemma.text import generate
 from diffusiongemma.training import metrics
 from diffusiongemma.training import optimizer as optimizers
-from diffusiongemma.training import train
+from diffusiongemma.training import step as steps
 from diffusiongemma.training import train_state
 from diffusiongemma.training import workdir as workdirs
 
@@ -281,7 +281,7 @@ def test_a_run_of_bad_steps_stops_with_the_last_good_state(tmp_path):
 
 def test_step_donates_its_state_and_draws_anew(config):
   state = train_state.init_train_state(config)
-  step = train.make_train_step(config)
+  step = steps.make_train_step(config)
   batch = {
     'tokens_BS': np.full((2, 32), 9, np.int32),
     'length_B': np.full(2, 32, np.int32),
@@ -331,7 +331,7 @@ def one_step(config, batch, count=1):
   """The state and the numbers after `count` steps."""
   state, step = (
     train_state.init_train_state(config),
-    train.make_train_step(config),
+    steps.make_train_step(config),
   )
   for _ in range(count):
     state, numbers = step(state, batch)
@@ -351,7 +351,7 @@ def gradients(config, batch):
       0.5,
       config.train.canvases,
     )
-    return train.compute_gradients(config, params, batch, drawn)
+    return steps.compute_gradients(config, params, batch, drawn)
 
   return compute(train_state.init_train_state(config).params)
 
@@ -449,7 +449,7 @@ def test_the_running_mean_is_what_is_sampled_from(config, rows):
   config = changed(config, ema_decay=0.9, peak_learning_rate=0.1)
   state, step = (
     train_state.init_train_state(config),
-    train.make_train_step(config),
+    steps.make_train_step(config),
   )
   mean = jax.tree.map(np.asarray, state.params)
   for _ in range(3):
@@ -471,7 +471,7 @@ def poisoned(rows, state):
 def test_a_bad_step_changes_nothing_but_the_counts(config, rows):
   state, step = (
     train_state.init_train_state(config),
-    train.make_train_step(config),
+    steps.make_train_step(config),
   )
   for _ in range(2):
     state, _ = step(state, rows)
@@ -496,11 +496,11 @@ def test_a_spike_is_left_out_when_asked_for(config, rows):
     state, _ = one_step(calm, rows, 3)
     wild = changed(calm, ar_loss_weight=1e4)
     before = jax.tree.map(np.asarray, state.params)
-    state, numbers = train.make_train_step(wild)(state, rows)
+    state, numbers = steps.make_train_step(wild)(state, rows)
     assert numbers['bad_steps'] == bad
     same = jax.tree.map(lambda a, b: (a == b).all(), state.params, before)
     assert jax.tree.all(same) == bool(bad)
-    state, numbers = train.make_train_step(calm)(state, rows)
+    state, numbers = steps.make_train_step(calm)(state, rows)
     assert numbers['bad_in_row'] == 0 and numbers['bad_steps'] == bad
 
 
@@ -526,7 +526,7 @@ def test_overfits_one_batch_and_samples_it_back(model_config):
     train=configs.TrainConfig(steps=250),
   )
   state = train_state.init_train_state(config)
-  step = train.make_train_step(config)
+  step = steps.make_train_step(config)
   for _ in range(250):
     state, numbers = step(state, batch)
   assert numbers['loss_ar'] < 0.02 and numbers['loss_denoise'] < 0.05
