@@ -396,23 +396,34 @@ def _both_folders(overrides: dict[str, str]) -> tuple[str, str]:
 
 def _plan(overrides: dict[str, str]) -> int:
   config = _load_config(overrides)
-  made = plan.plan(
-    config,
-    _TOPOLOGY.value,
-    _PROGRAM.value,
-    batch_size=_BATCH_SIZE.value,
-    context=_CONTEXT.value,
-  )
-  change = None if made.fits is not False else plan.nearest_fit(config, made)
+  what = (config, _TOPOLOGY.value, _PROGRAM.value)
+  try:
+    made = plan.plan(
+      *what, batch_size=_BATCH_SIZE.value, context=_CONTEXT.value
+    )
+  except plan.TooLarge as error:
+    change = plan.nearest_fit(*what)
+    if _FORMAT.value == 'json':
+      print(
+        json.dumps({'fits': False, 'reason': str(error), 'nearest_fit': change})
+      )
+      return 0
+    print(error)
+    _print_change(change)
+    return 0
+  change = None if made.fits is not False else plan.nearest_fit(*what)
   if _FORMAT.value == 'json':
     print(json.dumps({**plan.to_json(made), 'nearest_fit': change}))
     return 0
   print(plan.to_text(made))
   if made.fits is False:
-    print(
-      f'  With {change} it would.' if change else '  No small change helps.'
-    )
+    _print_change(change)
   return 0
+
+
+def _print_change(change: str | None) -> None:
+  """What would make a program fit."""
+  print(f'  With {change} it would.' if change else '  No small change helps.')
 
 
 def _evaluate(overrides: dict[str, str]) -> int:

@@ -60,7 +60,8 @@ def need_of(compiled: jax.stages.Compiled, parts: Mapping[str, Any]) -> Need:
 
 
 def available(device: jax.Device) -> int | None:
-  """Bytes that a program may use on a device; None where nobody knows."""
+  """Bytes that a program may use on a device of this process; None where nobody
+  knows."""
   if device.platform == 'cpu':
     try:
       with open('/proc/meminfo') as stream:

@@ -45,6 +45,11 @@ class PlanError(ValueError):
   """A topology that can't be planned for; the message says what is missing."""
 
 
+class TooLarge(PlanError):
+  """A program that the compiler itself found not to fit; its words are in the
+  message."""
+
+
 class Chip(NamedTuple):
   """One device of a kind, as its vendor describes it.
 
@@ -172,6 +177,8 @@ def plan(
     try:
       compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
+      if 'RESOURCE_EXHAUSTED' in str(error):
+        raise TooLarge(_too_large(error, topology)) from error
       raise PlanError(_why_not(error, topology)) from error
   seconds = time.perf_counter() - start
   need = memory.need_of(compiled, parts)
@@ -255,6 +262,12 @@ def _why_not(error: Exception, topology: str) -> str:
     f'{topology} cannot be compiled for here: {reason[:300]}\n'
     f'If the plugin is missing: pip install "diffusiongemma[{extra}]"'
   )
+
+
+def _too_large(error: Exception, topology: str) -> str:
+  """The compiler's reason, without its list of buffers."""
+  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+  return f'{topology}: does not fit, says the compiler. ' + ' '.join(lines[:3])
 
 
 def _lower_training(config: Config, mesh: Mesh | None) -> Any:
@@ -347,8 +360,11 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
   )
   for result, kind, started in pattern.findall(text):
     shapes = re.findall(r'(\w+)\[([\d,]*)\]', result)
-    if started:
-      shapes = shapes[len(shapes) // 2 :]  # Operands stand before results.
+    # What starts and ends later has its operands beside its results.
+    if started and kind == 'all-gather':
+      shapes = shapes[len(shapes) // 2 :]
+    elif started and kind == 'collective-permute':
+      shapes = shapes[1:2]
     found[kind][0] += 1
     for dtype, dims in shapes:
       count = math.prod(int(d) for d in dims.split(',') if d)
@@ -377,14 +393,14 @@ def smaller(config: Config, program: str) -> list[tuple[str, Config]]:
   return changes
 
 
-def nearest_fit(config: Config, made: Plan) -> str | None:
+def nearest_fit(config: Config, topology: str, program: str) -> str | None:
   """The first change of `smaller` with which the program fits, by compiling
   it; None if none of them is enough."""
-  for what, changed in smaller(config, made.program):
+  for what, changed in smaller(config, program):
     try:
-      if plan(changed, made.topology, made.program).fits:
+      if plan(changed, topology, program).fits:
         return what
-    except configs.ConfigError:
+    except (configs.ConfigError, TooLarge):
       continue
   return None
 

@@ -63,7 +63,7 @@ PARAMETERS = {
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
-  """The mesh of a config over all devices, or those given.
+  """The mesh of a config over all devices, or those given; of one slice.
 
   Raises:
     ConfigError: its axes do not multiply to the number of devices.
@@ -158,6 +158,26 @@ def parameter_sharding(
     return NamedSharding(mesh, spec)
 
   return place
+
+
+def check_processes(mesh: Mesh) -> None:
+  """Raises `ConfigError` unless each process reads rows of its own, and as many
+  as the others: no part of the batch may lie on devices of two processes."""
+  count = jax.process_count()
+  parts = math.prod(mesh.shape[axis] for axis in RULES['batch'])
+  if count == 1:
+    return
+  places = batch_sharding(mesh).devices_indices_map((parts,))
+  of_process = [set() for _ in range(count)]
+  for device, (rows,) in places.items():
+    of_process[device.process_index].add(rows.indices(parts)[0])
+  sizes = set(map(len, of_process))
+  if len(sizes) > 1 or sum(map(len, of_process)) != parts:
+    raise configs.ConfigError(
+      f'With this config.mesh, {count} processes share parts of the batch, '
+      'which is not supported: make config.mesh.tensor divide the devices of a '
+      'process, so that each has parts of its own.'
+    )
 
 
 def with_sharding(abstract: Any, mesh: Mesh) -> Any:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import micro_config
 import pytest
 
@@ -84,10 +85,13 @@ def test_collectives_are_found_by_kind_and_size():
     %c = (bf16[4]{0}, bf16[16]{0}) all-gather-start(%y), dimensions={0}
     %d = bf16[16]{0} all-gather-done(%c)
     %e = f32[2]{0} fusion(%all-reduce.3)
+    %f = (f32[2]{0}, f32[3]{0}) all-reduce-start(%x, %y), channel_id=2
+    %g = (f32[5]{0}, f32[5]{0}, u32[], u32[]) collective-permute-start(%x)
   """
   assert plan.collectives(text) == {
     'all-gather': (2, 64),
-    'all-reduce': (1, 128),
+    'all-reduce': (2, 148),
+    'collective-permute': (1, 20),
   }
 
 
@@ -116,16 +120,17 @@ def test_a_chip_gives_a_limit_and_an_estimate(config, monkeypatch):
 
 def test_what_would_fit_is_compiled(config, monkeypatch):
   """The first of the changes whose program needs no more than there is."""
-  made = plan.plan(config, 'local')
   remat = configs.override(config, 'train.remat', 'True')
   half = configs.override(remat, 'data.batch_size', '2')
   needs = [plan.plan(c, 'local').need.peak for c in (remat, half)]
   assert needs[1] < needs[0]
   chip = plan.Chip(sum(needs) / 2, 1e9, 1e9, 1e9)
   monkeypatch.setitem(plan.CHIPS, 'local', chip)
-  assert plan.nearest_fit(config, made) == 'config.data.batch_size=2'
+  assert (
+    plan.nearest_fit(config, 'local', 'train') == 'config.data.batch_size=2'
+  )
   monkeypatch.setitem(plan.CHIPS, 'local', chip._replace(memory=1.0))
-  assert plan.nearest_fit(config, made) is None
+  assert plan.nearest_fit(config, 'local', 'train') is None
 
 
 @pytest.mark.parametrize('topology', ['h1000', 'v9:2x2', 'v5p', 'h100x12'])
@@ -142,3 +147,16 @@ def test_what_does_not_fit_is_a_table():
     memory.check(need, 34 * 10**9)
   for part in ('30.00 GB', '5.00 GB', '34.00 GB', 'tiny.py', '--mode=plan'):
     assert part in str(info.value)
+
+
+def test_what_the_compiler_refuses_does_not_fit(config, monkeypatch):
+  def refuse(self):
+    raise jax.errors.JaxRuntimeError(
+      'RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20G of '
+      '16G hbm.\n\nTotal hbm usage >= 20G:\n  buffers'
+    )
+
+  monkeypatch.setattr(jax.stages.Lowered, 'compile', refuse)
+  with pytest.raises(plan.TooLarge, match='does not fit.*Used 20G of 16G'):
+    plan.plan(config, 'local')
+  assert plan.nearest_fit(config, 'local', 'train') is None

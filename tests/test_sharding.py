@@ -184,3 +184,11 @@ def test_heads_are_never_cut():
   path = ('layer_00', 'attention', 'k_proj')
   assert where(path, (16, 8, 4)).spec[1] == 'tensor'
   assert where(path, (16, 2, 4)).spec[1] is None
+
+
+def test_processes_that_share_rows_are_refused(monkeypatch):
+  mesh = sharding.make_mesh(configs.MeshConfig())
+  sharding.check_processes(mesh)
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  with pytest.raises(configs.ConfigError, match='2 processes share'):
+    sharding.check_processes(mesh)

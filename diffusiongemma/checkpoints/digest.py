@@ -3,9 +3,10 @@
   word_i  = the bits of element i
   sum_s   = sum_i  mix(word_i ^ mix(i ^ salt_s))   mod 2^32,   s = 1, 2
 
-Sums are the same in any order, so the devices of a mesh add up their parts
-and no process ever holds an array whole. It is for accidents, a flipped bit or
-a lost block, and no protection from who wants to deceive.
+Sums are the same in any order, so where an array lies on several processes its
+devices add up their parts, and no process ever holds it whole. It is for
+accidents, a flipped bit or a lost block, and no protection from who wants to
+deceive.
 `mix` is the finaliser of MurmurHash3 (Appleby, public domain).
 """
 

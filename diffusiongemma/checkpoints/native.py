@@ -317,9 +317,13 @@ def _with_stored_types(
   """`params` with the types on disk, so that restoring casts nothing."""
   stored = _metadata(manager, step)
   try:
+    # Without a sharding, Orbax would ask for the devices that saved.
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(
       lambda wanted, found: jax.ShapeDtypeStruct(
-        wanted.shape, found.dtype, sharding=getattr(wanted, 'sharding', None)
+        wanted.shape,
+        found.dtype,
+        sharding=getattr(wanted, 'sharding', None) or here,
       ),
       params,
       stored,

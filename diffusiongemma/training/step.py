@@ -108,7 +108,7 @@ def compile_step(
   Raises:
     ConfigError: they don't have the memory for it; the message is a table.
   """
-  limit = memory.available(mesh.devices.flat[0])
+  limit = memory.available(mesh.local_devices[0])
   size = memory.bytes_on_a_device(abstract)
   memory.check(memory.Need({'parameters and optimiser': size}, 0, size), limit)
   lowered, parts = lower_step(config, abstract, mesh)

@@ -88,6 +88,7 @@ def train(
   """
   mesh = sharding.make_mesh(config.mesh)
   sharding.validate(config, tuple(mesh.shape.values()))
+  sharding.check_processes(mesh)
   with jax.set_mesh(mesh):
     return _train_on(mesh, config, workdir, load_base)
 
@@ -211,8 +212,8 @@ def start_or_resume(
       donate_argnums=() if config.lora.rank else 0,
     )
     return init(params), iterator
-  native.set_aside_after(manager, restored.step)
   iterator.set_state(_own_place(restored))
+  native.set_aside_after(manager, restored.step)
   state = train_state.from_items(
     restored.step, restored.params, restored.opt_state
   )

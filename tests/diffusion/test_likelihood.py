@@ -416,7 +416,7 @@ def test_what_is_not_counted_adds_nothing(estimate):
 def test_logits_in_chunks_are_the_same(estimate, monkeypatch):
   """The last chunk is padded with tokens of no meaning, at t = 0."""
   whole = estimate(1, 1, 1, 1)
-  monkeypatch.setattr(loss, 'CHUNK_LOGITS', 3 * V)
+  monkeypatch.setattr(loss, 'CHUNK_LOGITS', 3 * 2 * V)
   chunked = estimator(C=2, repetitions=1)(1, 1, 1, 1)
   np.testing.assert_allclose(chunked, whole, rtol=1e-6)
 

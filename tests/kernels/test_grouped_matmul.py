@@ -65,6 +65,31 @@ def test_values_and_gradients_when_one_expert_gets_all():
   check(jnp.full((33, 2), 4), 8)
 
 
+def test_rows_of_experts_that_are_elsewhere_are_left_out():
+  """They become zero and cost no tile; none here is no tile at all."""
+  key_x, key_w = jax.random.split(jax.random.key(0))
+  x_MD = jax.random.normal(key_x, (20, 12))
+  weights_EFD = jax.random.normal(key_w, (3, 10, 12))
+  experts_Mk = jnp.arange(40).reshape(20, 2) % 6  # Half of them are not here.
+  here_Mk = experts_Mk < 3
+  limited_Mk = jnp.where(here_Mk, experts_Mk, 3)
+
+  def tiled(x, w):
+    return run_tiled(x, w, limited_Mk, 8)
+
+  def dense(x, w):
+    return run_dense(x, w, experts_Mk % 3) * here_Mk[..., None]
+
+  ours, pull_ours = jax.vjp(tiled, x_MD, weights_EFD)
+  wanted, pull_dense = jax.vjp(dense, x_MD, weights_EFD)
+  np.testing.assert_allclose(ours, wanted, atol=1e-5)
+  for a, b in zip(pull_ours(ours), pull_dense(ours), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-4)
+  nowhere = grouped.make_groups(jnp.full(40, 3), 3, 8)
+  assert nowhere.used == 0
+  assert not run_tiled(x_MD, weights_EFD, jnp.full((20, 2), 3), 8).any()
+
+
 def test_tile_follows_the_mean_group():
   assert grouped.default_tile(1, 128) == 8
   assert grouped.default_tile(2048, 128) == 8
