@@ -9,12 +9,10 @@ import subprocess
 import sys
 import time
 
-import jax
 import pytest
 
 from diffusiongemma import config as configs
 from diffusiongemma import processes
-from diffusiongemma.training import workdir as workdirs
 
 MICRO = str(pathlib.Path(__file__).parents[1] / 'micro_config.py')
 
@@ -104,8 +102,10 @@ def wait_for_line(workdir, step, started):
 
 def digests(workdir, step):
   """Of all arrays of a step, as they were saved."""
-  (path,) = (workdir / 'checkpoints' / str(step) / 'digests').iterdir()
-  return json.loads(path.read_text())
+  folder = workdir / 'checkpoints' / str(step) / 'digests'
+  texts = [path.read_text() for path in folder.iterdir() if path.is_file()]
+  (found,) = [text for text in texts if '"params"' in text]
+  return json.loads(found)
 
 
 @pytest.fixture(scope='module')
@@ -125,8 +125,9 @@ def test_killed_and_gone_on_with_ends_bit_equal(straight, tmp_path):
   # In the middle of steps: within a save, JAX's runtime has the last word.
   wait_for_line(tmp_path, 3, started)
   started[1].send_signal(signal.SIGKILL)
-  first, _ = finish(started, 1, -signal.SIGKILL)
-  assert 'Error in process 0' in first and 'another process' in first
+  for process in started:  # JAX's runtime may end the other by itself.
+    process.communicate(timeout=300)
+    assert process.returncode != 0
   finish(start_two(tmp_path, '--config.train.steps=8'), 0, 0)
   assert digests(tmp_path, 8) == digests(straight, 8)
 
@@ -145,71 +146,6 @@ def test_as_many_processes_as_there_were(straight):
   """Each has its own place in the data."""
   (output,) = finish([start(straight, 8, '--config.train.steps=8')], 1)
   assert 'saved by 2 processes' in output
-
-
-# Four steps on one mesh, stopped, and four on another, in one process.
-MOVE = """
-import dataclasses, os, signal, sys
-import jax, numpy as np
-from diffusiongemma import config as configs
-from diffusiongemma.training import metrics, train, workdir
-
-folder, micro = sys.argv[1:]
-config = configs.load_config(micro)
-for field, value in (
-  ('train.steps', '8'), ('train.sample_prompt', ''), ('data.batch_size', '8')
-):
-  config = configs.override(config, field, value)
-
-
-def on(name, *sizes):
-  mesh = configs.MeshConfig(*sizes)
-  place = os.path.join(folder, name)
-  return train.train(dataclasses.replace(config, mesh=mesh), place)
-
-
-assert on('plain', 8) == 0
-advance = metrics.Progress.advance
-
-
-def stop_at_four(self, step):
-  advance(self, step)
-  if step == 4:
-    signal.raise_signal(signal.SIGTERM)
-
-
-metrics.Progress.advance = stop_at_four
-assert on('moved', 2, 4) == 143
-metrics.Progress.advance = advance
-assert on('moved', 1, 2, 2, 2) == 0
-one, other = (workdir.load(os.path.join(folder, n)) for n in ('plain', 'moved'))
-assert one.step == other.step == 8
-for a, b in zip(
-  jax.tree.leaves(one.params), jax.tree.leaves(other.params), strict=True
-):
-  np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=3e-4)
-print('equal')
-"""
-
-
-def test_a_run_goes_on_on_another_mesh(tmp_path):
-  """Four steps here and four there are eight, but for rounding."""
-  flags = os.environ.get('XLA_FLAGS', '')
-  done = subprocess.run(
-    [sys.executable, '-c', MOVE, str(tmp_path), MICRO],
-    env={
-      **os.environ,
-      'XLA_FLAGS': f'{flags} --xla_force_host_platform_device_count=8',
-    },
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert done.stdout.endswith('equal\n'), done.stdout + done.stderr[-3000:]
-  # Eight devices have saved it; here is one.
-  run = workdirs.load(str(tmp_path / 'moved'))
-  assert run.step == 8
-  assert {len(x.devices()) for x in jax.tree.leaves(run.params)} == {1}
 
 
 @pytest.mark.parametrize(
