@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import devices
 import disk
 import jax
 import jax.numpy as jnp
@@ -421,19 +422,6 @@ def test_export_without_a_checkpoint(tmp_path):
     diffusiongemma.export(str(tmp_path), str(tmp_path / 'out'))
 
 
-def run_alone(script, *arguments, **environment):
-  """Runs a script in a process of its own; its standard output."""
-  done = subprocess.run(
-    [sys.executable, '-c', script, *map(str, arguments)],
-    env={**os.environ, 'JAX_PLATFORMS': 'cpu', **environment},
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert done.returncode == 0, done.stderr
-  return done.stdout
-
-
 ON_A_MESH = """
 import sys
 import jax
@@ -468,13 +456,7 @@ for path in sys.argv[1:]:
 
 
 def test_arrays_go_straight_to_their_shards(hf_dir, workdir):
-  output = run_alone(
-    ON_A_MESH,
-    hf_dir,
-    workdir,
-    XLA_FLAGS=os.environ.get('XLA_FLAGS', '')
-    + ' --xla_force_host_platform_device_count=8',
-  )
+  output = devices.run(ON_A_MESH, hf_dir, workdir, devices=8)
   assert output.split() == ['equal', 'equal']
 
 
@@ -488,7 +470,7 @@ LARGE_CONFIG = pathlib.Path(__file__).parent / 'large_config.py'
 def test_memory_does_not_grow_with_the_model(tmp_path):
   """Three times the budget of 1.5 GB + twice the largest tensor."""
   script = str(SCRIPT / 'convert_zeros.py')
-  run_alone(
+  devices.run(
     f'import runpy; runpy.run_path({script!r}, run_name="__main__")',
     f'--config={LARGE_CONFIG}',
     f'--folder={tmp_path / "zeros"}',
@@ -502,7 +484,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
 
 def test_a_stopped_conversion_leaves_nothing(tmp_path):
   """Stopped while it writes."""
-  run_alone(
+  devices.run(
     'import runpy, sys; from diffusiongemma import config; '
     'script, path, folder = sys.argv[1:]; '
     'write_zeros = runpy.run_path(script)["write_zeros"]; '

@@ -1,10 +1,8 @@
 """Prompt to tokens with a random network: the seams between the parts."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 
+import devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -473,18 +471,5 @@ print(len({row.steps for row in single.rows}), 'equal')
 
 def test_the_same_tokens_on_one_device_and_on_eight():
   """Rows on a device each, and everything on all of them."""
-  environment = {
-    **os.environ,
-    'XLA_FLAGS': os.environ.get('XLA_FLAGS', '')
-    + ' --xla_force_host_platform_device_count=8',
-    'JAX_PLATFORMS': 'cpu',
-  }
-  done = subprocess.run(
-    [sys.executable, '-c', ON_EIGHT_DEVICES],
-    env=environment,
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert done.returncode == 0, done.stderr
-  assert done.stdout.endswith('equal\n')
+  output = devices.run(ON_EIGHT_DEVICES, devices=8)
+  assert output.endswith('equal\n')
