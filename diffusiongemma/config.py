@@ -3,24 +3,18 @@
 A config file is Python with a `get_config()` that returns a `Config`; the
 command line changes single fields of it (`--config.train.steps=100`).
 Instances are frozen, hashable values: changed with `dataclasses.replace`,
-usable as static arguments of `jax.jit`. Every name and every type is checked,
-and a wrong name is answered with the nearest right one.
+usable as static arguments of `jax.jit`; `fields.py` sets them by name.
 """
 
-import ast
 import dataclasses
-import difflib
 import importlib.util
 import math
 import os
-import types
-import typing
 from typing import Any
 from typing import Literal
 
-
-class ConfigError(ValueError):
-  """A configuration that can't be used; the message says what to change."""
+from diffusiongemma import fields
+from diffusiongemma.fields import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,36 +243,17 @@ def load_config(path: str) -> Config:
   return config
 
 
-def override(config: Config, field: str, text: str) -> Config:
-  """The config with the dotted `field` set to what `text` spells."""
-
-  def replace(node, names, prefix):
-    name, rest = names[0], names[1:]
-    if node is None:
-      raise ConfigError(f'{prefix} is not part of this config.')
-    if not dataclasses.is_dataclass(node):
-      raise ConfigError(f'{prefix} is a value, it has no field {name!r}.')
-    hints = typing.get_type_hints(type(node))
-    if name not in hints:
-      raise ConfigError(unknown_name(f'{prefix}.{name}', field_names(config)))
-    old = getattr(node, name)
-    if rest:
-      new = replace(old, rest, f'{prefix}.{name}')
-    elif group := _group(hints[name]):
-      raise ConfigError(
-        f'{prefix}.{name} is a group of fields; set one of them: '
-        f'{", ".join(f.name for f in dataclasses.fields(group))}.'
-      )
-    else:
-      new = _parse(text, hints[name], f'{prefix}.{name}')
-    return dataclasses.replace(node, **{name: new})
-
-  return replace(config, field.split('.'), 'config')
+def _with_nearest_field(message: str) -> str:
+  """Adds the nearest field to Python's 'unexpected keyword argument' error."""
+  if 'unexpected keyword argument' not in message:
+    return message
+  name = message.rsplit("argument '", 1)[-1].split("'", 1)[0]
+  return f'{message}. {fields.unknown_name(name, fields.field_names(Config()))}'
 
 
 def validate(config: Config) -> None:
   """Raises `ConfigError` naming the first field that can't be used."""
-  _check_types(config, 'config')
+  fields.check_types(config, 'config')
   _check_numbers(config, 'config')
   model, diffusion, data = config.model, config.diffusion, config.data
   validate_diffusion(diffusion)
@@ -360,7 +335,7 @@ def validate(config: Config) -> None:
 
 def validate_diffusion(diffusion: DiffusionConfig) -> None:
   """The part of `validate` that the sampler alone can see."""
-  _check_types(diffusion, 'config.diffusion')
+  fields.check_types(diffusion, 'config.diffusion')
   _check_numbers(diffusion, 'config.diffusion')
   if diffusion.t_min > diffusion.t_max:
     raise ConfigError('config.diffusion.t_min is above config.diffusion.t_max.')
@@ -420,131 +395,8 @@ _MAY_BE_ZERO = (
 )
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-  """Plain nested dictionaries and lists, fit for JSON."""
-
-  def plain(value):
-    if dataclasses.is_dataclass(value):
-      return {
-        f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)
-      }
-    return list(value) if isinstance(value, tuple) else value
-
-  return plain(config)
-
-
-def from_dict(values: dict[str, Any], kind: type = Config, prefix='config'):
-  """The inverse of `to_dict`; unknown fields are errors, missing ones take
-  their defaults."""
-  if not isinstance(values, dict):
-    raise ConfigError(f'{prefix} must be a group of fields, it is {values!r}.')
-  hints = typing.get_type_hints(kind)
-  arguments = {}
-  for name, value in values.items():
-    if name not in hints:
-      raise ConfigError(unknown_name(f'{prefix}.{name}', list(hints)))
-    group = _group(hints[name])
-    if group and value is not None:
-      value = from_dict(value, group, f'{prefix}.{name}')
-    elif isinstance(value, list):
-      value = tuple(value)
-    arguments[name] = value
-  config = kind(**arguments)
-  _check_types(config, prefix)
-  return config
-
-
-def flatten(config: Any, prefix: str = 'config') -> dict[str, Any]:
-  """`{'config.train.steps': 1000, ...}`, for messages and comparisons."""
-  flat = {}
-  for field in dataclasses.fields(config):
-    name, value = f'{prefix}.{field.name}', getattr(config, field.name)
-    if dataclasses.is_dataclass(value):
-      flat.update(flatten(value, name))
-    else:
-      flat[name] = value
-  return flat
-
-
-def field_names(config: Any = Config()) -> list[str]:
-  """All dotted names, groups first."""
-  groups = [f'config.{f.name}' for f in dataclasses.fields(config)]
-  return groups + list(flatten(config))
-
-
-def unknown_name(name: str, known: list[str]) -> str:
-  """'No field x. Did you mean y?'; compares the last parts when the whole
-  names are not alike."""
-  nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-  last = name.rsplit('.', 1)[-1]
-  same_last = [k for k in known if k.rsplit('.', 1)[-1] == last]
-  nearest = same_last[:1] or nearest
-  if not nearest:
-    lasts = {k.rsplit('.', 1)[-1]: k for k in known}
-    nearest = [
-      lasts[k] for k in difflib.get_close_matches(last, lasts, n=1, cutoff=0.5)
-    ]
-  hint = f' Did you mean {nearest[0]!r}?' if nearest else ''
-  return f'There is no {name!r}.{hint}'
-
-
-def _with_nearest_field(message: str) -> str:
-  """Adds the nearest field to Python's 'unexpected keyword argument' error."""
-  if 'unexpected keyword argument' not in message:
-    return message
-  name = message.rsplit("argument '", 1)[-1].split("'", 1)[0]
-  return f'{message}. {unknown_name(name, field_names())}'
-
-
-def _parse(text: str, hint: Any, name: str) -> Any:
-  """The value that `text` spells for a field of type `hint`."""
-  if hint is str or typing.get_origin(hint) is Literal:
-    value = text
-  elif hint is bool:
-    value = {'true': True, 'false': False}.get(text.lower(), text)
-  else:
-    try:
-      value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-      value = text
-    if typing.get_origin(hint) is tuple:
-      if isinstance(value, list):
-        value = tuple(value)
-      elif not isinstance(value, tuple):
-        # a,b,c without quotes, or a single element
-        value = tuple(value.split(',')) if isinstance(value, str) else (value,)
-  if hint is float and type(value) is int:
-    value = float(value)
-  _check_type(value, hint, name)
-  return value
-
-
-def _group(hint: Any) -> type | None:
-  """The dataclass in the hint of a field that is a group, `X` or `X | None`."""
-  for kind in (hint, *typing.get_args(hint)):
-    if dataclasses.is_dataclass(kind):
-      return kind
-  return None
-
-
-def _check_types(config: Any, prefix: str) -> None:
-  for name, hint in typing.get_type_hints(type(config)).items():
-    value = getattr(config, name)
-    group = _group(hint)
-    if group:
-      if value is None and hint is not group:
-        continue
-      if not isinstance(value, group):
-        raise ConfigError(
-          f'{prefix}.{name} must be a {group.__name__}, it is {value!r}.'
-        )
-      _check_types(value, f'{prefix}.{name}')
-    else:
-      _check_type(value, hint, f'{prefix}.{name}')
-
-
 def _check_numbers(config: Any, prefix: str) -> None:
-  for name, value in flatten(config, prefix).items():
+  for name, value in fields.flatten(config, prefix).items():
     if name.startswith('config.mesh.'):
       continue  # May be -1.
     positive = not name.startswith(_MAY_BE_ZERO)
@@ -552,29 +404,3 @@ def _check_numbers(config: Any, prefix: str) -> None:
       if not math.isfinite(value) or value < 0 or (positive and value == 0):
         kind = 'positive' if positive else 'zero or more'
         raise ConfigError(f'{name} must be {kind}, it is {value}.')
-
-
-def _check_type(value: Any, hint: Any, name: str) -> None:
-  origin = typing.get_origin(hint)
-  if origin is Literal:
-    allowed = typing.get_args(hint)
-    good, wanted = value in allowed, ' or '.join(map(repr, allowed))
-  elif origin is tuple:
-    item = typing.get_args(hint)[0]
-    good = isinstance(value, tuple) and all(type(v) is item for v in value)
-    wanted = f'a tuple of {item.__name__}'
-  else:
-    accepted = (int, float) if hint is float else (hint,)
-    good, wanted = type(value) in accepted, _ARTICLE[hint]
-  if not good:
-    raise ConfigError(f'{name} must be {wanted}, it is {value!r}.')
-
-
-_ARTICLE = types.MappingProxyType(
-  {
-    int: 'a whole number',
-    float: 'a number',
-    bool: 'true or false',
-    str: 'a text',
-  }
-)

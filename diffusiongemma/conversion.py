@@ -26,6 +26,7 @@ from rich import console as rich_console
 from rich import progress as rich_progress
 
 from diffusiongemma import config as configs
+from diffusiongemma import fields
 from diffusiongemma.checkpoints import CheckpointError
 from diffusiongemma.checkpoints import files
 from diffusiongemma.checkpoints import huggingface
@@ -106,7 +107,7 @@ def convert(hf_dir: str, workdir: str) -> Config:
     os.mkdir(companions)
     for name, content in workdirs.read_companions(hf_dir):
       _write_file(os.path.join(companions, name), content)
-    text = json.dumps(configs.to_dict(config), indent=2)
+    text = json.dumps(fields.to_dict(config), indent=2)
     _write_file(os.path.join(folder, 'config.json'), text.encode())
     native.save_arrays(
       workdirs.checkpoint_dir(folder), 0, arrays(), num_bytes, config

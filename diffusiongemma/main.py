@@ -37,6 +37,7 @@ from rich import table as rich_table
 from diffusiongemma import checkpoints
 from diffusiongemma import config as configs
 from diffusiongemma import conversion
+from diffusiongemma import fields
 from diffusiongemma import plan
 from diffusiongemma import processes
 from diffusiongemma import sharding
@@ -238,7 +239,7 @@ def _overrides(arguments: list[str]) -> dict[str, str]:
     if not argument.startswith('--config.'):
       known = [f'--{flag}' for flag in flags.FLAGS]
       if argument.startswith('-'):
-        name = configs.unknown_name(argument.partition('=')[0], known)
+        name = fields.unknown_name(argument.partition('=')[0], known)
         raise configs.ConfigError(name)
       raise configs.ConfigError(
         f'{argument!r} stands alone; flags look like --name=value.'
@@ -272,7 +273,7 @@ def _changed(
 ) -> configs.Config:
   """The config with single fields set."""
   for field, text in overrides.items():
-    config = configs.override(config, field, text)
+    config = fields.override(config, field, text)
   return config
 
 

@@ -7,6 +7,7 @@ import pathlib
 import pytest
 
 from diffusiongemma import config as configs
+from diffusiongemma import fields
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / 'configs').glob('*.py'))
 
@@ -33,8 +34,8 @@ def test_shipped_configs_are_valid(path):
   ],
 )
 def test_override(field, text, value):
-  config = configs.override(configs.Config(), field, text)
-  assert configs.flatten(config)[f'config.{field}'] == value
+  config = fields.override(configs.Config(), field, text)
+  assert fields.flatten(config)[f'config.{field}'] == value
   configs.validate(config)
 
 
@@ -57,7 +58,7 @@ def test_override(field, text, value):
 )
 def test_bad_override(field, text, message):
   with pytest.raises(configs.ConfigError, match=message):
-    configs.override(configs.Config(), field, text)
+    fields.override(configs.Config(), field, text)
 
 
 @pytest.mark.parametrize(
@@ -88,11 +89,11 @@ def test_invalid_values(group, changes, message):
 
 def test_json_round_trip():
   config = configs.load_config(str(CONFIGS[0]))
-  text = json.dumps(configs.to_dict(config))
-  again = configs.from_dict(json.loads(text))
+  text = json.dumps(fields.to_dict(config))
+  again = fields.from_dict(json.loads(text), configs.Config)
   assert again == config and hash(again) == hash(config)
   with pytest.raises(configs.ConfigError, match=r"mean 'steps'|config\.train"):
-    configs.from_dict({'train': {'stepz': 1}})
+    fields.from_dict({'train': {'stepz': 1}}, configs.Config)
 
 
 @pytest.mark.parametrize(

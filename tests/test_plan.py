@@ -8,6 +8,7 @@ import micro_config
 import pytest
 
 from diffusiongemma import config as configs
+from diffusiongemma import fields
 from diffusiongemma import memory
 from diffusiongemma import plan
 from diffusiongemma.kernels import grouped_matmul
@@ -73,7 +74,7 @@ def test_flops_of_a_denoising_step_are_those_of_the_formula(config):
 
 
 def test_recomputing_is_counted(config):
-  remat = configs.override(config, 'train.remat', 'True')
+  remat = fields.override(config, 'train.remat', 'True')
   plain = plan.count_flops(plan._lower_training(config, None))
   assert plan.count_flops(plan._lower_training(remat, None)) > 1.1 * plain
 
@@ -120,8 +121,8 @@ def test_a_chip_gives_a_limit_and_an_estimate(config, monkeypatch):
 
 def test_what_would_fit_is_compiled(config, monkeypatch):
   """The first of the changes whose program needs no more than there is."""
-  remat = configs.override(config, 'train.remat', 'True')
-  half = configs.override(remat, 'data.batch_size', '2')
+  remat = fields.override(config, 'train.remat', 'True')
+  half = fields.override(remat, 'data.batch_size', '2')
   needs = [plan.plan(c, 'local').need.peak for c in (remat, half)]
   assert needs[1] < needs[0]
   chip = plan.Chip(sum(needs) / 2, 1e9, 1e9, 1e9)

@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from diffusiongemma import config as configs
+from diffusiongemma import fields
 from diffusiongemma import sharding
 
 MICRO = pathlib.Path(__file__).parent / 'micro_config.py'
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusiongemma import config as configs
+from diffusiongemma import fields
 from diffusiongemma import sharding
 from diffusiongemma.diffusion import loss
 from diffusiongemma.text import generate
@@ -135,9 +137,9 @@ def test_a_mesh_of_another_number_of_devices_is_refused(sizes):
 )
 def test_what_cannot_be_divided_is_named(field, size, shape):
   config = configs.Config(data=configs.DataConfig(batch_size=64))
-  config = configs.override(config, field, str(size))
+  config = fields.override(config, field, str(size))
   if field == 'model.num_heads':
-    config = configs.override(config, 'model.num_kv_heads', '4')
+    config = fields.override(config, 'model.num_kv_heads', '4')
   with pytest.raises(configs.ConfigError, match=f'{field} = {size} ') as info:
     sharding.validate(config, shape)
   assert 'take a multiple of' in str(info.value)

@@ -29,6 +29,7 @@ from orbax.checkpoint.experimental.v1 import partial as ocp_partial
 import tensorstore
 
 from diffusiongemma import config as configs
+from diffusiongemma import fields
 from diffusiongemma import processes
 from diffusiongemma.checkpoints import CheckpointError
 from diffusiongemma.checkpoints import digest as digest_lib
@@ -106,7 +107,7 @@ def save(
         params=ocp.args.StandardSave(params),
         opt_state=ocp.args.StandardSave(opt_state),
         data=ocp.args.JsonSave(data),
-        config=ocp.args.JsonSave(configs.to_dict(config)),
+        config=ocp.args.JsonSave(fields.to_dict(config)),
         digests=ocp.args.JsonSave(sums),
       ),
     )
@@ -170,7 +171,7 @@ def save_arrays(
       manager.save(
         step,
         args=ocp.args.Composite(
-          config=ocp.args.JsonSave(configs.to_dict(config)),
+          config=ocp.args.JsonSave(fields.to_dict(config)),
           digests=ocp.args.JsonSave({'params': sums}),
         ),
       )

@@ -22,6 +22,7 @@ import jax
 from orbax import checkpoint as ocp
 
 from diffusiongemma import config as configs
+from diffusiongemma import fields
 from diffusiongemma import processes
 from diffusiongemma.checkpoints import CheckpointError
 from diffusiongemma.checkpoints import digest as digest_lib
@@ -106,7 +107,7 @@ def claim(
       for name, content in files_beside(config, tokenizer).items():
         (folder / name).parent.mkdir(exist_ok=True)
         _write_atomically(folder / name, content)
-      text = json.dumps(configs.to_dict(config), indent=2)
+      text = json.dumps(fields.to_dict(config), indent=2)
       _write_atomically(folder / 'config.json', text.encode())
       return
     there = read_config(workdir)
@@ -120,7 +121,7 @@ def claim(
     raise WorkdirError(
       f'{workdir} cannot be used: {error.strerror}. Give another --workdir.'
     ) from error
-  there, here = configs.flatten(there), configs.flatten(config)
+  there, here = fields.flatten(there), fields.flatten(config)
   differences = [
     f'  {name}: {there.get(name)!r} there, {here.get(name)!r} here'
     for name in {**here, **there}
@@ -140,7 +141,7 @@ def read_config(workdir: str) -> Config:
   """The config of the run in `workdir`. Raises `WorkdirError`."""
   path = pathlib.Path(workdir) / 'config.json'
   try:
-    return configs.from_dict(json.loads(path.read_text()))
+    return fields.from_dict(json.loads(path.read_text()), Config)
   except FileNotFoundError:
     raise WorkdirError(
       f'{workdir} holds no run (there is no config.json). Train one first: '

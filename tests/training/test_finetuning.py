@@ -14,6 +14,7 @@ import pytest
 import diffusiongemma as dg
 from diffusiongemma import config as configs
 from diffusiongemma import conversion
+from diffusiongemma import fields
 from diffusiongemma.checkpoints import native
 from diffusiongemma.training import corpus as corpora
 from diffusiongemma.training import train
@@ -159,10 +160,10 @@ def test_adapters_refuse_other_weights(base, adapted, tmp_path):
   moved, folder = tmp_path / 'base', tmp_path / 'adapted'
   shutil.copytree(base, moved)
   shutil.copytree(adapted, folder)
-  config = configs.override(
+  config = fields.override(
     workdirs.read_config(str(folder)), 'train.init_from', str(moved)
   )
-  text = json.dumps(configs.to_dict(config))
+  text = json.dumps(fields.to_dict(config))
   (folder / 'config.json').write_text(text)
   assert_same(dg.load(str(folder)).params, dg.load(adapted).params)
   directory = workdirs.checkpoint_dir(str(moved))

@@ -162,6 +162,7 @@ import signal
 import sys
 
 from diffusiongemma import config as configs
+from diffusiongemma import fields
 from diffusiongemma.training import metrics
 from diffusiongemma.training import train
 
@@ -173,7 +174,7 @@ for field, value in (
   ('train.sample_prompt', ''),
   ('data.batch_size', '8'),
 ):
-  config = configs.override(config, field, value)
+  config = fields.override(config, field, value)
 
 
 def on(name, *sizes):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from diffusiongemma import config as configs
+from diffusiongemma import fields
 from diffusiongemma.checkpoints import digest as digest_lib
 from diffusiongemma.checkpoints import native
 from diffusiongemma.diffusion import loss
@@ -228,8 +229,8 @@ def test_workdir_of_another_config_is_refused(micro, straight):
   tokenizer = workdirs.load_tokenizer(micro)
   free = dataclasses.replace(micro.train, log_every=1, keep_checkpoints=9)
   workdirs.claim(straight[0], dataclasses.replace(micro, train=free), tokenizer)
-  other = configs.override(micro, 'data.batch_size', '4')
-  other = configs.override(other, 'train.seed', '3')
+  other = fields.override(micro, 'data.batch_size', '4')
+  other = fields.override(other, 'train.seed', '3')
   with pytest.raises(workdirs.WorkdirError) as caught:
     workdirs.claim(straight[0], other, tokenizer)
   assert 'config.data.batch_size: 2 there, 4 here' in str(caught.value)
@@ -248,7 +249,7 @@ def test_tokenizer_must_fit_the_network(micro):
     ('diffusion.stop_token_ids', '50'),
   ):
     with pytest.raises(configs.ConfigError, match=field.replace('.', r'\.')):
-      workdirs.load_tokenizer(configs.override(micro, field, value))
+      workdirs.load_tokenizer(fields.override(micro, field, value))
 
 
 def test_a_run_of_bad_steps_stops_with_the_last_good_state(tmp_path):
@@ -439,10 +440,10 @@ def test_muon_makes_orthogonal_steps_of_matrices(config, rows):
 
 
 def test_muon_is_not_for_adapters(config):
-  config = configs.override(config, 'optimizer.kind', 'muon')
+  config = fields.override(config, 'optimizer.kind', 'muon')
   configs.validate(config)
   with pytest.raises(configs.ConfigError, match='whole matrices'):
-    configs.validate(configs.override(config, 'lora.rank', '2'))
+    configs.validate(fields.override(config, 'lora.rank', '2'))
 
 
 def test_the_running_mean_is_what_is_sampled_from(config, rows):
