@@ -182,11 +182,15 @@ def check_processes(mesh: Mesh) -> None:
 
 def with_sharding(abstract: Any, mesh: Mesh) -> Any:
   """Shapes of a tree of parameters, or of a training state, with shardings."""
-  place = parameter_sharding(mesh)
+  return placed(abstract, parameter_sharding(mesh))
+
+
+def placed(abstract: Any, where: Callable) -> Any:
+  """Shapes with the shardings that `where` gives, from path and shape."""
 
   def add(keys, leaf):
     path = tuple(str(getattr(k, 'key', getattr(k, 'name', k))) for k in keys)
-    return leaf.update(sharding=place(path, leaf.shape))
+    return leaf.update(sharding=where(path, leaf.shape))
 
   return jax.tree_util.tree_map_with_path(add, abstract)
 

@@ -69,13 +69,11 @@ expected = compute(params, batch, drawn)
 tokens, single = write(params, prompts), write(params, prompts[:1])
 for sizes in MESHES:
   mesh = sharding.make_mesh(configs.MeshConfig(*sizes))
-  where = sharding.parameter_sharding(mesh)
-  placed = jax.device_put(
-    params,
-    jax.tree_util.tree_map_with_path(
-      lambda keys, x: where(tuple(k.key for k in keys), x.shape), params
-    ),
+  shapes = jax.eval_shape(lambda: params)
+  where = jax.tree.map(
+    lambda x: x.sharding, sharding.with_sharding(shapes, mesh)
   )
+  placed = jax.device_put(params, where)
   with jax.set_mesh(mesh):
     rows = sharding.batch_sharding(mesh)
     given = jax.device_put((batch, drawn), rows)

@@ -10,11 +10,11 @@ part of the state.
 from typing import Any
 
 import flax
-from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import optax
 
+from diffusiongemma import sharding
 from diffusiongemma.checkpoints import native
 from diffusiongemma.config import Config
 from diffusiongemma.model import denoiser
@@ -65,8 +65,8 @@ def fresh_params(config: Config) -> dict:
 def fresh_params_at(config: Config, where: native.ShardingOf) -> dict:
   """`fresh_params`, each where it is to lie."""
   abstract = jax.eval_shape(lambda: fresh_params(config))
-  shardings = traverse_util.path_aware_map(
-    lambda path, x: where(path, x.shape), abstract
+  shardings = jax.tree.map(
+    lambda x: x.sharding, sharding.placed(abstract, where)
   )
   return jax.jit(lambda: fresh_params(config), out_shardings=shardings)()
 

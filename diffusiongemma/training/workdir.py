@@ -24,6 +24,7 @@ from orbax import checkpoint as ocp
 from diffusiongemma import config as configs
 from diffusiongemma import fields
 from diffusiongemma import processes
+from diffusiongemma import sharding as shardings
 from diffusiongemma.checkpoints import CheckpointError
 from diffusiongemma.checkpoints import digest as digest_lib
 from diffusiongemma.checkpoints import files
@@ -344,12 +345,7 @@ def load(
   config = config or read_config(workdir)
   params = abstract_state(config).params
   if sharding is not None:
-
-    def place(keys, leaf):
-      path = tuple(key.key for key in keys)
-      return leaf.update(sharding=sharding(path, leaf.shape))
-
-    params = jax.tree_util.tree_map_with_path(place, params)
+    params = shardings.placed(params, sharding)
   with contextlib.closing(open_checkpoints(workdir)) as manager:
     restored = native.restore_newest(manager, params, verify=verify)
   tokenizer = find_tokenizer(config, workdir)

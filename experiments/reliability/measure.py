@@ -1,6 +1,6 @@
 r"""What a run survives: kills at random moments, and a thousand steps.
 
-  python experiments/reliability/measure.py --folder=/tmp/reliability
+  python -m experiments.reliability.measure --folder=/tmp/reliability
 
 trains a network that takes seconds (`tests/micro_config.py`) three times:
 straight; killed by SIGKILL --kills times at random moments, and its parameters,
@@ -11,21 +11,18 @@ Writes results.json beside this file.
 
 import argparse
 import json
-import os
 import pathlib
-import platform
 import random
 import re
 import subprocess
 import sys
 import time
 
-import jax
-
 from diffusiongemma.checkpoints import digest
 from diffusiongemma.checkpoints import native
 from diffusiongemma.training import train_state
 from diffusiongemma.training import workdir as workdirs
+from experiments import machine
 
 FOLDER = pathlib.Path(__file__).parent
 CONFIG = FOLDER.parents[1] / 'tests' / 'micro_config.py'
@@ -168,12 +165,9 @@ def main() -> None:
   results = {
     'killed': measure_kills(given.folder, given.kills, given.seed),
     'thousand_steps': measure_memory(given.folder),
-    'command': 'python experiments/reliability/measure.py',
+    'command': 'python -m experiments.reliability.measure',
     'seed': given.seed,
-    'machine': f'{os.cpu_count()} cores, {platform.machine()}',
-    'python': platform.python_version(),
-    'jax': jax.__version__,
-    'date': time.strftime('%Y-%m-%d', time.gmtime()),
+    **machine.describe(),
   }
   text = json.dumps(results, indent=1) + '\n'
   (FOLDER / 'results.json').write_text(text)

@@ -23,6 +23,7 @@ import numpy as np
 
 import diffusiongemma as dg
 from diffusiongemma.checkpoints import CheckpointError
+from experiments import machine
 from experiments import plots
 from experiments.sudoku import solve
 
@@ -119,7 +120,7 @@ def main() -> None:
     'training_steps': run.step,
     'seed': given.seed,
     'sampler': dataclasses.asdict(run.config.diffusion),
-    **solve.describe_machine(),
+    **machine.describe(),
     'seconds': round(time.time() - started),
     'records': records,
   }

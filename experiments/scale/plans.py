@@ -1,6 +1,6 @@
 """Plans of the shipped configs for devices that are not here.
 
-  python experiments/scale/plans.py --out=experiments/scale/results.json h100-2b
+  python -m experiments.scale.plans --out=experiments/scale/results.json h100-2b
 
 Each plan is a process of its own, `python -m diffusiongemma.main --mode=plan`;
 without names, all that are not in the file yet. TPU plans need libtpu
@@ -8,12 +8,12 @@ without names, all that are not in the file yet. TPU plans need libtpu
 """
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
+
+from experiments import machine
 
 BIG = '--config=configs/26b_a4b.py'
 # Master weights in float32, the batch in tokens.
@@ -68,9 +68,7 @@ def make(name: str) -> dict:
   return {
     'command': ' '.join(['python', *command[1:]]),
     **json.loads(done.stdout.splitlines()[-1]),
-    'machine': f'{os.cpu_count()} cores, {platform.machine()}',
-    'python': platform.python_version(),
-    'date': datetime.date.today().isoformat(),
+    **machine.describe(),
   }
 
 

@@ -24,9 +24,7 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 import pathlib
-import platform
 import shlex
 import sys
 import time
@@ -40,6 +38,7 @@ import numpy as np
 import diffusiongemma as dg
 from diffusiongemma.checkpoints import CheckpointError
 from diffusiongemma.training import workdir as workdirs
+from experiments import machine
 from experiments import plots
 
 EMPTY = '.'
@@ -348,17 +347,6 @@ def training_seconds(run: workdirs.Run, workdir: str) -> float | None:
   return round(seconds) or None
 
 
-def describe_machine() -> dict[str, str]:
-  """What a measurement was made with, and when."""
-  return {
-    'machine': f'{os.cpu_count()} cores, {platform.machine()}',
-    'device': jax.devices()[0].device_kind,
-    'python': platform.python_version(),
-    'jax': jax.__version__,
-    'date': time.strftime('%Y-%m-%d', time.gmtime()),
-  }
-
-
 def draw(results: Mapping, path: pathlib.Path) -> None:
   """Solved puzzles and passes used, over the budget of passes."""
   blue, red, green, purple, *_, grey = plots.COLOURS
@@ -473,7 +461,7 @@ def main() -> None:
     results['ar_alone'] = measure_ar(ar_run, *puzzles, given.batch_size)
   command = ['python', '-m', 'experiments.sudoku.solve', *sys.argv[1:]]
   results |= {
-    **describe_machine(),
+    **machine.describe(),
     'seconds': round(time.time() - started),
     'command': shlex.join(command),
   }
