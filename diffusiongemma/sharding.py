@@ -26,6 +26,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
@@ -63,19 +64,36 @@ PARAMETERS = {
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
-  """The mesh of a config over all devices, or those given; of one slice.
+  """The mesh of a config over all devices, or those given.
+
+  Of several TPU slices, each has its part of the axis `data`, along which alone
+  they talk over the network of the data centre.
 
   Raises:
-    ConfigError: its axes do not multiply to the number of devices.
+    ConfigError: its axes do not multiply to the number of devices, or `data` is
+      no multiple of the number of slices.
   """
   devices = jax.devices() if devices is None else devices
   sizes = mesh_shape(config, len(devices))
-  return jax.make_mesh(
-    sizes,
-    AXES,
-    axis_types=(jax.sharding.AxisType.Auto,) * len(AXES),
-    devices=devices,
-  )
+  slices = len({getattr(d, 'slice_index', 0) for d in devices})
+  if sizes[0] % slices:
+    raise configs.ConfigError(
+      f'config.mesh.data = {sizes[0]} must be a multiple of the {slices} slices.'
+    )
+  # `jax.make_mesh` would refuse axes that don't fall on whole axes of a torus.
+  if slices == 1:
+    placed = mesh_utils.create_device_mesh(
+      sizes, devices, allow_split_physical_axes=True
+    )
+  else:
+    placed = mesh_utils.create_hybrid_device_mesh(
+      (sizes[0] // slices, *sizes[1:]),
+      (slices, 1, 1, 1),
+      devices,
+      allow_split_physical_axes=True,
+    )
+  auto = (jax.sharding.AxisType.Auto,) * len(AXES)
+  return Mesh(placed, AXES, axis_types=auto)
 
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
