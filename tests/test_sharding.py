@@ -1,5 +1,6 @@
 """Eight devices against one: losses, gradients, tokens, and what is refused."""
 
+import dataclasses
 import pathlib
 
 import devices
@@ -160,6 +161,26 @@ def test_heads_are_never_cut():
   path = ('layer_00', 'attention', 'k_proj')
   assert where(path, (16, 8, 4)).spec[1] == 'tensor'
   assert where(path, (16, 2, 4)).spec[1] is None
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+  """As much of a device as a mesh looks at."""
+
+  id: int
+  slice_index: int
+  process_index: int
+  platform: str = 'cpu'
+  device_kind: str = 'cpu'
+
+
+def test_slices_are_apart_along_data_alone():
+  devices_of_two = [Device(i, i % 2, i % 2) for i in range(8)]
+  mesh = sharding.make_mesh(configs.MeshConfig(4, 2), devices_of_two)
+  slices = [{d.slice_index for d in row.flat} for row in mesh.devices]
+  assert slices == [{0}, {0}, {1}, {1}]
+  with pytest.raises(configs.ConfigError, match='a multiple of the 2 slices'):
+    sharding.make_mesh(configs.MeshConfig(1, 8), devices_of_two)
 
 
 def test_processes_that_share_rows_are_refused(monkeypatch):
