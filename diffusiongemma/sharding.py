@@ -78,7 +78,8 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
   slices = len({getattr(d, 'slice_index', 0) for d in devices})
   if sizes[0] % slices:
     raise configs.ConfigError(
-      f'config.mesh.data = {sizes[0]} must be a multiple of the {slices} slices.'
+      f'config.mesh.data = {sizes[0]} must be a multiple of the {slices} '
+      'slices.'
     )
   # `jax.make_mesh` would refuse axes that don't fall on whole axes of a torus.
   if slices == 1:
