@@ -164,6 +164,18 @@ class LoraConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class QuantizationConfig:
+  """Parameters of few bits, for sampling: `linears` are the matrices of
+  attention and MLPs. 8 bits (integers, or floats of the type e4m3) have a scale
+  for each output, 4 bits one for each `group_size` inputs."""
+
+  experts: Literal['none', 'int8', 'int4', 'fp8'] = 'none'
+  linears: Literal['none', 'int8', 'int4', 'fp8'] = 'none'
+  embedding: Literal['none', 'int8'] = 'none'
+  group_size: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
   """The training run; every `*_every` is in steps.
 
@@ -215,6 +227,7 @@ class Config:
   optimizer: OptimizerConfig = OptimizerConfig()
   lora: LoraConfig = LoraConfig()
   mesh: MeshConfig = MeshConfig()
+  quantization: QuantizationConfig = QuantizationConfig()
   train: TrainConfig = TrainConfig()
 
 

@@ -9,6 +9,7 @@ WORKDIR/huggingface. A folder appears under its name when it is complete.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
 import contextlib
 import dataclasses
@@ -27,6 +28,7 @@ from rich import progress as rich_progress
 
 from diffusiongemma import config as configs
 from diffusiongemma import fields
+from diffusiongemma import memory
 from diffusiongemma.checkpoints import CheckpointError
 from diffusiongemma.checkpoints import files
 from diffusiongemma.checkpoints import huggingface
@@ -34,7 +36,9 @@ from diffusiongemma.checkpoints import huggingface_config
 from diffusiongemma.checkpoints import native
 from diffusiongemma.checkpoints import safetensors
 from diffusiongemma.config import Config
+from diffusiongemma.config import QuantizationConfig
 from diffusiongemma.model import denoiser
+from diffusiongemma.model import quantize as quantize_lib
 from diffusiongemma.training import lora
 from diffusiongemma.training import train_state
 from diffusiongemma.training import workdir as workdirs
@@ -96,23 +100,110 @@ def convert(hf_dir: str, workdir: str) -> Config:
   table = huggingface.tensor_table(abstract_params(config.model))
   tensors = huggingface.check_tensors(hf_dir, table)
   num_bytes = sum(tensor.nbytes for tensor in tensors.values())
-  with _appearing(workdir) as folder, _progress('convert', num_bytes) as bar:
+  arrays = (
+    (entry.path, array)
+    for entry, array in huggingface.read_arrays(hf_dir, table)
+  )
+  _make_run(workdir, config, hf_dir, arrays, num_bytes, 'convert')
+  return config
 
-    def arrays():
-      for entry, array in huggingface.read_arrays(hf_dir, table):
-        yield entry.path, array
+
+def quantize(
+  source: str, workdir: str, quantization: QuantizationConfig
+) -> Config:
+  """Makes a run, or a Hugging Face folder, a working directory with parameters
+  of few bits, for sampling.
+
+  Adapters are merged with what they adapt first, for which all of the network
+  is held in memory; without, it is one array at a time.
+
+  Raises:
+    ConfigError: nothing is to be quantised, or can't be in such groups.
+    WorkdirError, CheckpointError: `source` is neither, or is damaged; `workdir`
+      exists, or there is no room. No `workdir` is left behind.
+  """
+  if quantization == QuantizationConfig(group_size=quantization.group_size):
+    raise configs.ConfigError(
+      'config.quantization leaves everything as it is: say '
+      '--config.quantization.experts=int4, .linears=int8 or .embedding=int8.'
+    )
+  if is_huggingface(source):
+    config = read_config(source)
+    table = huggingface.tensor_table(abstract_params(config.model))
+    huggingface.check_tensors(source, table)
+    arrays = (
+      (entry.path, array)
+      for entry, array in huggingface.read_arrays(source, table)
+    )
+  else:
+    config = workdirs.read_config(source)
+    _check_not_quantized(config, source)
+    arrays = _arrays_of_run(source, config)
+  config = dataclasses.replace(
+    config,
+    quantization=quantization,
+    lora=configs.LoraConfig(),
+    train=dataclasses.replace(config.train, init_from=''),
+  )
+  abstract = quantize_lib.abstract_params(
+    quantization, abstract_params(config.model)
+  )
+  # An upper bound: what stays as it is may be stored in fewer bits.
+  num_bytes = memory.bytes_on_a_device(abstract)
+
+  def few_bits():
+    for path, array in arrays:
+      w = quantize_lib.quantize_array(quantization, path, jnp.asarray(array))
+      for stored_path, x in quantize_lib.arrays_of(path, w):
+        yield stored_path, np.asarray(x)
+
+  _make_run(workdir, config, source, few_bits(), num_bytes, 'quantize')
+  return config
+
+
+def _arrays_of_run(workdir: str, config: Config) -> Iterator[tuple]:
+  """(path, array) of the newest checkpoint, one by one."""
+  with _stored_arrays(workdir, config) as (stored, read_array):
+    for path in stored:
+      yield path, read_array(path)
+
+
+def _check_not_quantized(config: Config, folder: str) -> None:
+  """Raises `WorkdirError` for a run whose bits are gone."""
+  if config.quantization != QuantizationConfig():
+    raise workdirs.WorkdirError(
+      f'The parameters in {folder} are quantised, which is for sampling: give '
+      'the run that they were made from.'
+    )
+
+
+def _make_run(
+  workdir: str,
+  config: Config,
+  source: str,
+  arrays: Iterable[tuple[tuple[str, ...], np.ndarray]],
+  num_bytes: int,
+  what: str,
+) -> None:
+  """A working directory with one checkpoint, of arrays that arrive one by one,
+  and what lies beside the weights in `source`."""
+  train = dataclasses.replace(config.train, init_from=source)
+  beside = workdirs.files_beside(dataclasses.replace(config, train=train))
+  with _appearing(workdir) as folder, _progress(what, num_bytes) as bar:
+
+    def watched():
+      for path, array in arrays:
+        yield path, array
         bar(array.nbytes)
 
-    companions = os.path.join(folder, workdirs.COMPANIONS_DIR)
-    os.mkdir(companions)
-    for name, content in workdirs.read_companions(hf_dir):
-      _write_file(os.path.join(companions, name), content)
+    os.mkdir(os.path.join(folder, workdirs.COMPANIONS_DIR))
+    for name, content in beside.items():
+      _write_file(os.path.join(folder, name), content)
     text = json.dumps(fields.to_dict(config), indent=2)
     _write_file(os.path.join(folder, 'config.json'), text.encode())
     native.save_arrays(
-      workdirs.checkpoint_dir(folder), 0, arrays(), num_bytes, config
+      workdirs.checkpoint_dir(folder), 0, watched(), num_bytes, config
     )
-  return config
 
 
 def export(
@@ -131,6 +222,7 @@ def export(
       transformers has no such network. No `hf_dir` is left behind.
   """
   config = workdirs.read_config(workdir)
+  _check_not_quantized(config, workdir)
   zeros = {}
   if config.model.vision is None:
     config = dataclasses.replace(config, model=_with_vision(config))
@@ -209,6 +301,7 @@ def adopt(config: Config, workdir: str) -> Config:
     theirs = read_config(folder)
   elif workdirs.is_claimed(folder):
     theirs = workdirs.read_config(folder)
+    _check_not_quantized(theirs, folder)
   else:
     raise workdirs.WorkdirError(
       f'config.train.init_from: {folder} is neither a run nor a Hugging Face '
@@ -281,7 +374,9 @@ def load(
     node = params
     for part in entry.path[:-1]:
       node = node.setdefault(part, {})
-    node[entry.path[-1]] = _to_device(array, entry.path, sharding)
+    node[entry.path[-1]] = quantize_lib.quantize_array(
+      config.quantization, entry.path, _to_device(array, entry.path, sharding)
+    )
   tokenizer = workdirs.find_tokenizer(config, path)
   template = workdirs.find_chat_template(path)
   return workdirs.Run(config, tokenizer, 0, params, template)

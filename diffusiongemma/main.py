@@ -57,7 +57,7 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
   'mode',
   'train',
-  ['train', 'evaluate', 'sample', 'convert', 'export', 'plan'],
+  ['train', 'evaluate', 'sample', 'convert', 'export', 'quantize', 'plan'],
   'What to do.',
 )
 _HF_DIR = flags.DEFINE_string(
@@ -65,6 +65,9 @@ _HF_DIR = flags.DEFINE_string(
   None,
   'convert, sample, evaluate: the Hugging Face folder to read; export: to '
   'make.',
+)
+_SOURCE = flags.DEFINE_string(
+  'source', None, 'quantize: the run, or the Hugging Face folder, to read.'
 )
 _PROMPT = flags.DEFINE_string(
   'prompt', None, 'sample: the message, or the text to go on from.'
@@ -165,6 +168,7 @@ def main(argv: list[str]) -> None:
       'sample': _sample,
       'convert': _convert,
       'export': _export,
+      'quantize': _quantize,
       'plan': _plan,
     }
     code = run[_MODE.value](overrides)
@@ -313,6 +317,11 @@ def _load_run(overrides: dict[str, str]) -> workdirs.Run:
   config = _changed(own, overrides)
   configs.validate(config)
   _check_network(config, own, folder)
+  if config.quantization != own.quantization and not _HF_DIR.value:
+    raise configs.ConfigError(
+      f'{folder} is quantised as its config says: for another, --mode=quantize '
+      f'--source={folder} --workdir=NEW.'
+    )
   where = None
   if any(field.startswith('mesh.') for field in overrides):
     mesh = sharding.make_mesh(config.mesh)
@@ -330,6 +339,11 @@ def _load_run(overrides: dict[str, str]) -> workdirs.Run:
 
 def _train(overrides: dict[str, str]) -> int:
   config = _load_config(overrides)
+  if config.quantization != configs.QuantizationConfig():
+    raise configs.ConfigError(
+      'config.quantization is for sampling; train without it, then '
+      '--mode=quantize.'
+    )
   workdir = _workdir()
   load_base = functools.partial(conversion.load_base, config)
   code = train.train(
@@ -377,6 +391,40 @@ def _export(overrides: dict[str, str]) -> int:
   return 0
 
 
+def _quantize(overrides: dict[str, str]) -> int:
+  for flag, value in (
+    ('source', _SOURCE.value),
+    ('workdir', _WORKDIR.value),
+  ):
+    if not value:
+      raise configs.ConfigError(
+        f'--mode=quantize needs --{flag}: --source is the run or Hugging Face '
+        'folder to read, --workdir the new one.'
+      )
+  others = [f for f in overrides if not f.startswith('quantization.')]
+  if others or _CONFIG.value:
+    raise configs.ConfigError(
+      '--mode=quantize takes --config.quantization.* alone; the rest is as it '
+      'is in --source.'
+    )
+  config = _changed(configs.Config(), overrides)
+  configs.validate(config)
+  _end_on_signals()
+  conversion.quantize(_SOURCE.value, _WORKDIR.value, config.quantization)
+  print(
+    f'{_WORKDIR.value} is for sampling:\n'
+    f'  python -m diffusiongemma.main --mode=sample --workdir={_WORKDIR.value} '
+    f'--prompt="..."'
+  )
+  return 0
+
+
+def _end_on_signals() -> None:
+  """So that what a stopped conversion has written is removed."""
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, _: sys.exit(128 + number))
+
+
 def _both_folders(overrides: dict[str, str]) -> tuple[str, str]:
   """(hf_dir, workdir) of a conversion, which changes no field of a config."""
   for flag, value in (('hf_dir', _HF_DIR.value), ('workdir', _WORKDIR.value)):
@@ -389,9 +437,7 @@ def _both_folders(overrides: dict[str, str]) -> tuple[str, str]:
     raise configs.ConfigError(
       f'--mode={_MODE.value} takes no --config; the checkpoint has its own.'
     )
-  # So that what a stopped conversion has written is removed.
-  for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda number, _: sys.exit(128 + number))
+  _end_on_signals()
   return _HF_DIR.value, _WORKDIR.value
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from diffusiongemma import config as configs
 
@@ -38,6 +39,8 @@ def bytes_on_a_device(tree: Any) -> int:
     shape = sharding.shard_shape(x.shape) if sharding else x.shape
     if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
       return 8 * math.prod(shape)
+    if jnp.issubdtype(x.dtype, jnp.integer):
+      return jnp.iinfo(x.dtype).bits * math.prod(shape) // 8
     return x.dtype.itemsize * math.prod(shape)
 
   return sum(map(count, jax.tree.leaves(tree)))

@@ -36,6 +36,7 @@ from diffusiongemma.config import Config
 from diffusiongemma.diffusion import sampler
 from diffusiongemma.kernels import grouped_matmul
 from diffusiongemma.model import cache as kv_cache
+from diffusiongemma.model import quantize
 from diffusiongemma.text import generate
 from diffusiongemma.training import step as steps
 from diffusiongemma.training import train_state
@@ -295,6 +296,7 @@ def _lower_sampling(
   params, cache, keys_B, done_B = jax.eval_shape(given)
   dtype = jnp.dtype(model.dtype)
   params = jax.tree.map(lambda x: x.update(dtype=dtype), params)
+  params = quantize.abstract_params(config.quantization, params)
   text = dataclasses.replace(
     config, model=dataclasses.replace(model, vision=None)
   )
@@ -305,7 +307,7 @@ def _lower_sampling(
   params = sharding.with_sharding(params, mesh)
   cache = sharding.cache_with_sharding(cache, model, mesh)
   lowered = generate.write_canvas.lower(text, params, cache, keys_B, done_B)
-  return lowered, {'parameters': params, 'cache': cache}
+  return lowered, {**quantize.by_part(params), 'cache': cache}
 
 
 def count_flops(closed: Any) -> float:

@@ -165,6 +165,8 @@ def parameter_sharding(
 
   def place(path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
     spec = PartitionSpec()
+    if path[-1] in ('values', 'scales'):
+      return place_quantized(path, shape)
     name = '/'.join(path)
     for pattern, axes in PARAMETERS.items():
       in_layers = fnmatch.fnmatchcase(name, pattern)
@@ -176,7 +178,22 @@ def parameter_sharding(
         spec = nn.logical_to_mesh_axes(axes, rules)
     return NamedSharding(mesh, spec)
 
+  def place_quantized(path, shape):
+    """As what it stands for, but that groups are not divided."""
+    spec = place(path[:-1], shape).spec
+    parts = [
+      None if shape[i] % _parts(mesh, names) else names
+      for i, names in enumerate(spec)
+    ]
+    return NamedSharding(mesh, PartitionSpec(*parts))
+
   return place
+
+
+def _parts(mesh: Mesh, names: str | tuple[str, ...] | None) -> int:
+  """Into how many parts these axes of the mesh divide."""
+  names = names if isinstance(names, tuple) else (names,) if names else ()
+  return math.prod(mesh.shape[name] for name in names)
 
 
 def check_processes(mesh: Mesh) -> None:

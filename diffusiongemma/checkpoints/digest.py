@@ -28,6 +28,8 @@ def digest(array: Any) -> str:
   An array that lies on several processes is a meeting of all of them.
   """
   head = f'{array.dtype} {tuple(array.shape)}'
+  if array.dtype == jnp.int4:  # Packed by some, and by others not.
+    array = array.astype(jnp.int8)
   if isinstance(array, jax.Array) and not array.is_fully_addressable:
     sums = np.asarray(_sums_of_array(array))
   else:

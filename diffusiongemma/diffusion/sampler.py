@@ -27,6 +27,7 @@ from diffusiongemma import config as configs
 from diffusiongemma.config import DiffusionConfig
 from diffusiongemma.diffusion import noise
 from diffusiongemma.diffusion import strategies
+from diffusiongemma.kernels import vocabulary
 
 
 @flax.struct.dataclass
@@ -388,38 +389,10 @@ def predict(
   # A forbidden token has log p = -inf and adds nothing.
   terms_BLV = jnp.where(p_BLV > 0, p_BLV * log_p_BLV, 0.0)
   return Prediction(
-    sample_BL=sample_categorical(p_BLV, uniforms_BL2),
+    sample_BL=vocabulary.sample(p_BLV, uniforms_BL2),
     argmax_BL=jnp.argmax(scaled_BLV, axis=-1).astype(jnp.int32),
     entropy_BL=-jnp.sum(terms_BLV, axis=-1),
     confidence_BL=jnp.max(p_BLV, axis=-1),
     sc_BLD=soft_embedding(p_BLV),
     logits_BLV=logits_BLV,
   )
-
-
-def sample_categorical(
-  p_BLV: jax.Array, uniforms_BL2: jax.Array, chunk: int = 128
-) -> jax.Array:
-  """An exact draw by inverting the distribution function in two levels.
-
-  The first uniform chooses a chunk of the vocabulary by its mass, the second
-  a token within it: two numbers a position instead of one a token. A token
-  of probability zero is never drawn.
-  """
-  V = p_BLV.shape[-1]
-  padding = -V % chunk
-  p_BLV = jnp.pad(p_BLV, ((0, 0), (0, 0), (0, padding)))
-  p_BLXc = p_BLV.reshape(*p_BLV.shape[:2], -1, chunk)
-  chosen_BL = _invert(jnp.sum(p_BLXc, axis=-1), uniforms_BL2[..., 0])
-  inside_BLc = jnp.take_along_axis(p_BLXc, chosen_BL[..., None, None], axis=2)[
-    :, :, 0
-  ]
-  token_BL = _invert(inside_BLc, uniforms_BL2[..., 1])
-  return chosen_BL * chunk + token_BL
-
-
-def _invert(mass_BLX: jax.Array, uniform_BL: jax.Array) -> jax.Array:
-  """First index whose cumulative mass is above `uniform` of the total."""
-  cumulative_BLX = jnp.cumsum(mass_BLX, axis=-1)
-  target_BL1 = uniform_BL[..., None] * cumulative_BLX[..., -1:]
-  return jnp.sum(cumulative_BLX <= target_BL1, axis=-1, dtype=jnp.int32)

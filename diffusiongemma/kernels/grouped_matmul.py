@@ -16,6 +16,8 @@ import flax
 import jax
 import jax.numpy as jnp
 
+from diffusiongemma.kernels import quantized
+
 
 @flax.struct.dataclass
 class Groups:
@@ -120,13 +122,17 @@ gather_from_tiles.defvjp(_gather_forward, _gather_backward)
 
 @jax.custom_vjp
 def grouped_matmul(
-  x_TD: jax.Array, weights_EFD: jax.Array, groups: Groups
+  x_TD: jax.Array,
+  weights_EFD: jax.Array | quantized.Quantized,
+  groups: Groups,
 ) -> jax.Array:
   """Tile by tile product with the matrix of the tile's expert: [T, F].
 
   Args:
     x_TD: rows in the tiled layout of `groups`.
-    weights_EFD: one matrix [F, D] per expert, as Hugging Face stores them.
+    weights_EFD: one matrix [F, D] per expert, as Hugging Face stores them; of
+      a `quantized.Quantized` each tile's matrix is made when it is met, and
+      there is no gradient.
     groups: the layout. Rows of tiles that are not used become zero.
   """
   return _multiply_tiles(x_TD, weights_EFD, groups)
@@ -155,7 +161,7 @@ def _multiply_tiles(x_TD, weights_EFD, groups):
 
   def tile(index, y_TF):
     x_mD = _rows(x_TD, index, groups)
-    weights_FD = weights_EFD[groups.expert_of_tile[index]]
+    weights_FD = weights_EFD[groups.expert_of_tile[index]].astype(x_TD.dtype)
     y_mF = jnp.einsum('md,fd->mf', x_mD, weights_FD)
     return jax.lax.dynamic_update_slice_in_dim(
       y_TF, y_mF, index * groups.tile, 0

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusiongemma.config import ModelConfig
+from diffusiongemma.kernels import vocabulary
 from diffusiongemma.model import attention
 from diffusiongemma.model import cache as kv_cache
 from diffusiongemma.model import layers
@@ -315,6 +316,27 @@ class Denoiser(nn.Module):
     table_VD = self.embedding.astype(dtype)
     soft = (probabilities.astype(dtype) @ table_VD) * factor
     return parallel.constrain(soft, 'batch', *(None,) * (soft.ndim - 1))
+
+  def summarize(
+    self, h_BLD: jax.Array, temperature: jax.Array, uniforms_BL2: jax.Array
+  ) -> vocabulary.Summary:
+    """What the sampler needs of the logits, which never exist as a whole.
+
+    The fields are [B, L] and the `mean` is the soft embedding [B, L, D]; see
+    `vocabulary.summarize`.
+    """
+    B, L, D = h_BLD.shape
+    found = vocabulary.summarize(
+      h_BLD.reshape(B * L, D),
+      self.embedding,
+      temperature,
+      uniforms_BL2.reshape(B * L, 2),
+      softcap=self.config.logit_softcap,
+    )
+    soft_RD = found.mean_RD.astype(h_BLD.dtype)
+    factor = jnp.asarray(self.config.embed_dim**0.5, h_BLD.dtype)
+    found = found.replace(mean_RD=soft_RD * factor)
+    return jax.tree.map(lambda x: x.reshape(B, L, *x.shape[1:]), found)
 
 
 def init_params(model: Denoiser, key: jax.Array) -> dict:

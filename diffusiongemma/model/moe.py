@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from diffusiongemma.config import ModelConfig
 from diffusiongemma.kernels import grouped_matmul as grouped
+from diffusiongemma.kernels import quantized
 from diffusiongemma.model import layers
 from diffusiongemma.model import parallel
 
@@ -97,9 +98,11 @@ class Experts(nn.Module):
     )(x_BLD, *chosen, *matrices)
 
 
-def _specs(w: jax.Array | layers.LowRank, axes: tuple) -> Any:
+def _specs(w: Any, axes: tuple) -> Any:
   """Where the matrices of experts lie, with their adapters if they have any."""
   spec = parallel.spec(*axes)
+  if isinstance(w, quantized.Quantized):
+    return w.replace(values=spec, scales=parallel.spec(*axes[:-1], None))
   if not isinstance(w, layers.LowRank):
     return spec
   experts, out, into = axes
@@ -114,8 +117,8 @@ def _apply_experts(
   x_BLD: jax.Array,
   weights_BLk: jax.Array,
   experts_BLk: jax.Array,
-  gate_up_EFD: jax.Array | layers.LowRank,
-  down_EDF: jax.Array | layers.LowRank,
+  gate_up_EFD: Any,
+  down_EDF: Any,
   tokens: jax.sharding.PartitionSpec | None = None,
 ) -> jax.Array:
   """The mixture of each token, [B, L, D].
@@ -159,13 +162,18 @@ def _mix(x_MD, weights_Mk, experts_Mk, gate_up_EFD, down_EDF) -> jax.Array:
   return jnp.einsum('mkd,mk->md', y_MkD, weights_Mk)
 
 
-def _leaf(w: jax.Array | layers.LowRank) -> jax.Array:
+def _leaf(w: Any) -> Any:
   return w.weight if isinstance(w, layers.LowRank) else w
 
 
-def _whole(w: jax.Array | layers.LowRank, axis: int, dtype) -> Any:
+def _whole(w: Any, axis: int, dtype) -> Any:
   """Experts put together from where they lie in parts, in the compute type."""
   names = parallel.mesh_axes('embed')
+  if isinstance(w, quantized.Quantized):
+    values, scales = parallel.gather(w.values, names, axis), w.scales
+    if axis != w.ndim + w.axis:
+      scales = parallel.gather(scales, names, axis)
+    return w.replace(values=values, scales=scales)
   if not isinstance(w, layers.LowRank):
     return parallel.gather(w.astype(dtype), names, axis)
   # The adapter's A ends, or its B is second, in the same axis.
@@ -175,10 +183,12 @@ def _whole(w: jax.Array | layers.LowRank, axis: int, dtype) -> Any:
 
 
 def _expert_linear(
-  x_TD: jax.Array, w_EFD: jax.Array | layers.LowRank, groups: grouped.Groups
+  x_TD: jax.Array, w_EFD: Any, groups: grouped.Groups
 ) -> jax.Array:
-  """Each tile times the matrix of its expert, which may have an adapter with
-  `a` [E, rank, D] and `b` [E, F, rank]."""
+  """Each tile times the matrix of its expert, which may be quantised or have an
+  adapter with `a` [E, rank, D] and `b` [E, F, rank]."""
+  if isinstance(w_EFD, quantized.Quantized):
+    return grouped.grouped_matmul(x_TD, w_EFD, groups)
   if not isinstance(w_EFD, layers.LowRank):
     return grouped.grouped_matmul(x_TD, w_EFD.astype(x_TD.dtype), groups)
   thin_TR = _expert_linear(x_TD, w_EFD.a, groups)

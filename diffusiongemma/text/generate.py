@@ -25,6 +25,7 @@ from diffusiongemma.config import ModelConfig
 from diffusiongemma.diffusion import sampler
 from diffusiongemma.model import cache as kv_cache
 from diffusiongemma.model import denoiser
+from diffusiongemma.model import parallel
 from diffusiongemma.text import images as image_lib
 
 LogitHook = Callable[[jax.Array, jax.Array], jax.Array]
@@ -80,6 +81,16 @@ def make_denoise_fn(
 
   def denoise(tokens_BL, sc_BLD, temperature, uniforms_BL2, step):
     h_BLD = apply(tokens_BL, sc_BLD, cache, method='denoise')
+    if logit_hook is None and not parallel.is_active():
+      found = apply(h_BLD, temperature, uniforms_BL2, method='summarize')
+      return sampler.Prediction(
+        sample_BL=found.sample_R,
+        argmax_BL=found.argmax_R,
+        entropy_BL=found.entropy_R,
+        confidence_BL=found.confidence_R,
+        sc_BLD=found.mean_RD,
+      )
+    # On a mesh every device has its part of the logits.
     logits_BLV = apply(h_BLD, method='logits')
     if logit_hook is not None:
       logits_BLV = logit_hook(logits_BLV, step)

@@ -30,6 +30,7 @@ from diffusiongemma.checkpoints import digest as digest_lib
 from diffusiongemma.checkpoints import files
 from diffusiongemma.checkpoints import native
 from diffusiongemma.config import Config
+from diffusiongemma.model import quantize
 from diffusiongemma.text import tokenizer as tokenizers
 from diffusiongemma.training import train_state
 
@@ -176,9 +177,10 @@ def load_tokenizer(config: Config, start: str = '') -> tokenizers.Tokenizer:
 
 
 def files_beside(
-  config: Config, tokenizer: tokenizers.Tokenizer
+  config: Config, tokenizer: tokenizers.Tokenizer | None = None
 ) -> dict[str, bytes]:
-  """What a run's folder has beside its checkpoints, by its name there."""
+  """What a run's folder has beside its checkpoints, by its name there: what
+  came with the weights it starts from, else the tokenizer."""
   start = config.train.init_from
   if not start:
     return {tokenizer.file_name: tokenizer.model}
@@ -343,14 +345,18 @@ def load(
     CheckpointError: all of its checkpoints are damaged.
   """
   config = config or read_config(workdir)
-  params = abstract_state(config).params
+  params = quantize.abstract_params(
+    config.quantization, abstract_state(config).params
+  )
+  params = quantize.to_stored(params)
   if sharding is not None:
     params = shardings.placed(params, sharding)
   with contextlib.closing(open_checkpoints(workdir)) as manager:
     restored = native.restore_newest(manager, params, verify=verify)
   tokenizer = find_tokenizer(config, workdir)
   template = find_chat_template(workdir)
-  return Run(config, tokenizer, restored.step, restored.params, template)
+  params = quantize.from_stored(config.quantization, restored.params)
+  return Run(config, tokenizer, restored.step, params, template)
 
 
 def open_checkpoints(workdir: str) -> ocp.CheckpointManager:

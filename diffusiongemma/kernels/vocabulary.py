@@ -1,0 +1,192 @@
+"""Everything the sampler asks of the vocabulary, in one pass over its table.
+
+  x = softcap(h E^T) / T,   p = softmax(x)
+  argmax p,  max p,  H = log sum e^x - sum p x,  a draw from p,  p E
+
+This is an attention whose keys and values are both E: chunk after chunk of the
+table meets all rows, sums are rescaled as the maximum grows, and no [rows, V]
+array ever exists. A draw takes two uniforms a row: the first chooses a bin of
+neighbouring tokens by its mass, which the pass has noted, the second a token in
+it, whose logits are then computed once more.
+"""
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from diffusiongemma.kernels import quantized
+
+BIN = 32  # Neighbouring tokens that a draw chooses between at its end.
+_CHUNK_ELEMENTS = 2**23  # Of logits that exist at a time: 32 MB.
+_DRAWN_TOGETHER = 256  # Rows, each of which reads a bin of the table again.
+
+
+@flax.struct.dataclass
+class Summary:
+  """What is kept of each row's distribution.
+
+  Attributes:
+    sample_R: int32, a draw.
+    argmax_R: int32, the most probable token, of several the first.
+    entropy_R: float32, nats.
+    confidence_R: float32, the probability of `argmax_R`.
+    mean_RD: float32, the mean row of the table.
+  """
+
+  sample_R: jax.Array
+  argmax_R: jax.Array
+  entropy_R: jax.Array
+  confidence_R: jax.Array
+  mean_RD: jax.Array
+
+
+def summarize(
+  h_RD: jax.Array,
+  table_VD: jax.Array | quantized.Quantized,
+  temperature: jax.Array,
+  uniforms_R2: jax.Array,
+  *,
+  softcap: float = 0.0,
+  chunk: int | None = None,
+) -> Summary:
+  """The `Summary` of softmax(softcap(h E^T) / T) for each row of h.
+
+  Products are in the type of h, with float32 results; all else is in float32.
+
+  Args:
+    h_RD: hidden states.
+    table_VD: E.
+    temperature: T, a scalar > 0.
+    uniforms_R2: float32 in [0, 1).
+    softcap: c of c tanh(x / c); 0 is none.
+    chunk: rows of E that are looked at at a time, a multiple of `BIN`; None is
+      as many as keep the logits at 32 MB.
+  """
+  (R, D), V = h_RD.shape, table_VD.shape[0]
+  chunk = min(chunk or default_chunk(R), -(-V // BIN) * BIN)
+  whole = V // chunk * chunk
+
+  def scaled_logits(rows_cD):
+    product_Rc = jnp.einsum(
+      'rd,cd->rc', h_RD, rows_cD, preferred_element_type=jnp.float32
+    )
+    return _scaled(product_Rc, softcap, temperature)
+
+  def look_at(carry, start, size):
+    """Takes E[start : start + size] in; its bins, and what they refer to."""
+    max_R, sum_R, weighted_R, argmax_R, mean_RD = carry
+    rows_cD = quantized.rows(table_VD, start, size).astype(h_RD.dtype)
+    x_Rc = scaled_logits(rows_cD)
+    here_R = jnp.max(x_Rc, axis=-1)
+    # Faster than argmax, which is not vectorised everywhere.
+    place_c = jnp.arange(size, dtype=jnp.int32)
+    place_R = jnp.min(jnp.where(x_Rc == here_R[:, None], place_c, size), axis=1)
+    argmax_R = jnp.where(here_R > max_R, start + place_R, argmax_R)
+    new_max_R = jnp.maximum(max_R, here_R)
+    shrink_R = jnp.exp(max_R - new_max_R)
+    p_Rc = jnp.exp(x_Rc - new_max_R[:, None])
+    bins_RX = jnp.sum(_bins(p_Rc), axis=-1)
+    sum_R = sum_R * shrink_R + jnp.sum(bins_RX, axis=-1)
+    weighted_R = weighted_R * shrink_R + jnp.sum(p_Rc * x_Rc, axis=-1)
+    part_RD = jnp.einsum(
+      'rc,cd->rd',
+      p_Rc.astype(h_RD.dtype),
+      rows_cD,
+      preferred_element_type=jnp.float32,
+    )
+    mean_RD = mean_RD * shrink_R[:, None] + part_RD
+    carry = new_max_R, sum_R, weighted_R, argmax_R, mean_RD
+    return carry, (bins_RX, new_max_R)
+
+  zeros_R = jnp.zeros((R,), jnp.float32)
+  carry = (
+    jnp.full((R,), -jnp.inf),
+    *(zeros_R, zeros_R, jnp.zeros((R,), jnp.int32)),
+    jnp.zeros((R, D), jnp.float32),
+  )
+  noted = []
+  if whole:
+    carry, (bins_nRX, at_nR) = jax.lax.scan(
+      lambda carry, start: look_at(carry, start, chunk),
+      carry,
+      jnp.arange(0, whole, chunk, dtype=jnp.int32),
+    )
+    noted.append((jnp.moveaxis(bins_nRX, 0, 1), at_nR.T))
+  if whole < V:
+    carry, (bins_RX, at_R) = look_at(carry, jnp.int32(whole), V - whole)
+    noted.append((bins_RX[:, None], at_R[:, None]))
+  max_R, sum_R, weighted_R, argmax_R, mean_RD = carry
+  mass_RX = jnp.concatenate(
+    [
+      (bins_RnX * jnp.exp(at_Rn - max_R[:, None])[:, :, None]).reshape(R, -1)
+      for bins_RnX, at_Rn in noted
+    ],
+    axis=1,
+  )
+
+  def draw(row):
+    """A token of the bin that was drawn."""
+    h_D, first, largest, uniform = row
+    token_B = first + jnp.arange(BIN, dtype=jnp.int32)
+    rows_BD = table_VD[jnp.minimum(token_B, V - 1)].astype(h_RD.dtype)
+    product_B = jnp.einsum(
+      'd,bd->b', h_D, rows_BD, preferred_element_type=jnp.float32
+    )
+    p_B = jnp.exp(_scaled(product_B, softcap, temperature) - largest)
+    return first + invert(jnp.where(token_B < V, p_B, 0.0), uniform)
+
+  first_R = invert(mass_RX, uniforms_R2[:, 0]) * BIN
+  sample_R = jax.lax.map(
+    draw, (h_RD, first_R, max_R, uniforms_R2[:, 1]), batch_size=_DRAWN_TOGETHER
+  )
+  return Summary(
+    sample_R=sample_R,
+    argmax_R=argmax_R,
+    entropy_R=jnp.log(sum_R) + max_R - weighted_R / sum_R,
+    confidence_R=1.0 / sum_R,
+    mean_RD=mean_RD / sum_R[:, None],
+  )
+
+
+def default_chunk(num_rows: int) -> int:
+  """A power of two of rows of the table, for so many rows of h."""
+  most = max(BIN, _CHUNK_ELEMENTS // num_rows)
+  return 1 << (most.bit_length() - 1)
+
+
+def _scaled(
+  product: jax.Array, softcap: float, temperature: jax.Array
+) -> jax.Array:
+  """Softcapped logits over the temperature."""
+  if softcap:
+    product = softcap * jnp.tanh(product / softcap)
+  return product / temperature
+
+
+def _bins(p: jax.Array) -> jax.Array:
+  """The last axis in bins of `BIN` neighbours, the last filled with zeros."""
+  padding = [(0, 0)] * (p.ndim - 1) + [(0, -p.shape[-1] % BIN)]
+  return jnp.pad(p, padding).reshape(*p.shape[:-1], -1, BIN)
+
+
+def sample(p: jax.Array, uniforms: jax.Array) -> jax.Array:
+  """The draw of `summarize` from whole probabilities [..., V]: int32 [...].
+
+  A token of probability zero is never drawn.
+
+  Args:
+    p: probabilities, or anything proportional to them.
+    uniforms: float32 in [0, 1), [..., 2].
+  """
+  bins = _bins(p)
+  drawn = invert(jnp.sum(bins, axis=-1), uniforms[..., 0])
+  inside = jnp.take_along_axis(bins, drawn[..., None, None], axis=-2)
+  return drawn * BIN + invert(inside[..., 0, :], uniforms[..., 1])
+
+
+def invert(mass: jax.Array, uniform: jax.Array) -> jax.Array:
+  """First index along the last axis whose cumulative mass is above `uniform`
+  of the total: a draw, int32."""
+  cumulative = jnp.cumsum(mass, axis=-1)
+  target = uniform[..., None] * cumulative[..., -1:]
+  return jnp.sum(cumulative <= target, axis=-1, dtype=jnp.int32)

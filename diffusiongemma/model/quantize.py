@@ -1,0 +1,126 @@
+"""Parameters of few bits: which, along which axis, and how they are stored.
+
+`quantized.Quantized` arrays stand in the places of the matrices of attention
+and MLPs ("linears"), of the experts and of the embedding, as a
+`QuantizationConfig` says; routers, norms, scalars and the image encoder stay
+as they are. On disk each is two arrays, PATH/values and PATH/scales.
+"""
+
+from collections.abc import Iterator
+import fnmatch
+import functools
+from typing import Any
+
+from flax import traverse_util
+import jax
+
+from diffusiongemma import config as configs
+from diffusiongemma.config import QuantizationConfig
+from diffusiongemma.kernels import quantized
+
+# path -> (the field of the config, the axis that products sum over)
+_RULES = {
+  'layer_*/attention/[qkv]_proj': ('linears', -3),
+  'layer_*/attention/o_proj': ('linears', -2),
+  'layer_*/shared_mlp/*': ('linears', -2),
+  'self_conditioning/mlp/*': ('linears', -2),
+  'layer_*/experts/*': ('experts', -1),
+  'embedding': ('embedding', -1),
+}
+
+
+def by_part(params: dict) -> dict[str, dict]:
+  """The parameters in the parts that a `QuantizationConfig` knows."""
+  parts = {'experts': {}, 'linears': {}, 'embedding': {}, 'other': {}}
+  for path, w in traverse_util.flatten_dict(params).items():
+    parts[_part_of(path)]['/'.join(path)] = w
+  return {f'parameters: {part}': tree for part, tree in parts.items() if tree}
+
+
+def _part_of(path: tuple[str, ...]) -> str:
+  for pattern, (field, _) in _RULES.items():
+    if fnmatch.fnmatchcase('/'.join(path), pattern):
+      return field
+  return 'other'
+
+
+def rule_of(
+  config: QuantizationConfig, path: tuple[str, ...]
+) -> tuple[str, int] | None:
+  """(kind, axis) of the parameter at `path`; None if it stays as it is."""
+  for pattern, (field, axis) in _RULES.items():
+    if fnmatch.fnmatchcase('/'.join(path), pattern):
+      kind = getattr(config, field)
+      return None if kind == 'none' else (kind, axis)
+  return None
+
+
+def quantize_array(
+  config: QuantizationConfig, path: tuple[str, ...], w: jax.Array
+) -> Any:
+  """One parameter as the config says.
+
+  Raises:
+    ConfigError: groups of 4 bits do not divide it.
+  """
+  rule = rule_of(config, path)
+  if rule is None:
+    return w
+  kind, axis = rule
+  group_size = config.group_size if kind == 'int4' else None
+  if group_size and w.shape[axis] % group_size:
+    raise configs.ConfigError(
+      f'config.quantization.group_size = {group_size} does not divide the '
+      f'{w.shape[axis]} inputs of {"/".join(path)}.'
+    )
+  return _quantize(w, kind, axis, group_size)
+
+
+_quantize = jax.jit(
+  quantized.quantize, static_argnames=('kind', 'axis', 'group_size')
+)
+
+
+def quantize_params(config: QuantizationConfig, params: dict) -> dict:
+  """All parameters as the config says; also of shapes, in `jax.eval_shape`."""
+  flat = traverse_util.flatten_dict(params)
+  return traverse_util.unflatten_dict(
+    {path: quantize_array(config, path, w) for path, w in flat.items()}
+  )
+
+
+def arrays_of(
+  path: tuple[str, ...], w: Any
+) -> Iterator[tuple[tuple[str, ...], jax.Array]]:
+  """(path, array) of what a parameter is on disk."""
+  if isinstance(w, quantized.Quantized):
+    yield (*path, 'values'), w.values
+    yield (*path, 'scales'), w.scales
+  else:
+    yield path, w
+
+
+def to_stored(params: dict) -> dict:
+  """Parameters as nested dicts of nothing but arrays."""
+  flat = traverse_util.flatten_dict(params)
+  return traverse_util.unflatten_dict(
+    {p: x for path, w in flat.items() for p, x in arrays_of(path, w)}
+  )
+
+
+def from_stored(config: QuantizationConfig, stored: dict) -> dict:
+  """The inverse of `to_stored`."""
+  flat, found = traverse_util.flatten_dict(stored), {}
+  for path, x in flat.items():
+    rule = rule_of(config, path[:-1])
+    if rule is None or path[-1] not in ('values', 'scales'):
+      found[path] = x
+    else:
+      parts = (flat[(*path[:-1], name)] for name in ('values', 'scales'))
+      found[path[:-1]] = quantized.Quantized(*parts, rule[1])
+  return traverse_util.unflatten_dict(found)
+
+
+def abstract_params(config: QuantizationConfig, params: dict) -> dict:
+  """Shapes of the quantised parameters from those of the others."""
+  return jax.eval_shape(functools.partial(quantize_params, config), params)
