@@ -16,6 +16,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
+from diffusiongemma.kernels import grouped_matmul_gpu as gpu
 from diffusiongemma.kernels import quantized
 
 
@@ -28,22 +29,27 @@ class Groups:
       it has none.
     row_T: int32, routed row held by each buffer row; R where it is padding.
     expert_of_tile: int32 [T / tile], the expert of each tile.
-    used: int32, how many tiles, the first ones, have rows.
+    end_E: int32, how many tiles belong to each expert or one before it.
     tile: rows in a tile.
   """
 
   slot_R: jax.Array
   row_T: jax.Array
   expert_of_tile: jax.Array
-  used: jax.Array
+  end_E: jax.Array
   tile: int = flax.struct.field(pytree_node=False)
+
+  @property
+  def used(self) -> jax.Array:
+    """int32, how many tiles, the first ones, have rows."""
+    return self.end_E[-1]
 
 
 def default_tile(num_rows: int, num_experts: int) -> int:
-  """A power of two near half the mean group, so that padding stays below the
-  work and a tile is still a product worth starting: 8 to 128."""
-  half_group = max(1, num_rows // (2 * num_experts))
-  return min(128, max(8, 1 << (half_group.bit_length() - 1)))
+  """A power of two up to the mean group, so that padding stays below the work
+  and a tile is still a product worth starting: 16 to 128."""
+  group = max(1, num_rows // num_experts)
+  return min(128, max(16, 1 << (group.bit_length() - 1)))
 
 
 def make_groups(expert_R: jax.Array, num_experts: int, tile: int) -> Groups:
@@ -74,9 +80,7 @@ def make_groups(expert_R: jax.Array, num_experts: int, tile: int) -> Groups:
   tile_index = jnp.arange(num_tiles)
   expert_of_tile = jnp.sum(tile_index[:, None] >= end_E[None, :], axis=1)
   expert_of_tile = jnp.minimum(expert_of_tile, num_experts - 1)
-  return Groups(
-    slot_R, row_T, expert_of_tile.astype(jnp.int32), end_E[-1], tile
-  )
+  return Groups(slot_R, row_T, expert_of_tile.astype(jnp.int32), end_E, tile)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -144,7 +148,7 @@ def _matmul_forward(x_TD, weights_EFD, groups):
 
 def _matmul_backward(saved, d_TF):
   x_TD, weights_EFD, groups = saved
-  d_x_TD = _multiply_tiles(d_TF, weights_EFD.mT, groups)
+  d_x_TD = _multiply_tiles(d_TF, weights_EFD, groups, transposed=True)
   return d_x_TD, _add_tiles(d_TF, x_TD, weights_EFD, groups), None
 
 
@@ -155,35 +159,55 @@ grouped_matmul.defvjp(_matmul_forward, _matmul_backward)
 MULTIPLY, ADD = '_multiply_tiles', '_add_tiles'
 
 
-@jax.jit
-def _multiply_tiles(x_TD, weights_EFD, groups):
-  """Each tile times the transposed matrix of its expert: [T, F]."""
+@functools.partial(jax.jit, static_argnames='transposed')
+def _multiply_tiles(x_TD, weights_EFD, groups, transposed=False):
+  """Each tile times the matrix [F, D] of its expert, transposed: [T, F]; with
+  `transposed` it is taken as it is, and F and D are each other."""
+  spec = 'mf,fd->md' if transposed else 'md,fd->mf'
 
-  def tile(index, y_TF):
-    x_mD = _rows(x_TD, index, groups)
-    weights_FD = weights_EFD[groups.expert_of_tile[index]].astype(x_TD.dtype)
-    y_mF = jnp.einsum('md,fd->mf', x_mD, weights_FD)
-    return jax.lax.dynamic_update_slice_in_dim(
-      y_TF, y_mF, index * groups.tile, 0
-    )
+  def loop(x_TD, weights_EFD, groups):
+    def tile(index, y_TF):
+      x_mD = _rows(x_TD, index, groups)
+      weights_FD = weights_EFD[groups.expert_of_tile[index]]
+      y_mF = jnp.einsum(spec, x_mD, weights_FD.astype(x_TD.dtype))
+      return jax.lax.dynamic_update_slice_in_dim(
+        y_TF, y_mF, index * groups.tile, 0
+      )
 
-  y_TF = jnp.zeros((x_TD.shape[0], weights_EFD.shape[1]), x_TD.dtype)
-  return jax.lax.fori_loop(0, groups.used, tile, y_TF)
+    outputs = weights_EFD.shape[2 if transposed else 1]
+    y_TF = jnp.zeros((x_TD.shape[0], outputs), x_TD.dtype)
+    return jax.lax.fori_loop(0, groups.used, tile, y_TF)
+
+  if not gpu.suits(weights_EFD, groups.tile):
+    return loop(x_TD, weights_EFD, groups)
+  return jax.lax.platform_dependent(
+    *(x_TD, weights_EFD, groups),
+    cuda=functools.partial(gpu.multiply_tiles, transposed=transposed),
+    default=loop,
+  )
 
 
 @jax.jit
 def _add_tiles(d_TF, x_TD, weights_EFD, groups):
   """The gradient of the matrices: sums of products of tiles, [E, F, D]."""
 
-  def tile(index, total_EFD):
-    d_mF, x_mD = _rows(d_TF, index, groups), _rows(x_TD, index, groups)
-    product_FD = jnp.einsum(
-      'mf,md->fd', d_mF, x_mD, preferred_element_type=jnp.float32
-    )
-    return total_EFD.at[groups.expert_of_tile[index]].add(product_FD)
+  def loop(d_TF, x_TD, groups):
+    def tile(index, total_EFD):
+      d_mF, x_mD = _rows(d_TF, index, groups), _rows(x_TD, index, groups)
+      product_FD = jnp.einsum(
+        'mf,md->fd', d_mF, x_mD, preferred_element_type=jnp.float32
+      )
+      return total_EFD.at[groups.expert_of_tile[index]].add(product_FD)
 
-  total_EFD = jnp.zeros(weights_EFD.shape, jnp.float32)
-  total_EFD = jax.lax.fori_loop(0, groups.used, tile, total_EFD)
+    total_EFD = jnp.zeros(weights_EFD.shape, jnp.float32)
+    return jax.lax.fori_loop(0, groups.used, tile, total_EFD)
+
+  if gpu.suits(weights_EFD, groups.tile):
+    total_EFD = jax.lax.platform_dependent(
+      d_TF, x_TD, groups, cuda=gpu.add_tiles, default=loop
+    )
+  else:
+    total_EFD = loop(d_TF, x_TD, groups)
   return total_EFD.astype(weights_EFD.dtype)
 
 

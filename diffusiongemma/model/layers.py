@@ -5,11 +5,16 @@ rotary(x)   = x * cos(p f) + rotate_half(x) * sin(p f)
 GeGLU(x)    = down(gelu_tanh(gate(x)) * up(x))
 """
 
+import math
+
 import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from diffusiongemma.kernels import grouped_matmul_gpu as gpu
+from diffusiongemma.kernels import quantized
 
 
 def rms_norm(
@@ -91,8 +96,13 @@ class LowRank:
   scale: float = flax.struct.field(pytree_node=False)
 
 
-def linear(spec: str, x: jax.Array, w: jax.Array | LowRank) -> jax.Array:
-  """`jnp.einsum(spec, x, w)` in the type of x; w may have an adapter."""
+def linear(
+  spec: str, x: jax.Array, w: jax.Array | LowRank | quantized.Quantized
+) -> jax.Array:
+  """`jnp.einsum(spec, x, w)` in the type of x; w, which has the axes that are
+  summed over first, may be quantised or have an adapter."""
+  if isinstance(w, quantized.Quantized):
+    return _few_bits(spec, x, w)
   if not isinstance(w, LowRank):
     return jnp.einsum(spec, x, w.astype(x.dtype))
   inputs, out = spec.split('->')
@@ -103,6 +113,28 @@ def linear(spec: str, x: jax.Array, w: jax.Array | LowRank) -> jax.Array:
   thin = jnp.einsum(f'{of_x},{summed}z->{rest}z', x, w.a.astype(x.dtype))
   update = jnp.einsum(f'{rest}z,z{made}->{out}', thin, w.b.astype(x.dtype))
   return linear(spec, x, w.weight) + w.scale * update
+
+
+def _few_bits(spec: str, x: jax.Array, w: quantized.Quantized) -> jax.Array:
+  """`linear` with a quantised matrix, which on a GPU is never put together."""
+  inputs, out = spec.split('->')
+  of_w = inputs.split(',')[1]
+  summed = sum(axis not in out for axis in of_w)
+  made = w.shape[summed:]
+  F = math.prod(made)
+  values_DF, scales_XF = w.values.reshape(-1, F), w.scales.reshape(-1, F)
+  x_TD = x.reshape(-1, len(values_DF))
+
+  def plain(x_TD, values_DF, scales_XF):
+    w_DF = quantized.Quantized(values_DF, scales_XF, -2)
+    return x_TD @ w_DF.astype(x_TD.dtype)
+
+  parts = (x_TD, values_DF, scales_XF)
+  if gpu.suits_one(x_TD, values_DF, len(scales_XF)):
+    y_TF = jax.lax.platform_dependent(*parts, cuda=gpu.multiply, default=plain)
+  else:
+    y_TF = plain(*parts)
+  return y_TF.reshape(*x.shape[: x.ndim - summed], *made)
 
 
 def linear_init(in_axis, out_axis, batch_axis=()):

@@ -23,9 +23,25 @@ TRAIN = (
   '--config.train.remat=True',
   '--config.data.sequence_length=4096',
 )
+FEW_BITS = (
+  '--config.quantization.experts=int4',
+  '--config.quantization.linears=int8',
+)
 PLANS = {
   'h100-2b': ('--config=configs/2b.py', '--topology=h100'),
   'h100-26b-sample': (BIG, '--topology=h100', '--program=sample'),
+  'h100-26b-sample-int4': (
+    BIG,
+    '--topology=h100',
+    '--program=sample',
+    *FEW_BITS,
+  ),
+  'h200-26b-sample-int4': (
+    BIG,
+    '--topology=h200',
+    '--program=sample',
+    *FEW_BITS,
+  ),
   'h200-26b-sample': (BIG, '--topology=h200', '--program=sample'),
   'v5p-26b-finetune': (
     *TRAIN,

@@ -91,6 +91,6 @@ def test_rows_of_experts_that_are_elsewhere_are_left_out():
 
 
 def test_tile_follows_the_mean_group():
-  assert grouped.default_tile(1, 128) == 8
-  assert grouped.default_tile(2048, 128) == 8
+  assert grouped.default_tile(1, 128) == 16
+  assert grouped.default_tile(2048, 128) == 16
   assert grouped.default_tile(4096, 8) == 128

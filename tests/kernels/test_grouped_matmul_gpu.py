@@ -1,0 +1,92 @@
+"""The GPU's kernels, interpreted, against the loops that they stand for.
+
+What compiles for a GPU is shown by `experiments/scale/plans.py`.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusiongemma.kernels import grouped_matmul as grouped
+from diffusiongemma.kernels import grouped_matmul_gpu as gpu
+from diffusiongemma.kernels import quantized
+
+E, D, F, M, TILE = 5, 64, 96, 100, 16
+
+
+@pytest.fixture(scope='module', params=[0, 1])
+def layout(request):
+  """Rows of which some have no expert here; once all have the same."""
+  expert_M = jax.random.randint(jax.random.key(0), (M,), 0, E + 1)
+  if request.param:
+    expert_M = jnp.full((M,), 3)
+  groups = grouped.make_groups(expert_M, E, TILE)
+  x_MD = jax.random.normal(jax.random.key(1), (M, D))
+  d_MF = jax.random.normal(jax.random.key(2), (M, F))
+  into = lambda rows: grouped.scatter_to_tiles(rows, groups, 1)
+  return groups, into(x_MD), into(d_MF)
+
+
+def used(y_TF, groups):
+  return np.asarray(y_TF)[: int(groups.used) * TILE]
+
+
+@pytest.mark.parametrize('kind', [None, 'int8', 'int4', 'fp8'])
+def test_products_are_those_of_the_loop(layout, kind):
+  groups, x_TD, _ = layout
+  w_EFD = jax.random.normal(jax.random.key(3), (E, F, D))
+  if kind:
+    group_size = 32 if kind == 'int4' else None
+    w_EFD = quantized.quantize(w_EFD, kind, -1, group_size)
+  assert gpu.suits(w_EFD, TILE)
+  found = gpu.multiply_tiles(x_TD, w_EFD, groups, interpret=True)
+  expected = grouped.grouped_matmul(x_TD, w_EFD, groups)
+  np.testing.assert_allclose(
+    used(found, groups), used(expected, groups), rtol=1e-5, atol=5e-5
+  )
+
+
+def test_gradients_are_those_of_the_loop(layout):
+  groups, x_TD, d_TF = layout
+  w_EFD = jax.random.normal(jax.random.key(3), (E, F, D))
+  _, pullback = jax.vjp(
+    lambda x_TD, w_EFD: grouped.grouped_matmul(x_TD, w_EFD, groups), x_TD, w_EFD
+  )
+  d_x_TD, d_w_EFD = pullback(d_TF)
+  np.testing.assert_allclose(
+    used(
+      gpu.multiply_tiles(d_TF, w_EFD, groups, transposed=True, interpret=True),
+      groups,
+    ),
+    used(d_x_TD, groups),
+    rtol=1e-5,
+    atol=5e-5,
+  )
+  found = gpu.add_tiles(d_TF, x_TD, groups, interpret=True)
+  np.testing.assert_allclose(found, d_w_EFD, rtol=1e-5, atol=5e-5)
+  assert (np.asarray(found) == 0).all(axis=(1, 2)).tolist() == [
+    not (np.asarray(groups.row_T).reshape(-1, TILE) < M)[
+      np.asarray(groups.expert_of_tile) == e
+    ].any()
+    for e in range(E)
+  ]
+
+
+@pytest.mark.parametrize('kind, group_size', [('int8', None), ('int4', 16)])
+def test_one_matrix(kind, group_size):
+  x_TD = jax.random.normal(jax.random.key(1), (48, D))
+  w_DF = jax.random.normal(jax.random.key(3), (D, F))
+  w_DF = quantized.quantize(w_DF, kind, -2, group_size)
+  assert gpu.suits_one(x_TD, w_DF.values, len(w_DF.scales))
+  found = gpu.multiply(x_TD, w_DF.values, w_DF.scales, interpret=True)
+  expected = x_TD @ w_DF.astype(jnp.float32)
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=5e-5)
+
+
+def test_what_is_too_small_for_the_kernels():
+  w_EFD = jnp.zeros((E, F, D))
+  assert not gpu.suits(w_EFD, 8)
+  assert not gpu.suits(w_EFD[:, :24], TILE)
+  assert not gpu.suits(quantized.quantize(w_EFD, 'int4', -1, 8), TILE)
+  assert not gpu.suits_one(jnp.zeros((7, D)), jnp.zeros((D, F)), 1)
