@@ -225,7 +225,7 @@ def export(
   _check_not_quantized(config, workdir)
   zeros = {}
   if config.model.vision is None:
-    config = dataclasses.replace(config, model=_with_vision(config))
+    config = dataclasses.replace(config, model=with_smallest_vision(config))
     zeros = abstract_params(config.model)['vision']
   table = huggingface.tensor_table(abstract_params(config.model))
   with _stored_arrays(workdir, config) as (stored, read_array):
@@ -438,7 +438,7 @@ def _companions_of(
       yield name, text.encode()
 
 
-def _with_vision(config: Config) -> configs.ModelConfig:
+def with_smallest_vision(config: Config) -> configs.ModelConfig:
   """The network with a vision encoder of no layers that sees one pixel."""
   no_token = config.diffusion.pad_token_id
   vision = configs.VisionConfig(

@@ -9,8 +9,9 @@
 `--mode=train` trains, and goes on with a run that was stopped; `evaluate`
 measures a run on held-out text; `sample` chats, or goes on from a text;
 `convert` makes a Hugging Face folder a run, `export` a run a Hugging Face
-folder; `plan` compiles for devices that are not there and says what it would
-take. Single fields of the config: `--config.train.steps=100`.
+folder; `quantize` makes either a run of few bits, for sampling; `plan` compiles
+for devices that are not there and says what it would take; `benchmark` measures
+speed. Single fields of the config: `--config.train.steps=100`.
 
 Exit codes: 0 done, 1 failed (the message says why), 2 wrong usage, 128 + n
 stopped by signal n after saving (130 Ctrl-C, 143 SIGTERM).
@@ -22,6 +23,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import shlex
 import signal
 import sys
@@ -34,6 +36,7 @@ import jax
 from rich import console as rich_console
 from rich import table as rich_table
 
+from diffusiongemma import benchmark
 from diffusiongemma import checkpoints
 from diffusiongemma import config as configs
 from diffusiongemma import conversion
@@ -57,7 +60,16 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
   'mode',
   'train',
-  ['train', 'evaluate', 'sample', 'convert', 'export', 'quantize', 'plan'],
+  [
+    'train',
+    'evaluate',
+    'sample',
+    'convert',
+    'export',
+    'quantize',
+    'plan',
+    'benchmark',
+  ],
   'What to do.',
 )
 _HF_DIR = flags.DEFINE_string(
@@ -128,8 +140,19 @@ _BATCH_SIZE = flags.DEFINE_integer(
 _CONTEXT = flags.DEFINE_integer(
   'context', 8192, 'plan: tokens that sampling has room for.', lower_bound=1
 )
+_GRID = flags.DEFINE_list(
+  'grid',
+  ['1x256'],
+  'benchmark: batches and contexts to sample with: 1x256,1x4096,8x256.',
+)
+_PEER = flags.DEFINE_bool(
+  'peer', True, 'benchmark: beside transformers, where that is installed.'
+)
 _FORMAT = flags.DEFINE_enum(
-  'format', 'text', ['text', 'json'], 'sample, evaluate, plan: what to print.'
+  'format',
+  'text',
+  ['text', 'json'],
+  'sample, evaluate, plan, benchmark: what to print.',
 )
 
 # Errors that are the user's to mend: a message, no stack trace.
@@ -170,6 +193,7 @@ def main(argv: list[str]) -> None:
       'export': _export,
       'quantize': _quantize,
       'plan': _plan,
+      'benchmark': _benchmark,
     }
     code = run[_MODE.value](overrides)
   except (configs.ConfigError, sample.SampleError, chat.ToolsError) as error:
@@ -465,6 +489,24 @@ def _plan(overrides: dict[str, str]) -> int:
   print(plan.to_text(made))
   if made.fits is False:
     _print_change(change)
+  return 0
+
+
+def _benchmark(overrides: dict[str, str]) -> int:
+  config = _load_config(overrides)
+  grid = [re.fullmatch(r'(\d+)x(\d+)', cell) for cell in _GRID.value]
+  grid = [(int(cell[1]), int(cell[2])) if cell else (0, 0) for cell in grid]
+  room = config.model.context_length - config.diffusion.canvas_length
+  if any(batch < 1 or not 1 <= context <= room for batch, context in grid):
+    raise configs.ConfigError(
+      f'--grid={",".join(_GRID.value)}: say BATCHxCONTEXT, such as '
+      f'1x256,8x1024, with contexts of up to {room}.'
+    )
+  made = benchmark.run(config, grid, _PEER.value)
+  if _FORMAT.value == 'json':
+    print(json.dumps(made))
+  else:
+    print(benchmark.to_text(made))
   return 0
 
 

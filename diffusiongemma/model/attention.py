@@ -32,12 +32,12 @@ def attend(
   K = k_BSKH.shape[2]
   q_BLKGH = q_BLNH.reshape(B, L, K, N // K, H)
   scores = jnp.einsum(
-    'blkgh,bskh->bkgls', q_BLKGH, k_BSKH, preferred_element_type=jnp.float32
+    'blkgh,bskh->bklgs', q_BLKGH, k_BSKH, preferred_element_type=jnp.float32
   )
   lowest = jnp.finfo(jnp.float32).min
-  scores = jnp.where(mask_BLS[:, None, None, :, :], scores, lowest)
+  scores = jnp.where(mask_BLS[:, None, :, None, :], scores, lowest)
   weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
-  out_BLKGH = jnp.einsum('bkgls,bskh->blkgh', weights, v_BSKH)
+  out_BLKGH = jnp.einsum('bklgs,bskh->blkgh', weights, v_BSKH)
   return out_BLKGH.reshape(B, L, N, H)
 
 

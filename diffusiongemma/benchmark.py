@@ -1,0 +1,339 @@
+"""How fast it is, beside `transformers` on the same weights.
+
+  a step  = a denoising pass and all that the sampler does with it
+  tokens/s = B * C / (16 steps + commit),  prefill apart
+
+What is measured is what `generate` runs: the loop over a canvas on the device,
+with a number of steps that does not depend on what is written. Times are
+medians of several; the two programs take turns, since a machine that is shared
+has fast and slow minutes.
+"""
+
+import dataclasses
+import gc
+import importlib.util
+import statistics
+import time
+from typing import Any
+
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusiongemma import conversion
+from diffusiongemma import memory
+from diffusiongemma.checkpoints import huggingface
+from diffusiongemma.checkpoints import huggingface_config
+from diffusiongemma.config import Config
+from diffusiongemma.config import QuantizationConfig
+from diffusiongemma.diffusion import sampler
+from diffusiongemma.model import cache as kv_cache
+from diffusiongemma.model import denoiser
+from diffusiongemma.model import quantize
+from diffusiongemma.text import generate
+from diffusiongemma.training import step as steps_lib
+from diffusiongemma.training import train_state
+
+STEPS = 16
+
+
+def random_params(config: Config, key: jax.Array) -> dict:
+  """Parameters of the config's shapes, in its compute type, of few bits where
+  it says so; made one by one on the device, so that the network never exists
+  in more bits than it has."""
+  dtype = jnp.dtype(config.model.dtype)
+  text = dataclasses.replace(config.model, vision=None)
+  abstract = traverse_util.flatten_dict(conversion.abstract_params(text))
+  params = {}
+  for index, (path, leaf) in enumerate(abstract.items()):
+    if leaf.ndim == 1:
+      w = jnp.ones(leaf.shape, leaf.dtype)
+    else:
+      axes = -1 if path[-1] in ('embedding', 'gate_up', 'down') else 0
+      scale = leaf.shape[axes] ** -0.5
+      w = _normal(jax.random.fold_in(key, index), leaf.shape, dtype) * scale
+    params[path] = quantize.quantize_array(config.quantization, path, w)
+  return traverse_util.unflatten_dict(params)
+
+
+def _normal(key, shape, dtype):
+  return jax.jit(lambda key: jax.random.normal(key, shape, dtype))(key)
+
+
+class Ours:
+  """Our programs for a batch and a context, compiled."""
+
+  def __init__(self, config: Config, params: dict, batch: int, context: int):
+    self.config, self.params = fixed_steps(config, STEPS), params
+    self.batch, self.context = batch, context
+    model, C = config.model, config.diffusion.canvas_length
+    rng = np.random.default_rng(0)
+    shape = (batch, context)
+    self.tokens_BP = rng.integers(3, model.vocab_size, shape).astype(np.int32)
+    self.length_B = np.full(batch, context, np.int32)
+    self.empty = kv_cache.init_cache(model, batch, context + C)
+    self.cache = self.read_prompt()
+    keys_B = sampler.row_keys(jax.random.key(1), batch)
+    self.given = (self.cache, keys_B, jnp.zeros((batch,), bool))
+    start = time.perf_counter()
+    self.program = generate.write_canvas.lower(
+      self.config, params, *self.given
+    ).compile()
+    self.compile_seconds = time.perf_counter() - start
+    self.one_program = generate.write_canvas.lower(
+      fixed_steps(config, 1), params, *self.given
+    ).compile()
+    self.canvas_BL = jnp.zeros((batch, C), jnp.int32)
+    self.need = memory.need_of(
+      self.program, {**quantize.by_part(params), 'cache': self.cache}
+    )
+
+  def read_prompt(self):
+    return generate.read_prompt(
+      *(self.config.model, self.params, self.tokens_BP, self.length_B),
+      self.empty,
+    )
+
+  def write(self):
+    return self.program(self.params, *self.given)
+
+  def write_one_step(self):
+    return self.one_program(self.params, *self.given)
+
+  def commit(self):
+    C = self.canvas_BL.shape[1]
+    count_B = np.full(self.batch, C, np.int32)
+    return generate.prefill(
+      self.config.model, self.params, self.canvas_BL, count_B, self.cache
+    )
+
+  def vocabulary(self):
+    """The sampler's pass over the vocabulary alone."""
+    model, L = self.config.model, self.canvas_BL.shape[1]
+    h_BLD = jnp.ones((self.batch, L, model.embed_dim), model.dtype)
+    uniforms_BL2 = jnp.full((self.batch, L, 2), 0.5)
+    return _summarize(model, self.params, h_BLD, uniforms_BL2)
+
+
+@jax.jit(static_argnums=0)
+def _summarize(model, params, h_BLD, uniforms_BL2):
+  return denoiser.Denoiser(model).apply(
+    {'params': params}, h_BLD, 0.6, uniforms_BL2, method='summarize'
+  )
+
+
+def fixed_steps(config: Config, steps: int) -> Config:
+  """The config with a sampler that takes so many steps, whatever it writes."""
+  diffusion = dataclasses.replace(
+    config.diffusion, max_denoising_steps=steps, confidence_threshold=0.0
+  )
+  return dataclasses.replace(config, diffusion=diffusion)
+
+
+class Transformers:
+  """The same of `transformers`, eager, in float32; its weights are random and
+  `params` has them as ours."""
+
+  def __init__(self, config: Config):
+    import torch
+    import transformers
+    from transformers.models import diffusion_gemma
+
+    self.torch, self.version = torch, transformers.__version__
+    self.library = diffusion_gemma
+    with_vision = dataclasses.replace(
+      config, model=conversion.with_smallest_vision(config)
+    )
+    values = huggingface_config.to_config(
+      with_vision.model, config.diffusion, 'float32'
+    )
+    own = diffusion_gemma.DiffusionGemmaConfig.from_dict(values)
+    torch.manual_seed(0)
+    self.model = diffusion_gemma.DiffusionGemmaForBlockDiffusion(own)
+    self.model = self.model.float().eval()
+    state, params = self.model.state_dict(), {}
+    table = huggingface.tensor_table(conversion.abstract_params(config.model))
+    for name, entry in table.items():
+      params[entry.path] = jnp.asarray(entry.to_ours(state[name].numpy()))
+    self.params = traverse_util.unflatten_dict(params)
+
+  def write(self, config: Config, tokens_BP: np.ndarray, steps: int) -> None:
+    """A prompt's prefill and a canvas of so many steps."""
+    diffusion, module = config.diffusion, self.library
+    module = module.generation_diffusion_gemma
+    self.model.generate(
+      self.torch.tensor(tokens_BP, dtype=self.torch.long),
+      generation_config=module.DiffusionGemmaGenerationConfig(
+        max_new_tokens=diffusion.canvas_length,
+        max_denoising_steps=steps,
+        sampler_config=module.EntropyBoundSamplerConfig(
+          diffusion.entropy_bound
+        ),
+        t_min=diffusion.t_min,
+        t_max=diffusion.t_max,
+        confidence_threshold=1e-9,
+        eos_token_id=[10**6],  # Which is never written.
+        pad_token_id=diffusion.pad_token_id,
+      ),
+    )
+
+
+def measure(
+  config: Config,
+  params: dict,
+  grid: list[tuple[int, int]],
+  repeats: int = 5,
+  peer: Transformers | None = None,
+) -> list[dict[str, Any]]:
+  """Times for each (batch, context) of the grid: seconds, medians, with the
+  spread of a step, and with a `peer` its step and how much faster ours is."""
+  rows = []
+  for batch, context in grid:
+    ours = Ours(config, params, batch, context)
+    C = config.diffusion.canvas_length
+    took = {
+      name: []
+      for name in ('prefill', 'step', 'commit', 'vocabulary', 'peer_step')
+    }
+    for method in (*_PROGRAMS.values(), 'write', 'write_one_step'):
+      getattr(ours, method)()  # The first call is another.
+    if peer is not None:
+      peer.write(config, ours.tokens_BP, 1)
+    for _ in range(repeats):
+      for name, method in _PROGRAMS.items():
+        took[name].append(seconds(getattr(ours, method)))
+      whole, one = seconds(ours.write), seconds(ours.write_one_step)
+      took['step'].append((whole - one) / (STEPS - 1))
+      if peer is not None:
+        tokens = ours.tokens_BP
+        few = seconds(lambda t=tokens: peer.write(config, t, 1))
+        many = seconds(lambda t=tokens: peer.write(config, t, 5))
+        took['peer_step'].append((many - few) / 4)
+    row = {
+      'batch': batch,
+      'context': context,
+      'compile_seconds': ours.compile_seconds,
+      'peak_bytes': ours.need.peak,
+      'array_bytes': ours.need.arrays,
+    }
+    for name, values in took.items():
+      if values:
+        row[f'{name}_seconds'] = statistics.median(values)
+    row['step_spread'] = [min(took['step']), max(took['step'])]
+    canvas = STEPS * row['step_seconds'] + row['commit_seconds']
+    row['tokens_per_second'] = batch * C / canvas
+    if peer is not None:
+      ratios = zip(took['peer_step'], took['step'], strict=True)
+      row['times_as_fast'] = statistics.median(p / o for p, o in ratios)
+    rows.append(row)
+    del ours
+    gc.collect()
+  return rows
+
+
+# What is timed by itself: name -> the method of `Ours`.
+_PROGRAMS = {
+  'prefill': 'read_prompt',
+  'commit': 'commit',
+  'vocabulary': 'vocabulary',
+}
+
+
+def seconds(run) -> float:
+  """How long a call takes, until its arrays are there."""
+  start = time.perf_counter()
+  jax.block_until_ready(run())
+  return time.perf_counter() - start
+
+
+def measure_training(config: Config, repeats: int = 5) -> dict[str, float]:
+  """Tokens a second of the training step, and its compilation's time."""
+  B, S = config.data.batch_size, config.data.sequence_length
+  C = config.diffusion.canvas_length
+  rng = np.random.default_rng(0)
+  batch = {
+    'tokens_BS': rng.integers(3, config.model.vocab_size, (B, S)),
+    'length_B': np.full(B, S),
+    'first_BS': np.zeros((B, S)),
+    'canvas_start_BK': np.tile(np.arange(C, S - C + 1, C)[None], (B, 1)),
+    'target_mask_BS': np.tile(np.arange(S) >= C, (B, 1)),
+  }
+  batch = {
+    k: jnp.asarray(v, bool if v.dtype == bool else jnp.int32)
+    for k, v in batch.items()
+  }
+  state = train_state.init_train_state(config)
+  start = time.perf_counter()
+  step = steps_lib.make_train_step(config).lower(state, batch, None).compile()
+  compile_seconds = time.perf_counter() - start
+  took = []
+  for _ in range(repeats + 1):
+    start = time.perf_counter()
+    state, _ = step(state, batch, None)
+    jax.block_until_ready(state)
+    took.append(time.perf_counter() - start)
+  return {
+    'compile_seconds': compile_seconds,
+    'step_seconds': statistics.median(took[1:]),
+    'tokens_per_second': B * S / statistics.median(took[1:]),
+  }
+
+
+def run(
+  config: Config, grid: list[tuple[int, int]], beside_peer: bool
+) -> dict[str, Any]:
+  """All measurements of a config, as plain values; sizes in bytes.
+
+  `transformers` is a peer where it is installed, in float32 and with nothing
+  quantised; training is measured where nothing is.
+  """
+  whole = config.quantization == QuantizationConfig()
+  suits = whole and config.model.dtype == 'float32'
+  peer = None
+  if beside_peer and suits and importlib.util.find_spec('transformers'):
+    peer = Transformers(config)
+  params = peer.params if peer else random_params(config, jax.random.key(0))
+  made = {
+    'device': jax.devices()[0].device_kind,
+    'jax': jax.__version__,
+    'transformers': peer and peer.version,
+    'sampling': measure(config, params, grid, peer=peer),
+  }
+  del params, peer
+  gc.collect()
+  made['training'] = measure_training(config) if whole else None
+  return made
+
+
+def to_text(made: dict[str, Any]) -> str:
+  """What `run` has measured as a table, for a person; milliseconds."""
+  rows, training = made['sampling'], made['training']
+  head = ['batch', 'context', 'prefill', 'step', 'vocabulary', 'commit']
+  head += ['tokens/s', 'peak GB', 'compile s']
+  peer = made['transformers']
+  if peer:
+    head += ['transformers', 'times as fast']
+  lines = []
+  for row in rows:
+    line = [str(row['batch']), str(row['context'])]
+    for name in ('prefill', 'step', 'vocabulary', 'commit'):
+      line.append(f'{1e3 * row[f"{name}_seconds"]:.1f}')
+    line.append(f'{row["tokens_per_second"]:,.1f}')
+    line.append(f'{row["peak_bytes"] / 1e9:.2f}')
+    line.append(f'{row["compile_seconds"]:.0f}')
+    if peer:
+      line.append(f'{1e3 * row["peer_step_seconds"]:.1f}')
+      line.append(f'{row["times_as_fast"]:.2f}')
+    lines.append(line)
+  widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
+  text = [
+    '  '.join(cell.rjust(w) for cell, w in zip(line, widths, strict=True))
+    for line in (head, *lines)
+  ]
+  if training:
+    text.append(
+      f'training: {training["tokens_per_second"]:,.0f} tokens/s, a step in '
+      f'{1e3 * training["step_seconds"]:.0f} ms'
+    )
+  return '\n'.join(text)

@@ -1,0 +1,77 @@
+"""What is timed is what it says: fixed steps, the same weights, all of a row."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusiongemma import benchmark
+from diffusiongemma import config as configs
+from diffusiongemma.kernels import quantized
+
+MICRO = pathlib.Path(__file__).parent / 'micro_config.py'
+
+
+@pytest.fixture(scope='module')
+def config():
+  return configs.load_config(str(MICRO))
+
+
+def test_all_steps_are_taken(config):
+  params = benchmark.random_params(config, jax.random.key(0))
+  ours = benchmark.Ours(config, params, 2, 16)
+  assert ours.write().steps_B.tolist() == [benchmark.STEPS] * 2
+  assert ours.write_one_step().steps_B.tolist() == [1] * 2
+  assert ours.cache.length_B.tolist() == [16, 16]
+  assert ours.commit().length_B.tolist() == [24, 24]
+
+
+def test_random_parameters_are_of_few_bits(config):
+  kinds = configs.QuantizationConfig('int4', 'int8', 'int8', group_size=8)
+  config = dataclasses.replace(config, quantization=kinds)
+  params = benchmark.random_params(config, jax.random.key(0))
+  down = params['layer_01']['experts']['down']
+  assert isinstance(down, quantized.Quantized)
+  assert down.values.dtype == jnp.int4
+  rows = benchmark.measure(config, params, [(1, 8)], repeats=1)
+  assert rows[0]['array_bytes']['parameters: experts'] > 0
+
+
+def test_a_run_is_a_table_and_plain_values(config):
+  made = benchmark.run(config, [(1, 8), (2, 16)], beside_peer=False)
+  assert json.loads(json.dumps(made)) == made
+  rows = made['sampling']
+  assert [(r['batch'], r['context']) for r in rows] == [(1, 8), (2, 16)]
+  for row in rows:
+    C = config.diffusion.canvas_length
+    seconds = benchmark.STEPS * row['step_seconds'] + row['commit_seconds']
+    assert row['tokens_per_second'] == pytest.approx(row['batch'] * C / seconds)
+    assert min(row['step_spread']) <= row['step_seconds']
+  assert made['training']['tokens_per_second'] > 0
+  text = benchmark.to_text(made)
+  assert 'tokens/s' in text and 'training' in text
+  assert 'times as fast' not in text
+
+
+def test_the_peer_has_our_weights(config):
+  """Its hidden states after a prompt are ours."""
+  torch = pytest.importorskip('torch', reason='needs torch')
+  pytest.importorskip('transformers', reason='needs transformers')
+  peer = benchmark.Transformers(config)
+  tokens_BP = np.arange(3, 15, dtype=np.int32)[None]
+  with torch.no_grad():
+    theirs = peer.model.model.encoder(
+      input_ids=torch.tensor(tokens_BP, dtype=torch.long)
+    ).last_hidden_state
+  ours, _, _ = benchmark.denoiser.Denoiser(config.model).apply(
+    {'params': peer.params}, tokens_BP, jnp.array([12]), method='prefill'
+  )
+  np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+  rows = benchmark.measure(config, peer.params, [(1, 8)], 1, peer)
+  # At this size the difference of two times is noise.
+  assert np.isfinite(rows[0]['peer_step_seconds'])
+  assert np.isfinite(rows[0]['times_as_fast'])
