@@ -1,4 +1,4 @@
-"""What is timed is what it says: fixed steps, the same weights, all of a row."""
+"""What is timed is what it says: fixed steps and the same weights."""
 
 import dataclasses
 import json
