@@ -12,6 +12,7 @@ has fast and slow minutes.
 import dataclasses
 import gc
 import importlib.util
+import math
 import statistics
 import time
 from typing import Any
@@ -34,6 +35,7 @@ from diffusiongemma.model import quantize
 from diffusiongemma.text import generate
 from diffusiongemma.training import step as steps_lib
 from diffusiongemma.training import train_state
+from diffusiongemma.training import workdir as workdirs
 
 STEPS = 16
 
@@ -81,9 +83,6 @@ class Ours:
       self.config, params, *self.given
     ).compile()
     self.compile_seconds = time.perf_counter() - start
-    self.one_program = generate.write_canvas.lower(
-      fixed_steps(config, 1), params, *self.given
-    ).compile()
     self.canvas_BL = jnp.zeros((batch, C), jnp.int32)
     self.need = memory.need_of(
       self.program, {**quantize.by_part(params), 'cache': self.cache}
@@ -97,9 +96,6 @@ class Ours:
 
   def write(self):
     return self.program(self.params, *self.given)
-
-  def write_one_step(self):
-    return self.one_program(self.params, *self.given)
 
   def commit(self):
     C = self.canvas_BL.shape[1]
@@ -196,15 +192,14 @@ def measure(
       name: []
       for name in ('prefill', 'step', 'commit', 'vocabulary', 'peer_step')
     }
-    for method in (*_PROGRAMS.values(), 'write', 'write_one_step'):
+    for method in (*_PROGRAMS.values(), 'write'):
       getattr(ours, method)()  # The first call is another.
     if peer is not None:
       peer.write(config, ours.tokens_BP, 1)
     for _ in range(repeats):
       for name, method in _PROGRAMS.items():
         took[name].append(seconds(getattr(ours, method)))
-      whole, one = seconds(ours.write), seconds(ours.write_one_step)
-      took['step'].append((whole - one) / (STEPS - 1))
+      took['step'].append(seconds(ours.write) / STEPS)
       if peer is not None:
         tokens = ours.tokens_BP
         few = seconds(lambda t=tokens: peer.write(config, t, 1))
@@ -286,8 +281,11 @@ def run(
   """All measurements of a config, as plain values; sizes in bytes.
 
   `transformers` is a peer where it is installed, in float32 and with nothing
-  quantised; training is measured where nothing is.
+  quantised; training is measured where nothing is, and where its state fits.
+  Images are left out.
   """
+  model = dataclasses.replace(config.model, vision=None)
+  config = dataclasses.replace(config, model=model)
   whole = config.quantization == QuantizationConfig()
   suits = whole and config.model.dtype == 'float32'
   peer = None
@@ -302,7 +300,10 @@ def run(
   }
   del params, peer
   gc.collect()
-  made['training'] = measure_training(config) if whole else None
+  state = memory.bytes_on_a_device(workdirs.abstract_state(config))
+  limit = memory.available(jax.devices()[0]) or math.inf
+  fits = 2 * state < limit  # Gradients and activations besides.
+  made['training'] = measure_training(config) if whole and fits else None
   return made
 
 

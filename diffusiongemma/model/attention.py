@@ -7,6 +7,9 @@ Global layers have no Wv: v = bare RMSNorm of the raw x Wk, before its norm
 and rotary.
 """
 
+from collections.abc import Sequence
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,27 +21,49 @@ from diffusiongemma.model import parallel
 
 
 def attend(
-  q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BLS: jax.Array
+  q_BLNH: jax.Array,
+  parts: Sequence[tuple[jax.Array, jax.Array]],
+  mask_BLS: jax.Array,
 ) -> jax.Array:
   """Softmax attention [B, L, N, H] with N = K * G query heads.
 
   Args:
     q_BLNH: queries; the scale is 1.0, the norms are the caller's.
-    k_BSKH: keys.
-    v_BSKH: values.
-    mask_BLS: bool, True where seen; its L may be 1 (the same for all).
+    parts: keys and values [B, S_i, K, H], such as those of the cache and new
+      ones; what is long is not copied to stand beside what is short.
+    mask_BLS: bool, True where seen, over all parts one after the other; its L
+      may be 1 (the same for all).
   """
   B, L, N, H = q_BLNH.shape
-  K = k_BSKH.shape[2]
+  K = parts[0][0].shape[2]
   q_BLKGH = q_BLNH.reshape(B, L, K, N // K, H)
-  scores = jnp.einsum(
-    'blkgh,bskh->bklgs', q_BLKGH, k_BSKH, preferred_element_type=jnp.float32
-  )
   lowest = jnp.finfo(jnp.float32).min
-  scores = jnp.where(mask_BLS[:, None, :, None, :], scores, lowest)
-  weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
-  out_BLKGH = jnp.einsum('bklgs,bskh->blkgh', weights, v_BSKH)
-  return out_BLKGH.reshape(B, L, N, H)
+  scores, values, start = [], [], 0
+  for k_BSKH, v_BSKH in parts:
+    end = start + k_BSKH.shape[1]
+    mask_BKLGS = mask_BLS[:, None, :, None, start:end]
+    start = end
+    if k_BSKH.shape[1]:
+      scores_BKLGS = jnp.einsum(
+        'blkgh,bskh->bklgs', q_BLKGH, k_BSKH, preferred_element_type=jnp.float32
+      )
+      scores.append(jnp.where(mask_BKLGS, scores_BKLGS, lowest))
+      values.append(v_BSKH)
+  top_BKLG = functools.reduce(jnp.maximum, [jnp.max(s, -1) for s in scores])
+  top_BKLG = jax.lax.stop_gradient(top_BKLG)
+  weights = [jnp.exp(s - top_BKLG[..., None]) for s in scores]
+  total_BKLG = sum(jnp.sum(w, axis=-1) for w in weights)
+  out_BKLGH = sum(
+    jnp.einsum(
+      'bklgs,bskh->bklgh',
+      w.astype(v.dtype),
+      v,
+      preferred_element_type=jnp.float32,
+    )
+    for w, v in zip(weights, values, strict=True)
+  )
+  out_BKLGH = (out_BKLGH / total_BKLG[..., None]).astype(q_BLNH.dtype)
+  return jnp.moveaxis(out_BKLGH, 1, 2).reshape(B, L, N, H)
 
 
 class Attention(nn.Module):

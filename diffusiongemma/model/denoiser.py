@@ -73,9 +73,9 @@ class Layer(nn.Module):
   def attend(self, x_BLD, positions_BL, mask_BLS, cached):
     """Attention over the cached keys, then those of x: (out, (k, v) of x)."""
     q, k, v = self.attention.project(self.norm_in(x_BLD), positions_BL)
-    all_k = jnp.concatenate([cached[0].astype(k.dtype), k], axis=1)
-    all_v = jnp.concatenate([cached[1].astype(v.dtype), v], axis=1)
-    return attention.attend(q, all_k, all_v, mask_BLS), (k, v)
+    old_k, old_v = cached[0].astype(k.dtype), cached[1].astype(v.dtype)
+    parts = ((old_k, old_v), (k, v))
+    return attention.attend(q, parts, mask_BLS), (k, v)
 
   def finish(self, x_BLD, attended_BLNH, scalar):
     """Residuals and both feed-forward branches."""

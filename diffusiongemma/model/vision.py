@@ -91,7 +91,7 @@ def attend(
   max_scores = max_scores or MAX_SCORES
   num_blocks = -(-num_images * N * M * M // max_scores)
   if num_blocks <= 1:
-    return attention.attend(q_IMNH, k_IMKH, v_IMKH, seen_IM[:, None, :])
+    return attention.attend(q_IMNH, [(k_IMKH, v_IMKH)], seen_IM[:, None, :])
   length = -(-M // min(num_blocks, M))
   num_blocks = -(-M // length)
   padding = ((0, 0), (0, num_blocks * length - M), (0, 0), (0, 0))
@@ -100,7 +100,7 @@ def attend(
   )
   # Without the checkpoint the gradient would keep the scores of every block.
   one_block = jax.checkpoint(
-    lambda q: attention.attend(q, k_IMKH, v_IMKH, seen_IM[:, None, :])
+    lambda q: attention.attend(q, [(k_IMKH, v_IMKH)], seen_IM[:, None, :])
   )
   out = jax.lax.map(one_block, jnp.moveaxis(blocks, 1, 0))
   return jnp.moveaxis(out, 0, 1).reshape(num_images, -1, N, H)[:, :M]
