@@ -13,16 +13,18 @@ and `SoftTokens` (images in a prompt), `make_denoise_fn` (a network that has
 read a text, as the sampler sees it), `sample_canvas` (the sampler, for use
 inside `jax.jit`) with `pin` and `Pinned` and the module `strategies`,
 `generate` (prompts to tokens), `load` (a trained run or a Hugging Face folder),
-`convert` and `export` (one into the other).
+`convert` and `export` (one into the other), `quantize` (either, to few bits).
 """
 
 from diffusiongemma.config import Config
 from diffusiongemma.config import DiffusionConfig
 from diffusiongemma.config import ModelConfig
+from diffusiongemma.config import QuantizationConfig
 from diffusiongemma.config import VisionConfig
 from diffusiongemma.conversion import convert
 from diffusiongemma.conversion import export
 from diffusiongemma.conversion import load
+from diffusiongemma.conversion import quantize
 from diffusiongemma.diffusion import strategies
 from diffusiongemma.diffusion.sampler import Pinned
 from diffusiongemma.diffusion.sampler import Prediction
@@ -49,6 +51,7 @@ __all__ = [
   'ModelConfig',
   'Pinned',
   'Prediction',
+  'QuantizationConfig',
   'SoftTokens',
   'Tokenizer',
   'VisionConfig',
@@ -63,6 +66,7 @@ __all__ = [
   'make_denoise_fn',
   'pin',
   'prefill',
+  'quantize',
   'read_prompt',
   'sample_canvas',
   'strategies',

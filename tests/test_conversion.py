@@ -1,5 +1,7 @@
 """From a Hugging Face folder to a run and back: the same bits, or a reason."""
 
+import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -509,3 +511,71 @@ def test_a_stopped_conversion_leaves_nothing(tmp_path):
   _, errors = process.communicate(timeout=60)
   assert process.returncode == 143, errors
   assert 'Traceback' not in errors and not os.listdir(runs)
+
+
+FEW = configs.QuantizationConfig('int4', 'int8', 'int8', group_size=4)
+
+
+def test_few_bits_from_either_kind(hf_dir, workdir, tmp_path):
+  """A folder, the run made from it, and quantising while loading: the same."""
+  made = []
+  for index, source in enumerate((hf_dir, workdir)):
+    target = tmp_path / str(index)
+    config = diffusiongemma.quantize(str(source), str(target), FEW)
+    assert config.quantization == FEW
+    run = diffusiongemma.load(str(target))
+    assert run.config == config
+    assert run.chat_template == '{{ messages }}'
+    made.append(run.params)
+  whole = diffusiongemma.load(str(hf_dir))
+  config = dataclasses.replace(whole.config, quantization=FEW)
+  made.append(diffusiongemma.load(str(hf_dir), config).params)
+  for params in made[1:]:
+    assert jax.tree.structure(params) == jax.tree.structure(made[0])
+    jax.tree.map(np.testing.assert_array_equal, params, made[0])
+  down = made[0]['layer_00']['experts']['down']
+  exact = whole.params['layer_00']['experts']['down']
+  assert down.values.dtype == jnp.int4
+  error = np.abs(np.asarray(down.astype(jnp.float32) - exact))
+  assert 0 < error.max() < 0.51 * float(down.scales.max())
+  same = made[0]['vision']['projection'], whole.params['vision']['projection']
+  np.testing.assert_array_equal(*same)
+
+
+def test_a_flipped_bit_of_few_is_noticed(workdir, tmp_path):
+  target = tmp_path / 'few'
+  diffusiongemma.quantize(str(workdir), str(target), FEW)
+  with contextlib.closing(workdirs.open_checkpoints(str(target))) as manager:
+    read = native.read_arrays(
+      manager, 0, [('layer_00', 'experts', 'down', 'values')]
+    )
+    (array,) = read
+  before = digest_lib.digest(array)
+  array = np.array(array)
+  array.flat[0] = -1 if array.flat[0] != -1 else 0
+  assert digest_lib.digest(array) != before
+  assert digest_lib.digest(jnp.asarray(array)) == digest_lib.digest(array)
+
+
+def test_few_bits_are_for_sampling(hf_dir, workdir, tmp_path):
+  target = tmp_path / 'few'
+  diffusiongemma.quantize(str(workdir), str(target), FEW)
+  for attempt in (
+    lambda: diffusiongemma.export(str(target), str(tmp_path / 'out')),
+    lambda: diffusiongemma.quantize(str(target), str(tmp_path / 'again'), FEW),
+    lambda: conversion.adopt(
+      configs.Config(train=configs.TrainConfig(init_from=str(target))),
+      str(tmp_path / 'run'),
+    ),
+  ):
+    with pytest.raises(workdirs.WorkdirError, match='is for sampling'):
+      attempt()
+  nothing = configs.QuantizationConfig()
+  with pytest.raises(configs.ConfigError, match='leaves everything'):
+    diffusiongemma.quantize(str(hf_dir), str(tmp_path / 'same'), nothing)
+  odd = dataclasses.replace(FEW, group_size=5)
+  with pytest.raises(configs.ConfigError, match='group_size = 5 does not'):
+    diffusiongemma.quantize(str(hf_dir), str(tmp_path / 'odd'), odd)
+  with pytest.raises(CheckpointError, match='exists already'):
+    diffusiongemma.quantize(str(hf_dir), str(target), FEW)
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['few']

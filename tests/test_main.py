@@ -238,7 +238,7 @@ def test_a_plan_as_json():
   assert code == 0, errors
   made = json.loads(output)
   assert made['fits'] and made['devices'] == 1 and made['nearest_fit'] is None
-  assert made['peak_bytes'] > made['array_bytes']['parameters'] > 0
+  assert made['peak_bytes'] > sum(made['array_bytes'].values()) > 0
 
 
 def test_a_plan_for_devices_that_nobody_knows():
@@ -266,3 +266,49 @@ def test_samples_are_written_by_one_process(workdir):
 def test_a_mesh_of_more_devices_than_there_are(workdir):
   code, _, errors = sample(workdir, '--prompt=a', '--config.mesh.tensor=2')
   assert code == 2 and 'there are 1' in errors
+
+
+def test_few_bits(workdir, tmp_path):
+  few = tmp_path / 'few'
+  arguments = (f'--source={workdir}', f'--workdir={few}')
+  kinds = (
+    '--config.quantization.experts=int4',
+    '--config.quantization.group_size=8',
+  )
+  code, output, errors = run('--mode=quantize', *arguments, *kinds)
+  assert code == 0, errors
+  assert f'--workdir={few}' in output
+  code, output, errors = sample(few, '--prompt=So', '--max_new_tokens=8')
+  assert code == 0 and output.startswith('So'), errors
+  for mode, more, message in (
+    ('sample', '--config.quantization.linears=int8', 'is quantised as its'),
+    ('quantize', '--config.train.steps=3', 'takes --config.quantization'),
+  ):
+    given = arguments if mode == 'quantize' else (f'--workdir={few}',)
+    code, _, errors = run(f'--mode={mode}', *given, more, '--prompt=a')
+    assert code == 2 and message in errors, errors
+
+
+def test_few_bits_are_not_trained(tmp_path):
+  code, _, errors = run(
+    f'--config={MICRO}',
+    f'--workdir={tmp_path / "run"}',
+    '--config.quantization.experts=int8',
+  )
+  assert code == 2 and 'is for sampling' in errors
+  assert not (tmp_path / 'run').exists()
+
+
+def test_a_benchmark_as_json():
+  code, output, errors = run(
+    '--mode=benchmark',
+    f'--config={MICRO}',
+    '--grid=1x8',
+    '--nopeer',
+    '--format=json',
+  )
+  assert code == 0, errors
+  (row,) = json.loads(output.splitlines()[-1])['sampling']
+  assert row['batch'] == 1 and row['step_seconds'] > 0
+  code, _, errors = run('--mode=benchmark', f'--config={MICRO}', '--grid=8')
+  assert code == 2 and 'BATCHxCONTEXT' in errors
