@@ -188,7 +188,7 @@ def quick(
   t: float,
 ) -> dict[str, float]:
   """Losses in nats a token on a few windows spread over the held-out text."""
-  windows = _heldout_windows(config, corpus)
+  windows = heldout_windows(config, corpus)
   count, size = len(windows.length_M), batches * config.data.batch_size
   chosen = np.unique(np.linspace(0, count - 1, size).astype(int))
   windows = windows.take(chosen)
@@ -205,7 +205,8 @@ def _known(numbers: dict[str, float]) -> dict[str, float]:
   return {k: v for k, v in numbers.items() if not math.isnan(v)}
 
 
-def _heldout_windows(config, corpus):
+def heldout_windows(config: Config, corpus: corpora.Corpus) -> data.Windows:
+  """Windows of the held-out text, of the length that training has."""
   return data.heldout_windows(
     corpus.heldout,
     config.data.sequence_length,
@@ -218,7 +219,7 @@ def evaluate(
   config: Config, params: dict, corpus: corpora.Corpus
 ) -> dict[str, float]:
   """Every number on all of the held-out text; names say the unit."""
-  windows = _heldout_windows(config, corpus)
+  windows = heldout_windows(config, corpus)
   num_bytes = sum(len(text.encode()) for text in corpus.heldout_texts)
   num_tokens = int(windows.target_mask_MS.sum())
   bits = ar_nats_per_token(config, params, windows) / math.log(2)

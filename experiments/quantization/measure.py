@@ -21,7 +21,6 @@ from diffusiongemma.kernels import quantized
 from diffusiongemma.model import denoiser
 from diffusiongemma.model import quantize
 from diffusiongemma.training import corpus as corpora
-from diffusiongemma.training import data
 from diffusiongemma.training import evaluate
 from experiments import machine
 
@@ -34,7 +33,7 @@ KINDS = {
   'int4 experts, int8 linears, groups of 32': Q('int4', 'int8', group_size=32),
   'int4, groups of 32': Q('int4', 'int4', group_size=32),
 }
-ROWS, T = 64, 0.5
+WINDOWS, ROWS, T = 128, 64, 0.5
 
 
 def error(few: jax.Array, exact: jax.Array) -> float:
@@ -83,7 +82,9 @@ def main() -> None:
   run = conversion.load(given.workdir)
   config, C = run.config, run.config.diffusion.canvas_length
   corpus = corpora.load_corpus(config.data, run.tokenizer, C)
-  windows = data.heldout_windows(corpus, config.data, C)
+  windows = evaluate.heldout_windows(config, corpus)
+  count = len(windows.length_M)
+  windows = windows.take(np.linspace(0, count - 1, WINDOWS).astype(int))
   tokens_BS = jnp.asarray(windows.tokens_MS[:ROWS])
   length_B = jnp.full((ROWS,), tokens_BS.shape[1] - C)
   canvas_BL, _ = noise.corrupt(
