@@ -28,7 +28,6 @@ from rich import progress as rich_progress
 
 from diffusiongemma import config as configs
 from diffusiongemma import fields
-from diffusiongemma import memory
 from diffusiongemma.checkpoints import CheckpointError
 from diffusiongemma.checkpoints import files
 from diffusiongemma.checkpoints import huggingface
@@ -148,8 +147,10 @@ def quantize(
   abstract = quantize_lib.abstract_params(
     quantization, abstract_params(config.model)
   )
-  # An upper bound: what stays as it is may be stored in fewer bits.
-  num_bytes = memory.bytes_on_a_device(abstract)
+  # On disk 4 bits take a byte, before they are compressed.
+  num_bytes = sum(
+    math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(abstract)
+  )
 
   def few_bits():
     for path, array in arrays:
