@@ -15,6 +15,7 @@ import numpy as np
 
 from diffusiongemma.kernels import grouped_matmul_gpu as gpu
 from diffusiongemma.kernels import quantized
+from diffusiongemma.model import parallel
 
 
 def rms_norm(
@@ -116,7 +117,8 @@ def linear(
 
 
 def _few_bits(spec: str, x: jax.Array, w: quantized.Quantized) -> jax.Array:
-  """`linear` with a quantised matrix, which on a GPU is never put together."""
+  """`linear` with a quantised matrix, which on one GPU is never put together;
+  on a mesh, where the compiler could not divide the kernel, it is."""
   inputs, out = spec.split('->')
   of_w = inputs.split(',')[1]
   summed = sum(axis not in out for axis in of_w)
@@ -130,7 +132,8 @@ def _few_bits(spec: str, x: jax.Array, w: quantized.Quantized) -> jax.Array:
     return x_TD @ w_DF.astype(x_TD.dtype)
 
   parts = (x_TD, values_DF, scales_XF)
-  if gpu.suits_one(x_TD, values_DF, len(scales_XF)):
+  suits = gpu.suits_one(x_TD, values_DF, len(scales_XF))
+  if suits and not parallel.is_active():
     y_TF = jax.lax.platform_dependent(*parts, cuda=gpu.multiply, default=plain)
   else:
     y_TF = plain(*parts)

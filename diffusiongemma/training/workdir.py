@@ -343,8 +343,15 @@ def load(
   Raises:
     WorkdirError: there is no run, or no finished checkpoint of it.
     CheckpointError: all of its checkpoints are damaged.
+    ConfigError: `config` wants parameters of other bits than there are.
   """
-  config = config or read_config(workdir)
+  own = read_config(workdir)
+  config = config or own
+  if config.quantization != own.quantization:
+    raise configs.ConfigError(
+      f'{workdir} is quantised as its config says: for another, '
+      f'--mode=quantize --source={workdir} --workdir=NEW.'
+    )
   params = quantize.abstract_params(
     config.quantization, abstract_state(config).params
   )
