@@ -13,6 +13,7 @@ import dataclasses
 import gc
 import importlib.util
 import math
+import re
 import statistics
 import time
 from typing import Any
@@ -22,9 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusiongemma import config as configs
 from diffusiongemma import conversion
 from diffusiongemma import memory
-from diffusiongemma.checkpoints import huggingface
 from diffusiongemma.checkpoints import huggingface_config
 from diffusiongemma.config import Config
 from diffusiongemma.config import QuantizationConfig
@@ -38,6 +39,12 @@ from diffusiongemma.training import train_state
 from diffusiongemma.training import workdir as workdirs
 
 STEPS = 16
+# What is timed by itself: name -> the method of `Ours`.
+_PROGRAMS = {
+  'prefill': 'read_prompt',
+  'commit': 'commit',
+  'vocabulary': 'vocabulary',
+}
 
 
 def random_params(config: Config, key: jax.Array) -> dict:
@@ -106,16 +113,15 @@ class Ours:
 
   def vocabulary(self):
     """The sampler's pass over the vocabulary alone."""
-    model, L = self.config.model, self.canvas_BL.shape[1]
-    h_BLD = jnp.ones((self.batch, L, model.embed_dim), model.dtype)
-    uniforms_BL2 = jnp.full((self.batch, L, 2), 0.5)
-    return _summarize(model, self.params, h_BLD, uniforms_BL2)
+    model, R = self.config.model, self.canvas_BL.size
+    h_RD = jnp.ones((R, model.embed_dim), model.dtype)
+    return _summarize(model, self.params, h_RD, jnp.full((R, 2), 0.5))
 
 
 @jax.jit(static_argnums=0)
-def _summarize(model, params, h_BLD, uniforms_BL2):
+def _summarize(model, params, h_RD, uniforms_R2):
   return denoiser.Denoiser(model).apply(
-    {'params': params}, h_BLD, 0.6, uniforms_BL2, method='summarize'
+    {'params': params}, h_RD, 0.6, uniforms_R2, method='summarize'
   )
 
 
@@ -137,27 +143,21 @@ class Transformers:
     from transformers.models import diffusion_gemma
 
     self.torch, self.version = torch, transformers.__version__
-    self.library = diffusion_gemma
-    with_vision = dataclasses.replace(
-      config, model=conversion.with_smallest_vision(config)
-    )
+    self.generation = diffusion_gemma.generation_diffusion_gemma
     values = huggingface_config.to_config(
-      with_vision.model, config.diffusion, 'float32'
+      conversion.with_smallest_vision(config), config.diffusion, 'float32'
     )
     own = diffusion_gemma.DiffusionGemmaConfig.from_dict(values)
     torch.manual_seed(0)
     self.model = diffusion_gemma.DiffusionGemmaForBlockDiffusion(own)
     self.model = self.model.float().eval()
-    state, params = self.model.state_dict(), {}
-    table = huggingface.tensor_table(conversion.abstract_params(config.model))
-    for name, entry in table.items():
-      params[entry.path] = jnp.asarray(entry.to_ours(state[name].numpy()))
-    self.params = traverse_util.unflatten_dict(params)
+    self.params = conversion.from_state_dict(
+      config.model, self.model.state_dict()
+    )
 
   def write(self, config: Config, tokens_BP: np.ndarray, steps: int) -> None:
     """A prompt's prefill and a canvas of so many steps."""
-    diffusion, module = config.diffusion, self.library
-    module = module.generation_diffusion_gemma
+    diffusion, module = config.diffusion, self.generation
     self.model.generate(
       self.torch.tensor(tokens_BP, dtype=self.torch.long),
       generation_config=module.DiffusionGemmaGenerationConfig(
@@ -227,14 +227,6 @@ def measure(
   return rows
 
 
-# What is timed by itself: name -> the method of `Ours`.
-_PROGRAMS = {
-  'prefill': 'read_prompt',
-  'commit': 'commit',
-  'vocabulary': 'vocabulary',
-}
-
-
 def seconds(run) -> float:
   """How long a call takes, until its arrays are there."""
   start = time.perf_counter()
@@ -273,6 +265,19 @@ def measure_training(config: Config, repeats: int = 5) -> dict[str, float]:
     'step_seconds': statistics.median(took[1:]),
     'tokens_per_second': B * S / statistics.median(took[1:]),
   }
+
+
+def parse_grid(config: Config, cells: list[str]) -> list[tuple[int, int]]:
+  """(batch, context) of each cell, 'BATCHxCONTEXT'. Raises `ConfigError`."""
+  found = [re.fullmatch(r'(\d+)x(\d+)', cell) for cell in cells]
+  grid = [(int(cell[1]), int(cell[2])) if cell else (0, 0) for cell in found]
+  room = config.model.context_length - config.diffusion.canvas_length
+  if any(batch < 1 or not 1 <= context <= room for batch, context in grid):
+    raise configs.ConfigError(
+      f'--grid={",".join(cells)}: say BATCHxCONTEXT, such as 1x256,8x1024, '
+      f'with contexts of up to {room}.'
+    )
+  return grid
 
 
 def run(

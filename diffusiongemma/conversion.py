@@ -8,28 +8,25 @@ beside the weights, tokenizer and chat template and all, travels along in
 WORKDIR/huggingface. A folder appears under its name when it is complete.
 """
 
-from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
+from collections.abc import Mapping
 import contextlib
 import dataclasses
 import json
 import math
 import os
-import shutil
-import tempfile
 
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich import console as rich_console
-from rich import progress as rich_progress
 
 from diffusiongemma import config as configs
 from diffusiongemma import fields
 from diffusiongemma.checkpoints import CheckpointError
 from diffusiongemma.checkpoints import files
+from diffusiongemma.checkpoints import folder as folders
 from diffusiongemma.checkpoints import huggingface
 from diffusiongemma.checkpoints import huggingface_config
 from diffusiongemma.checkpoints import native
@@ -88,6 +85,19 @@ def abstract_params(config: configs.ModelConfig) -> dict:
   return jax.eval_shape(lambda: denoiser.init_params(model, jax.random.key(0)))
 
 
+def from_state_dict(
+  config: configs.ModelConfig, state: Mapping[str, np.ndarray]
+) -> dict:
+  """Our parameters from a `transformers` model's tensors, by their names."""
+  table = huggingface.tensor_table(abstract_params(config))
+  return traverse_util.unflatten_dict(
+    {
+      entry.path: jnp.asarray(entry.to_ours(np.asarray(state[name])))
+      for name, entry in table.items()
+    }
+  )
+
+
 def convert(hf_dir: str, workdir: str) -> Config:
   """Makes a Hugging Face folder a working directory, `workdir`.
 
@@ -99,10 +109,7 @@ def convert(hf_dir: str, workdir: str) -> Config:
   table = huggingface.tensor_table(abstract_params(config.model))
   tensors = huggingface.check_tensors(hf_dir, table)
   num_bytes = sum(tensor.nbytes for tensor in tensors.values())
-  arrays = (
-    (entry.path, array)
-    for entry, array in huggingface.read_arrays(hf_dir, table)
-  )
+  arrays = _arrays_of_folder(hf_dir, table)
   _make_run(workdir, config, hf_dir, arrays, num_bytes, 'convert')
   return config
 
@@ -129,11 +136,7 @@ def quantize(
   if is_huggingface(source):
     config = read_config(source)
     table = huggingface.tensor_table(abstract_params(config.model))
-    huggingface.check_tensors(source, table)
-    arrays = (
-      (entry.path, array)
-      for entry, array in huggingface.read_arrays(source, table)
-    )
+    arrays = _arrays_of_folder(source, table)
   else:
     config = workdirs.read_config(source)
     _check_not_quantized(config, source)
@@ -162,7 +165,17 @@ def quantize(
   return config
 
 
-def _arrays_of_run(workdir: str, config: Config) -> Iterator[tuple]:
+def _arrays_of_folder(
+  hf_dir: str, table: dict[str, huggingface.Entry]
+) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
+  """(path, array) of a Hugging Face folder, one by one."""
+  for entry, array in huggingface.read_arrays(hf_dir, table):
+    yield entry.path, array
+
+
+def _arrays_of_run(
+  workdir: str, config: Config
+) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
   """(path, array) of the newest checkpoint, one by one."""
   with _stored_arrays(workdir, config) as (stored, read_array):
     for path in stored:
@@ -190,7 +203,10 @@ def _make_run(
   and what lies beside the weights in `source`."""
   train = dataclasses.replace(config.train, init_from=source)
   beside = workdirs.files_beside(dataclasses.replace(config, train=train))
-  with _appearing(workdir) as folder, _progress(what, num_bytes) as bar:
+  with (
+    folders.appearing(workdir) as folder,
+    folders.progress(what, num_bytes) as bar,
+  ):
 
     def watched():
       for path, array in arrays:
@@ -199,9 +215,9 @@ def _make_run(
 
     os.mkdir(os.path.join(folder, workdirs.COMPANIONS_DIR))
     for name, content in beside.items():
-      _write_file(os.path.join(folder, name), content)
+      folders.write_file(os.path.join(folder, name), content)
     text = json.dumps(fields.to_dict(config), indent=2)
-    _write_file(os.path.join(folder, 'config.json'), text.encode())
+    folders.write_file(os.path.join(folder, 'config.json'), text.encode())
     native.save_arrays(
       workdirs.checkpoint_dir(folder), 0, watched(), num_bytes, config
     )
@@ -254,10 +270,13 @@ def export(
         return np.zeros(entry.their_shape, dtypes[name])
       return entry.to_theirs(read_array(entry.path))
 
-    with _appearing(hf_dir) as folder, _progress('export', num_bytes) as bar:
+    with (
+      folders.appearing(hf_dir) as folder,
+      folders.progress('export', num_bytes) as bar,
+    ):
       dtype = dtypes['model.decoder.embed_tokens.weight'].name
       for name, content in _companions_of(workdir, config, dtype):
-        _write_file(os.path.join(folder, name), content)
+        folders.write_file(os.path.join(folder, name), content)
       safetensors.write_folder(
         folder,
         shapes,
@@ -370,14 +389,14 @@ def load(
     return run._replace(params=combine(config.lora, base, adapters))
   config = config or read_config(path)
   table = huggingface.tensor_table(abstract_params(config.model))
-  params = {}
-  for entry, array in huggingface.read_arrays(path, table):
-    node = params
-    for part in entry.path[:-1]:
-      node = node.setdefault(part, {})
-    node[entry.path[-1]] = quantize_lib.quantize_array(
-      config.quantization, entry.path, _to_device(array, entry.path, sharding)
-    )
+  params = traverse_util.unflatten_dict(
+    {
+      name: quantize_lib.quantize_array(
+        config.quantization, name, _to_device(array, name, sharding)
+      )
+      for name, array in _arrays_of_folder(path, table)
+    }
+  )
   tokenizer = workdirs.find_tokenizer(config, path)
   template = workdirs.find_chat_template(path)
   return workdirs.Run(config, tokenizer, 0, params, template)
@@ -458,74 +477,3 @@ def with_smallest_vision(config: Config) -> configs.ModelConfig:
     end_image_token_id=no_token,
   )
   return dataclasses.replace(config.model, vision=vision)
-
-
-def _write_file(path: str, content: bytes) -> None:
-  with (
-    files.system_errors(f'{path!r} cannot be written'),
-    open(path, 'wb') as file,
-  ):
-    file.write(content)
-
-
-@contextlib.contextmanager
-def _appearing(path: str) -> Iterator[str]:
-  """A new folder that gets the name `path` when the block is done, and is
-  removed when it fails."""
-  path = os.path.abspath(path)
-  if os.path.lexists(path) and not (
-    os.path.isdir(path) and not os.listdir(path)
-  ):
-    raise CheckpointError(f'{path} exists already; give a new folder.')
-  with files.system_errors(f'{path} cannot be made'):
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = tempfile.mkdtemp(
-      prefix=f'.{os.path.basename(path)}-', dir=os.path.dirname(path)
-    )
-  try:
-    yield temporary
-    with files.system_errors(f'{path} cannot be made'):
-      os.chmod(temporary, 0o777 & ~_umask())
-      os.rename(temporary, path)
-  except BaseException:
-    shutil.rmtree(temporary, ignore_errors=True)
-    raise
-
-
-def _umask() -> int:
-  """What new files may not be; `mkdtemp` makes folders for the owner only."""
-  mask = os.umask(0)
-  os.umask(mask)
-  return mask
-
-
-@contextlib.contextmanager
-def _progress(what: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
-  """A function to call with bytes done: a bar, or a line for every tenth."""
-  console = rich_console.Console(stderr=True)
-  if console.is_terminal:
-    columns = (
-      rich_progress.TextColumn(what),
-      rich_progress.BarColumn(bar_width=None),
-      rich_progress.DownloadColumn(),
-      rich_progress.TransferSpeedColumn(),
-      rich_progress.TimeRemainingColumn(),
-    )
-    with rich_progress.Progress(*columns, console=console) as bar:
-      task = bar.add_task(what, total=num_bytes)
-      yield lambda nbytes: bar.advance(task, nbytes)
-    return
-  done, tenths = 0, 0
-
-  def advance(nbytes: int) -> None:
-    nonlocal done, tenths
-    done += nbytes
-    reached = 10 * done // max(1, num_bytes)
-    if reached > tenths:
-      tenths = reached
-      console.print(
-        f'{what}: {10 * tenths} % of {num_bytes / 1e9:.3f} GB',
-        highlight=False,
-      )
-
-  yield advance

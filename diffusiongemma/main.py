@@ -17,13 +17,11 @@ Exit codes: 0 done, 1 failed (the message says why), 2 wrong usage, 128 + n
 stopped by signal n after saving (130 Ctrl-C, 143 SIGTERM).
 """
 
-import ctypes
 import dataclasses
 import functools
 import json
 import os
 import pathlib
-import re
 import shlex
 import signal
 import sys
@@ -43,6 +41,7 @@ from diffusiongemma import conversion
 from diffusiongemma import fields
 from diffusiongemma import plan
 from diffusiongemma import processes
+from diffusiongemma import runtime
 from diffusiongemma import sharding
 from diffusiongemma.text import chat
 from diffusiongemma.text import sample
@@ -180,8 +179,8 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def main(argv: list[str]) -> None:
   """Runs one mode and exits with its code; expected errors are one message."""
-  _reuse_memory()
-  _keep_compilations()
+  runtime.reuse_memory()
+  runtime.keep_compilations()
   try:
     overrides = _overrides(argv[1:])
     _start_processes()
@@ -232,30 +231,6 @@ def _fail(message: str, code: int) -> int:
   sys.stderr.flush()
   processes.leave(code)
   return code
-
-
-def _reuse_memory() -> None:
-  """Lets glibc keep what XLA frees, instead of mapping it anew each step.
-
-  A training step on the CPU works in hundreds of megabytes that would come
-  back from the kernel page by page; keeping them is worth a quarter of the
-  time. Elsewhere than on Linux with glibc, nothing happens.
-  """
-  M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
-  mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
-  if sys.platform == 'linux' and mallopt is not None:
-    mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    mallopt(M_ARENA_MAX, 1)
-
-
-def _keep_compilations() -> None:
-  """Compiles once a machine, not once a start; see JAX's own variable."""
-  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-    cache = os.environ.get('XDG_CACHE_HOME', os.path.expanduser('~/.cache'))
-    jax.config.update(
-      'jax_compilation_cache_dir', os.path.join(cache, 'diffusiongemma')
-    )
 
 
 def _overrides(arguments: list[str]) -> dict[str, str]:
@@ -341,11 +316,6 @@ def _load_run(overrides: dict[str, str]) -> workdirs.Run:
   config = _changed(own, overrides)
   configs.validate(config)
   _check_network(config, own, folder)
-  if config.quantization != own.quantization and not _HF_DIR.value:
-    raise configs.ConfigError(
-      f'{folder} is quantised as its config says: for another, --mode=quantize '
-      f'--source={folder} --workdir=NEW.'
-    )
   where = None
   if any(field.startswith('mesh.') for field in overrides):
     mesh = sharding.make_mesh(config.mesh)
@@ -494,14 +464,7 @@ def _plan(overrides: dict[str, str]) -> int:
 
 def _benchmark(overrides: dict[str, str]) -> int:
   config = _load_config(overrides)
-  grid = [re.fullmatch(r'(\d+)x(\d+)', cell) for cell in _GRID.value]
-  grid = [(int(cell[1]), int(cell[2])) if cell else (0, 0) for cell in grid]
-  room = config.model.context_length - config.diffusion.canvas_length
-  if any(batch < 1 or not 1 <= context <= room for batch, context in grid):
-    raise configs.ConfigError(
-      f'--grid={",".join(_GRID.value)}: say BATCHxCONTEXT, such as '
-      f'1x256,8x1024, with contexts of up to {room}.'
-    )
+  grid = benchmark.parse_grid(config, _GRID.value)
   made = benchmark.run(config, grid, _PEER.value)
   if _FORMAT.value == 'json':
     print(json.dumps(made))

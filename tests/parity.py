@@ -127,15 +127,7 @@ def make_reference(config: configs.ModelConfig, canvas_length: int, seed=0):
 
 def convert(model, config: configs.ModelConfig) -> dict:
   """Their tensors as our parameters, by the table that converts files."""
-  state = model.state_dict()
-  params = {}
-  table = huggingface.tensor_table(conversion.abstract_params(config))
-  for name, entry in table.items():
-    node = params
-    for part in entry.path[:-1]:
-      node = node.setdefault(part, {})
-    node[entry.path[-1]] = jnp.asarray(entry.to_ours(state[name].numpy()))
-  return params
+  return conversion.from_state_dict(config, model.state_dict())
 
 
 def difference(ours, theirs) -> float:

@@ -137,7 +137,7 @@ def grouped_matmul(
     weights_EFD: one matrix [F, D] per expert, as Hugging Face stores them; of
       a `quantized.Quantized` each tile's matrix is made when it is met, and
       there is no gradient.
-    groups: the layout. Rows of tiles that are not used become zero.
+    groups: the layout. Rows of tiles that are not used may hold anything.
   """
   return _multiply_tiles(x_TD, weights_EFD, groups)
 

@@ -66,17 +66,14 @@ def summarize(
   chunk = min(chunk or default_chunk(R), -(-V // BIN) * BIN)
   whole = V // chunk * chunk
 
-  def scaled_logits(rows_cD):
-    product_Rc = jnp.einsum(
-      'rd,cd->rc', h_RD, rows_cD, preferred_element_type=jnp.float32
-    )
-    return _scaled(product_Rc, softcap, temperature)
-
   def look_at(carry, start, size):
     """Takes E[start : start + size] in; its bins, and what they refer to."""
     max_R, sum_R, weighted_R, argmax_R, mean_RD = carry
     rows_cD = quantized.rows(table_VD, start, size).astype(h_RD.dtype)
-    x_Rc = scaled_logits(rows_cD)
+    product_Rc = jnp.einsum(
+      'rd,cd->rc', h_RD, rows_cD, preferred_element_type=jnp.float32
+    )
+    x_Rc = _scaled(product_Rc, softcap, temperature)
     here_R = jnp.max(x_Rc, axis=-1)
     # Faster than argmax, which is not vectorised everywhere.
     place_c = jnp.arange(size, dtype=jnp.int32)

@@ -318,25 +318,16 @@ class Denoiser(nn.Module):
     return parallel.constrain(soft, 'batch', *(None,) * (soft.ndim - 1))
 
   def summarize(
-    self, h_BLD: jax.Array, temperature: jax.Array, uniforms_BL2: jax.Array
+    self, h_RD: jax.Array, temperature: jax.Array, uniforms_R2: jax.Array
   ) -> vocabulary.Summary:
-    """What the sampler needs of the logits, which never exist as a whole.
-
-    The fields are [B, L] and the `mean` is the soft embedding [B, L, D]; see
-    `vocabulary.summarize`.
-    """
-    B, L, D = h_BLD.shape
+    """What the sampler needs of the logits, which never exist as a whole: see
+    `vocabulary.summarize`; the mean is the soft embedding."""
     found = vocabulary.summarize(
-      h_BLD.reshape(B * L, D),
-      self.embedding,
-      temperature,
-      uniforms_BL2.reshape(B * L, 2),
+      *(h_RD, self.embedding, temperature, uniforms_R2),
       softcap=self.config.logit_softcap,
     )
-    soft_RD = found.mean_RD.astype(h_BLD.dtype)
-    factor = jnp.asarray(self.config.embed_dim**0.5, h_BLD.dtype)
-    found = found.replace(mean_RD=soft_RD * factor)
-    return jax.tree.map(lambda x: x.reshape(B, L, *x.shape[1:]), found)
+    factor = jnp.asarray(self.config.embed_dim**0.5, h_RD.dtype)
+    return found.replace(mean_RD=found.mean_RD.astype(h_RD.dtype) * factor)
 
 
 def init_params(model: Denoiser, key: jax.Array) -> dict:

@@ -33,26 +33,26 @@ def by_part(params: dict) -> dict[str, dict]:
   """The parameters in the parts that a `QuantizationConfig` knows."""
   parts = {'experts': {}, 'linears': {}, 'embedding': {}, 'other': {}}
   for path, w in traverse_util.flatten_dict(params).items():
-    parts[_part_of(path)]['/'.join(path)] = w
+    field, _ = _part_of(path) or ('other', None)
+    parts[field]['/'.join(path)] = w
   return {f'parameters: {part}': tree for part, tree in parts.items() if tree}
 
 
-def _part_of(path: tuple[str, ...]) -> str:
-  for pattern, (field, _) in _RULES.items():
+def _part_of(path: tuple[str, ...]) -> tuple[str, int] | None:
+  """(field of the config, axis) of the parameter at `path`."""
+  for pattern, part in _RULES.items():
     if fnmatch.fnmatchcase('/'.join(path), pattern):
-      return field
-  return 'other'
+      return part
+  return None
 
 
 def rule_of(
   config: QuantizationConfig, path: tuple[str, ...]
 ) -> tuple[str, int] | None:
   """(kind, axis) of the parameter at `path`; None if it stays as it is."""
-  for pattern, (field, axis) in _RULES.items():
-    if fnmatch.fnmatchcase('/'.join(path), pattern):
-      kind = getattr(config, field)
-      return None if kind == 'none' else (kind, axis)
-  return None
+  field, axis = _part_of(path) or (None, None)
+  kind = getattr(config, field) if field else 'none'
+  return None if kind == 'none' else (kind, axis)
 
 
 def quantize_array(

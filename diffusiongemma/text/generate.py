@@ -82,13 +82,15 @@ def make_denoise_fn(
   def denoise(tokens_BL, sc_BLD, temperature, uniforms_BL2, step):
     h_BLD = apply(tokens_BL, sc_BLD, cache, method='denoise')
     if logit_hook is None and not parallel.is_active():
-      found = apply(h_BLD, temperature, uniforms_BL2, method='summarize')
+      B, L, D = h_BLD.shape
+      h_RD, uniforms_R2 = h_BLD.reshape(-1, D), uniforms_BL2.reshape(-1, 2)
+      found = apply(h_RD, temperature, uniforms_R2, method='summarize')
       return sampler.Prediction(
-        sample_BL=found.sample_R,
-        argmax_BL=found.argmax_R,
-        entropy_BL=found.entropy_R,
-        confidence_BL=found.confidence_R,
-        sc_BLD=found.mean_RD,
+        sample_BL=found.sample_R.reshape(B, L),
+        argmax_BL=found.argmax_R.reshape(B, L),
+        entropy_BL=found.entropy_R.reshape(B, L),
+        confidence_BL=found.confidence_R.reshape(B, L),
+        sc_BLD=found.mean_RD.reshape(B, L, D),
       )
     # On a mesh every device has its part of the logits.
     logits_BLV = apply(h_BLD, method='logits')

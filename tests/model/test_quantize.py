@@ -93,8 +93,9 @@ def test_the_network_is_that_of_the_matrices_it_stands_for(
       method='soft_embedding',
     )
     out_BLD = apply(tokens_BP[:, :8], sc_BLD, cache, method='denoise')
-    uniforms_BL2 = jnp.full((2, 8, 2), 0.4)
-    found = apply(out_BLD, jnp.float32(0.6), uniforms_BL2, method='summarize')
+    out_RD = out_BLD.reshape(16, -1)
+    uniforms_R2 = jnp.full((16, 2), 0.4)
+    found = apply(out_RD, jnp.float32(0.6), uniforms_R2, method='summarize')
     return h_BPD, apply(out_BLD, method='logits'), found
 
   ours, whole = run(few), run(dequantized(few))

@@ -1,0 +1,91 @@
+"""A new folder that is there when it is complete, or not at all.
+
+with appearing('runs/new') as folder, progress('convert', size) as advance:
+  write_file(os.path.join(folder, 'config.json'), content)
+  advance(len(content))
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+import contextlib
+import os
+import shutil
+import tempfile
+
+from rich import console as rich_console
+from rich import progress as rich_progress
+
+from diffusiongemma.checkpoints import CheckpointError
+from diffusiongemma.checkpoints import files
+
+
+def write_file(path: str, content: bytes) -> None:
+  """Raises `CheckpointError` where there is no room, or no permission."""
+  with (
+    files.system_errors(f'{path!r} cannot be written'),
+    open(path, 'wb') as file,
+  ):
+    file.write(content)
+
+
+@contextlib.contextmanager
+def appearing(path: str) -> Iterator[str]:
+  """A new folder that gets the name `path` when the block is done, and is
+  removed when it fails."""
+  path = os.path.abspath(path)
+  if os.path.lexists(path) and not (
+    os.path.isdir(path) and not os.listdir(path)
+  ):
+    raise CheckpointError(f'{path} exists already; give a new folder.')
+  with files.system_errors(f'{path} cannot be made'):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = tempfile.mkdtemp(
+      prefix=f'.{os.path.basename(path)}-', dir=os.path.dirname(path)
+    )
+  try:
+    yield temporary
+    with files.system_errors(f'{path} cannot be made'):
+      os.chmod(temporary, 0o777 & ~_umask())
+      os.rename(temporary, path)
+  except BaseException:
+    shutil.rmtree(temporary, ignore_errors=True)
+    raise
+
+
+def _umask() -> int:
+  """What new files may not be; `mkdtemp` makes folders for the owner only."""
+  mask = os.umask(0)
+  os.umask(mask)
+  return mask
+
+
+@contextlib.contextmanager
+def progress(what: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
+  """A function to call with bytes done: a bar, or a line for every tenth."""
+  console = rich_console.Console(stderr=True)
+  if console.is_terminal:
+    columns = (
+      rich_progress.TextColumn(what),
+      rich_progress.BarColumn(bar_width=None),
+      rich_progress.DownloadColumn(),
+      rich_progress.TransferSpeedColumn(),
+      rich_progress.TimeRemainingColumn(),
+    )
+    with rich_progress.Progress(*columns, console=console) as bar:
+      task = bar.add_task(what, total=num_bytes)
+      yield lambda nbytes: bar.advance(task, nbytes)
+    return
+  done, tenths = 0, 0
+
+  def advance(nbytes: int) -> None:
+    nonlocal done, tenths
+    done += nbytes
+    reached = 10 * done // max(1, num_bytes)
+    if reached > tenths:
+      tenths = reached
+      console.print(
+        f'{what}: {10 * tenths} % of {num_bytes / 1e9:.3f} GB',
+        highlight=False,
+      )
+
+  yield advance
