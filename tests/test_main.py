@@ -281,7 +281,11 @@ def test_few_bits(workdir, tmp_path):
   code, output, errors = sample(few, '--prompt=So', '--max_new_tokens=8')
   assert code == 0 and output.startswith('So'), errors
   for mode, more, message in (
-    ('sample', '--config.quantization.linears=int8', 'is quantised as its'),
+    (
+      'sample',
+      '--config.quantization.linears=int8',
+      'bits that its config says',
+    ),
     ('quantize', '--config.train.steps=3', 'takes --config.quantization'),
   ):
     given = arguments if mode == 'quantize' else (f'--workdir={few}',)

@@ -349,7 +349,7 @@ def load(
   config = config or own
   if config.quantization != own.quantization:
     raise configs.ConfigError(
-      f'{workdir} is quantised as its config says: for another, '
+      f'{workdir} has parameters of the bits that its config says. For others: '
       f'--mode=quantize --source={workdir} --workdir=NEW.'
     )
   params = quantize.abstract_params(
