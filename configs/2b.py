@@ -39,7 +39,7 @@ def get_config() -> config.Config:
     train=config.TrainConfig(
       steps=100_000,
       canvases='all',
-      remat=True,
+      remat='full',
       evaluate_every=1000,
       sample_every=1000,
       checkpoint_every=1000,

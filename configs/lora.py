@@ -37,6 +37,6 @@ def get_config() -> config.Config:
     lora=config.LoraConfig(rank=16, alpha=32.0),
     optimizer=config.OptimizerConfig(weight_decay=0.0),
     train=config.TrainConfig(
-      steps=1000, remat=True, sample_prompt='', evaluate_every=250
+      steps=1000, remat='full', sample_prompt='', evaluate_every=250
     ),
   )

@@ -36,6 +36,6 @@ def get_config() -> config.Config:
     # The router stays as it was trained.
     optimizer=config.OptimizerConfig(freeze=('*/router/*',)),
     train=config.TrainConfig(
-      steps=1000, remat=True, sample_prompt='', evaluate_every=250
+      steps=1000, remat='full', sample_prompt='', evaluate_every=250
     ),
   )

@@ -4,7 +4,7 @@ Hardware: 2 CPU cores.
 Command:  python experiments/sudoku/make_puzzles.py --size=6 \
               --folder=runs/sudoku6
           python -m diffusiongemma.main --config=configs/sudoku.py
-Expected: see experiments/sudoku/.
+Expected: 99 % of unseen puzzles within an hour; see experiments/sudoku/.
 """
 
 from diffusiongemma import config
@@ -34,9 +34,14 @@ def get_config() -> config.Config:
       context_length=256,
       dtype='float32',
     ),
+    # Warmer than what was learnt from: a network that hears itself less sure
+    # than it was keeps more of its choices open. Chosen on other puzzles than
+    # the held-out ones: experiments/sudoku/temperatures.json.
     diffusion=config.DiffusionConfig(
       canvas_length=CELLS + 1,
       max_denoising_steps=16,
+      t_min=1.4,
+      t_max=1.4,
       stop_token_ids=(1,),
     ),
     data=config.DataConfig(
@@ -54,7 +59,7 @@ def get_config() -> config.Config:
       weight_decay=0.0,
     ),
     train=config.TrainConfig(
-      steps=3000,
+      steps=6000,
       log_every=50,
       evaluate_every=500,
       evaluate_batches=2,

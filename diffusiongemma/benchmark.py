@@ -151,6 +151,7 @@ class Transformers:
     torch.manual_seed(0)
     self.model = diffusion_gemma.DiffusionGemmaForBlockDiffusion(own)
     self.model = self.model.float().eval()
+    self.optimizer = None
     self.params = conversion.from_state_dict(
       config.model, self.model.state_dict()
     )
@@ -173,6 +174,53 @@ class Transformers:
         pad_token_id=diffusion.pad_token_id,
       ),
     )
+
+  def learn(self, config: Config, batch: dict[str, np.ndarray]) -> float:
+    """A step of training with our losses, on the first canvas of each row;
+    the loss.
+
+    Its cache forgets what local layers don't need, so that the text before the
+    canvas is read once more.
+    """
+    torch, train, C = self.torch, config.train, config.diffusion.canvas_length
+    if self.optimizer is None:
+      self.model.requires_grad_(True)
+      self.optimizer = torch.optim.AdamW(self.model.parameters())
+    encoder, V = self.model.model.encoder, config.model.vocab_size
+    tokens_BS = torch.tensor(batch['tokens_BS'], dtype=torch.long)
+    start, rows = int(batch['canvas_start_BK'][0, 0]), len(tokens_BS)
+    clean_BC = tokens_BS[:, start : start + C]
+    is_noise_BC = torch.rand(clean_BC.shape) < torch.rand(rows, 1)
+    noise_BC = torch.randint(V, clean_BC.shape)
+    canvas_BC = torch.where(is_noise_BC, noise_BC, clean_BC)
+
+    def cross_entropy(logits, targets):
+      return torch.nn.functional.cross_entropy(
+        logits.reshape(-1, V), targets.flatten()
+      )
+
+    h_BSD = encoder(input_ids=tokens_BS).last_hidden_state
+    cap = config.model.logit_softcap
+    logits_BSV = torch.tanh(self.model.lm_head(h_BSD) / cap) * cap
+    mask_BS = torch.tensor(batch['target_mask_BS'])[:, 1:]
+    loss_ar = cross_entropy(
+      logits_BSV[:, :-1][mask_BS], tokens_BS[:, 1:][mask_BS]
+    )
+    cache = encoder(input_ids=tokens_BS[:, :start]).past_key_values
+    given = {'decoder_input_ids': canvas_BC, 'past_key_values': cache}
+    with torch.no_grad():
+      first_BCV = self.model(**given).logits
+    logits_BCV = self.model(
+      **given,
+      self_conditioning_logits=first_BCV,
+      self_conditioning_mask=torch.rand(rows)
+      < train.self_conditioning_probability,
+    ).logits
+    loss = cross_entropy(logits_BCV, clean_BC) + train.ar_loss_weight * loss_ar
+    self.optimizer.zero_grad()
+    loss.backward()
+    self.optimizer.step()
+    return loss.item()
 
 
 def measure(
@@ -234,8 +282,11 @@ def seconds(run) -> float:
   return time.perf_counter() - start
 
 
-def measure_training(config: Config, repeats: int = 5) -> dict[str, float]:
-  """Tokens a second of the training step, and its compilation's time."""
+def measure_training(
+  config: Config, repeats: int = 5, peer: Transformers | None = None
+) -> dict[str, float]:
+  """Tokens a second of the training step, and its compilation's time; with a
+  `peer` its step and how much faster ours is."""
   B, S = config.data.batch_size, config.data.sequence_length
   C = config.diffusion.canvas_length
   rng = np.random.default_rng(0)
@@ -247,24 +298,31 @@ def measure_training(config: Config, repeats: int = 5) -> dict[str, float]:
     'target_mask_BS': np.tile(np.arange(S) >= C, (B, 1)),
   }
   batch = {
-    k: jnp.asarray(v, bool if v.dtype == bool else jnp.int32)
-    for k, v in batch.items()
+    k: v if v.dtype == bool else v.astype(np.int32) for k, v in batch.items()
   }
   state = train_state.init_train_state(config)
   start = time.perf_counter()
   step = steps_lib.make_train_step(config).lower(state, batch, None).compile()
   compile_seconds = time.perf_counter() - start
-  took = []
+  took, peer_took = [], []
   for _ in range(repeats + 1):
     start = time.perf_counter()
     state, _ = step(state, batch, None)
     jax.block_until_ready(state)
     took.append(time.perf_counter() - start)
-  return {
+    if peer is not None:
+      peer_took.append(seconds(lambda: peer.learn(config, batch)))
+  # The first call is another.
+  numbers = {
     'compile_seconds': compile_seconds,
     'step_seconds': statistics.median(took[1:]),
     'tokens_per_second': B * S / statistics.median(took[1:]),
   }
+  if peer is not None:
+    ratios = zip(peer_took[1:], took[1:], strict=True)
+    numbers['peer_step_seconds'] = statistics.median(peer_took[1:])
+    numbers['times_as_fast'] = statistics.median(p / o for p, o in ratios)
+  return numbers
 
 
 def parse_grid(config: Config, cells: list[str]) -> list[tuple[int, int]]:
@@ -303,12 +361,14 @@ def run(
     'transformers': peer and peer.version,
     'sampling': measure(config, params, grid, peer=peer),
   }
-  del params, peer
+  del params
   gc.collect()
   state = memory.bytes_on_a_device(workdirs.abstract_state(config))
   limit = memory.available(jax.devices()[0]) or math.inf
   fits = 2 * state < limit  # Gradients and activations besides.
-  made['training'] = measure_training(config) if whole and fits else None
+  made['training'] = None
+  if whole and fits:
+    made['training'] = measure_training(config, peer=peer)
   return made
 
 
@@ -342,4 +402,10 @@ def to_text(made: dict[str, Any]) -> str:
       f'training: {training["tokens_per_second"]:,.0f} tokens/s, a step in '
       f'{1e3 * training["step_seconds"]:.0f} ms'
     )
+    if peer:
+      text.append(
+        f'training with transformers: a step in '
+        f'{1e3 * training["peer_step_seconds"]:.0f} ms, ours '
+        f'{training["times_as_fast"]:.2f} times as fast'
+      )
   return '\n'.join(text)

@@ -185,8 +185,9 @@ class TrainConfig:
   `loo_ce` is for likelihoods (`diffusion/likelihood.py`), and the sampler takes
   its logits, which leave out what a token tells of itself, as they are.
 
-  A batch is worked through in `accumulate_steps` parts. `remat` computes each
-  layer again in the backward pass instead of keeping what it computed. With an
+  A batch is worked through in `accumulate_steps` parts. With `remat` the
+  backward pass computes again what a layer computed, instead of keeping it: all
+  of it ('full') or all but the products with dense matrices ('dots'). With an
   `ema_decay`, checkpoints hold the running mean of the parameters, for
   sampling. A step whose loss or gradient is not finite, or, with a
   `spike_factor`, whose gradient is so many times longer than those before, is
@@ -203,7 +204,7 @@ class TrainConfig:
   self_conditioning_probability: float = 0.5
   ar_loss_weight: float = 1.0
   accumulate_steps: int = 1
-  remat: bool = False
+  remat: Literal['none', 'dots', 'full'] = 'none'
   ema_decay: float = 0.0
   max_bad_steps: int = 5
   spike_factor: float = 0.0

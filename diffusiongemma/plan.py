@@ -380,9 +380,10 @@ def smaller(config: Config, program: str) -> list[tuple[str, Config]]:
   if program == 'sample':
     return changes
   change = dataclasses.replace
-  if not config.train.remat:
-    config = change(config, train=change(config.train, remat=True))
-    changes.append(('config.train.remat=True', config))
+  policies = ('none', 'dots', 'full')
+  for remat in policies[policies.index(config.train.remat) + 1 :]:
+    config = change(config, train=change(config.train, remat=remat))
+    changes.append((f'config.train.remat={remat}', config))
   mesh = config.mesh
   if mesh.data == -1 or mesh.data % 2 == 0:
     data = -1 if mesh.data == -1 else mesh.data // 2

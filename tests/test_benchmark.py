@@ -74,3 +74,22 @@ def test_the_peer_has_our_weights(config):
   # At this size the difference of two times is noise.
   assert np.isfinite(rows[0]['peer_step_seconds'])
   assert np.isfinite(rows[0]['times_as_fast'])
+
+
+def test_the_peer_learns(config):
+  """A step of its training is one: its loss on a batch falls from where that
+  of a random network is."""
+  pytest.importorskip('torch', reason='needs torch')
+  pytest.importorskip('transformers', reason='needs transformers')
+  peer = benchmark.Transformers(config)
+  S, C = config.data.sequence_length, config.diffusion.canvas_length
+  batch = {
+    'tokens_BS': np.random.default_rng(0).integers(3, 2048, (2, S)),
+    'canvas_start_BK': np.array([[C], [C]]),
+    'target_mask_BS': np.ones((2, S), bool),
+  }
+  losses = [peer.learn(config, batch) for _ in range(30)]
+  assert losses[0] == pytest.approx(2 * np.log(2048), rel=0.2)
+  assert losses[-1] < losses[0] - 0.5
+  numbers = benchmark.measure_training(config, 1, peer)
+  assert np.isfinite(numbers['times_as_fast'])

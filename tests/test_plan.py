@@ -74,9 +74,14 @@ def test_flops_of_a_denoising_step_are_those_of_the_formula(config):
 
 
 def test_recomputing_is_counted(config):
-  remat = fields.override(config, 'train.remat', 'True')
-  plain = plan.count_flops(plan._lower_training(config, None))
-  assert plan.count_flops(plan._lower_training(remat, None)) > 1.1 * plain
+  none, dots, full = (
+    plan.count_flops(
+      plan._lower_training(fields.override(config, 'train.remat', kind), None)
+    )
+    for kind in ('none', 'dots', 'full')
+  )
+  assert full > 1.1 * none
+  assert none < dots < none + 0.8 * (full - none)
 
 
 def test_collectives_are_found_by_kind_and_size():
@@ -124,7 +129,7 @@ def test_a_chip_gives_a_limit_and_an_estimate(config, monkeypatch):
 
 def test_what_would_fit_is_compiled(config, monkeypatch):
   """The first of the changes whose program needs no more than there is."""
-  remat = fields.override(config, 'train.remat', 'True')
+  remat = fields.override(config, 'train.remat', 'full')
   half = fields.override(remat, 'data.batch_size', '2')
   needs = [plan.plan(c, 'local').need.peak for c in (remat, half)]
   assert needs[1] < needs[0]

@@ -66,7 +66,8 @@ class Noise(NamedTuple):
     t_BK: float32, the time of each.
     canvas_BL: int32, the noisy canvases.
     corrupted_BL: bool, the positions drawn anew.
-    self_condition_B: bool, rows that see the first pass.
+    self_condition_B: bool, rows that see the first pass; None where no row
+      ever does, and there is no such pass.
   """
 
   start_BK: jax.Array
@@ -75,7 +76,7 @@ class Noise(NamedTuple):
   t_BK: jax.Array
   canvas_BL: jax.Array
   corrupted_BL: jax.Array
-  self_condition_B: jax.Array
+  self_condition_B: jax.Array | None
 
 
 BATCH_KEYS = (
@@ -142,9 +143,11 @@ def draw_noise(
   canvas_BL, corrupted_BL = noise.corrupt(
     corrupt_key, clean_BL, jnp.repeat(t_BK, C, axis=1), vocab_size
   )
-  self_condition_B = jax.random.bernoulli(
-    sc_key, self_conditioning_probability, (B,)
-  )
+  self_condition_B = None
+  if self_conditioning_probability:
+    self_condition_B = jax.random.bernoulli(
+      sc_key, self_conditioning_probability, (B,)
+    )
   return Noise(
     start_BK,
     first_BK,
@@ -226,7 +229,7 @@ def denoising_losses(
 ) -> tuple[jax.Array, jax.Array]:
   """Cross entropy in nats and argmax hits at every canvas position."""
   C = drawn.canvas_BL.shape[1] // drawn.start_BK.shape[1]
-  h_BLD = denoise_twice(network, cache, drawn)
+  h_BLD = denoise_canvases(network, cache, drawn)
   clean_BL = slice_canvases(batch['tokens_BS'], drawn.start_BK, C)
   evidence = None
   if objective == 'loo_ce':
@@ -234,13 +237,16 @@ def denoising_losses(
   return cross_entropy(network.logits, h_BLD, clean_BL, evidence)
 
 
-def denoise_twice(network: Network, cache, drawn: Noise) -> jax.Array:
-  """Both passes over the canvases; only the second has gradients.
+def denoise_canvases(network: Network, cache, drawn: Noise) -> jax.Array:
+  """The pass over the canvases that is learnt from, and the one without
+  gradients before it, where a row may see what that gives.
 
   A canvas sees the clean text before it and nothing else, though the cache
   holds the answer too.
   """
   places = (drawn.start_BK, drawn.first_BK)
+  if drawn.self_condition_B is None:
+    return network.denoise(drawn.canvas_BL, None, cache, *places)
   h_BLD = network.denoise(
     drawn.canvas_BL, None, jax.lax.stop_gradient(cache), *places
   )

@@ -28,6 +28,12 @@ from diffusiongemma.model import moe
 from diffusiongemma.model import parallel
 from diffusiongemma.model import vision
 
+# What a backward pass keeps of a layer, by what it computes again.
+KEPT = {
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'full': jax.checkpoint_policies.nothing_saveable,
+}
+
 
 class Layer(nn.Module):
   """Attention, then shared MLP and experts side by side."""
@@ -129,11 +135,11 @@ class Denoiser(nn.Module):
   >>> h_BPD, cache, _ = model.apply(
   ...     {'params': params}, tokens_BP, length_B, method='prefill')
 
-  With `remat`, a backward pass computes each layer again.
+  `remat` is what a backward pass computes again, see `config.TrainConfig`.
   """
 
   config: ModelConfig
-  remat: bool = False
+  remat: str = 'none'
 
   def setup(self):
     cfg = self.config
@@ -143,8 +149,10 @@ class Denoiser(nn.Module):
       'embedding', init, shape, jnp.dtype(cfg.param_dtype)
     )
     layer = Layer
-    if self.remat:
-      layer = nn.remat(Layer, methods=['prefill', 'denoise'])
+    if self.remat != 'none':
+      layer = nn.remat(
+        Layer, policy=KEPT[self.remat], methods=['prefill', 'denoise']
+      )
     self.layers = [
       layer(cfg, kind, name=f'layer_{index:02d}')
       for index, kind in enumerate(cfg.attention_pattern)

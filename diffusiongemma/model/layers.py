@@ -102,10 +102,23 @@ def linear(
 ) -> jax.Array:
   """`jnp.einsum(spec, x, w)` in the type of x; w, which has the axes that are
   summed over first, may be quantised or have an adapter."""
+  if isinstance(w, LowRank):
+    return _with_adapter(spec, x, w)
+  inputs, out = spec.split('->')
+  of_w = inputs.split(',')[1]
+  summed = sum(axis not in out for axis in of_w)
+  rows, made = x.shape[: x.ndim - summed], w.shape[summed:]
+  # As one matrix: XLA turns one around whose rows have two axes.
+  D, F = math.prod(w.shape[:summed]), math.prod(made)
   if isinstance(w, quantized.Quantized):
-    return _few_bits(spec, x, w)
-  if not isinstance(w, LowRank):
-    return jnp.einsum(spec, x, w.astype(x.dtype))
+    matrix = (w.values.reshape(D, F), w.scales.reshape(-1, F))
+    y = _few_bits(x.reshape(-1, D), *matrix)
+  else:
+    y = x.reshape(*rows, D) @ w.astype(x.dtype).reshape(D, F)
+  return y.reshape(*rows, *made)
+
+
+def _with_adapter(spec: str, x: jax.Array, w: LowRank) -> jax.Array:
   inputs, out = spec.split('->')
   of_x, of_w = inputs.split(',')
   summed = ''.join(axis for axis in of_w if axis not in out)
@@ -116,16 +129,11 @@ def linear(
   return linear(spec, x, w.weight) + w.scale * update
 
 
-def _few_bits(spec: str, x: jax.Array, w: quantized.Quantized) -> jax.Array:
-  """`linear` with a quantised matrix, which on one GPU is never put together;
-  on a mesh, where the compiler could not divide the kernel, it is."""
-  inputs, out = spec.split('->')
-  of_w = inputs.split(',')[1]
-  summed = sum(axis not in out for axis in of_w)
-  made = w.shape[summed:]
-  F = math.prod(made)
-  values_DF, scales_XF = w.values.reshape(-1, F), w.scales.reshape(-1, F)
-  x_TD = x.reshape(-1, len(values_DF))
+def _few_bits(
+  x_TD: jax.Array, values_DF: jax.Array, scales_XF: jax.Array
+) -> jax.Array:
+  """Rows times a quantised matrix, which on one GPU is never put together; on
+  a mesh, where the compiler could not divide the kernel, it is."""
 
   def plain(x_TD, values_DF, scales_XF):
     w_DF = quantized.Quantized(values_DF, scales_XF, -2)
@@ -134,10 +142,8 @@ def _few_bits(spec: str, x: jax.Array, w: quantized.Quantized) -> jax.Array:
   parts = (x_TD, values_DF, scales_XF)
   suits = gpu.suits_one(x_TD, values_DF, len(scales_XF))
   if suits and not parallel.is_active():
-    y_TF = jax.lax.platform_dependent(*parts, cuda=gpu.multiply, default=plain)
-  else:
-    y_TF = plain(*parts)
-  return y_TF.reshape(*x.shape[: x.ndim - summed], *made)
+    return jax.lax.platform_dependent(*parts, cuda=gpu.multiply, default=plain)
+  return plain(*parts)
 
 
 def linear_init(in_axis, out_axis, batch_axis=()):

@@ -43,7 +43,7 @@ class DenoiseLoss(NamedTuple):
 
 
 def bind_network(
-  config: Config, params: dict, remat: bool = False
+  config: Config, params: dict, remat: str = 'none'
 ) -> loss.Network:
   """The loss's view of a network: its functions with parameters bound."""
   model = denoiser.Denoiser(config.model, remat)

@@ -2,11 +2,12 @@ r"""What a run survives: kills at random moments, and a thousand steps.
 
   python -m experiments.reliability.measure --folder=/tmp/reliability
 
-trains a network that takes seconds (`tests/micro_config.py`) three times:
-straight; killed by SIGKILL --kills times at random moments, and its parameters,
-optimiser state and place in the data are compared with the straight run's, bit
-for bit; and for 1,000 steps, during which the memory of the process is read.
-Writes results.json beside this file.
+trains a network that takes seconds (`tests/micro_config.py`): straight; killed
+by SIGKILL --kills times at random moments, and its parameters, optimiser state
+and place in the data are compared with the straight run's, bit for bit; both
+again as a job of two processes, of which a random one is killed; and for 1,000
+steps, during which the memory of the process is read. Writes results.json
+beside this file.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import json
 import pathlib
 import random
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -28,31 +30,68 @@ FOLDER = pathlib.Path(__file__).parent
 CONFIG = FOLDER.parents[1] / 'tests' / 'micro_config.py'
 
 
-def start(
-  workdir, *overrides: str, stdout: int = subprocess.PIPE
-) -> subprocess.Popen:
-  """A training run in a process of its own."""
-  return subprocess.Popen(
-    [
+# How long the rest of a job may take to notice that a process is gone.
+PATIENCE_SECONDS = 30
+
+
+class Job:
+  """A training run in one or several processes, each with one CPU device."""
+
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    *overrides: str,
+    processes: int = 1,
+    stdout: int = subprocess.PIPE,
+  ):
+    command = [
       sys.executable,
       '-m',
       'diffusiongemma.main',
       f'--config={CONFIG}',
       f'--workdir={workdir}',
       *(f'--config.train.{override}' for override in overrides),
-    ],
-    stdout=stdout,
-    stderr=subprocess.STDOUT,
-    text=True,
-  )
+    ]
+    if processes > 1:
+      with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        command.append(f'--coordinator=127.0.0.1:{free.getsockname()[1]}')
+      command.append(f'--num_processes={processes}')
+    ids = [[f'--process_id={index}'] for index in range(processes)]
+    self.processes = [
+      subprocess.Popen(
+        command + own,
+        stdout=stdout,
+        stderr=subprocess.STDOUT,
+        text=True,
+      )
+      for own in (ids if processes > 1 else [[]])
+    ]
 
+  def is_running(self) -> bool:
+    return all(process.poll() is None for process in self.processes)
 
-def finish(process: subprocess.Popen) -> str:
-  """What it said; stops here if it failed."""
-  output, _ = process.communicate()
-  if process.returncode:
-    sys.exit(f'A run failed with {process.returncode}:\n{output}')
-  return output
+  def finish(self) -> str:
+    """What the first process said; stops the measurement if any failed."""
+    outputs = [process.communicate()[0] for process in self.processes]
+    for process, output in zip(self.processes, outputs, strict=True):
+      if process.returncode:
+        sys.exit(f'A run failed with {process.returncode}:\n{output}')
+    return outputs[0]
+
+  def kill(self, index: int) -> bool:
+    """SIGKILL to one; whether the others then ended by themselves. Those that
+    have not, after a while, are killed too."""
+    self.processes[index].kill()
+    deadline, alone = time.monotonic() + PATIENCE_SECONDS, True
+    for process in self.processes:
+      try:
+        process.communicate(timeout=max(0, deadline - time.monotonic()))
+      except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        alone = False
+    return alone
 
 
 def read_digests(workdir) -> dict:
@@ -76,8 +115,10 @@ def has_saved(workdir) -> int:
   return max((int(p.name) for p in names if p.name.isdigit()), default=0)
 
 
-def measure_kills(folder: pathlib.Path, kills: int, seed: int) -> dict:
-  """Kills a run again and again; compares its end with the straight one's.
+def measure_kills(
+  folder: pathlib.Path, kills: int, seed: int, processes: int
+) -> dict:
+  """Kills a job again and again; compares its end with the straight one's.
 
   One kill in four comes at a random moment of the start of the program; the
   others a random while, up to a second, after a random save, which is in the
@@ -89,30 +130,32 @@ def measure_kills(folder: pathlib.Path, kills: int, seed: int) -> dict:
     'evaluate_every=1000',
     'sample_every=1000',
   )
+  straight, killed = folder / 'straight', folder / 'killed'
   began = time.monotonic()
-  output = finish(start(folder / 'straight', *settings))
+  output = Job(straight, *settings, processes=processes).finish()
   of_steps = re.search(r'Goodput .*? of ([\d.]+) s', output)
   seconds_to_start = time.monotonic() - began - float(of_steps[1])
-  rng, saved, workdir = random.Random(seed), [0], folder / 'killed'
+  rng, saved, alone = random.Random(seed), [0], 0
   for number in range(1, kills + 1):
-    process = start(workdir, *settings)
+    job = Job(killed, *settings, processes=processes)
     if rng.random() < 0.25:
       time.sleep(rng.uniform(0, seconds_to_start))
     else:
       wanted = saved[-1] + 2 * rng.randint(1, 4)
-      while has_saved(workdir) < wanted and process.poll() is None:
+      while has_saved(killed) < wanted and job.is_running():
         time.sleep(0.01)
       time.sleep(rng.random())
-    if process.poll() is not None:
-      sys.exit(f'The run ended before kill {number}:\n{finish(process)}')
-    process.kill()
-    process.communicate()
-    saved.append(has_saved(workdir))
+    if not job.is_running():
+      sys.exit(f'The run ended before kill {number}:\n{job.finish()}')
+    alone += job.kill(rng.randrange(processes))
+    saved.append(has_saved(killed))
     print(f'kill {number}: {saved[-1]} steps are saved', flush=True)
-  finish(start(workdir, *settings))
-  ends = [read_digests(folder / name) for name in ('straight', 'killed')]
+  Job(killed, *settings, processes=processes).finish()
+  ends = [read_digests(workdir) for workdir in (straight, killed)]
   return {
+    'processes': processes,
     'kills': kills,
+    'others_ended_by_themselves': alone if processes > 1 else None,
     'steps_saved_at_each': saved[1:],
     'steps': ends[0]['step'],
     'bit_equal': ends[0] == ends[1],
@@ -121,22 +164,21 @@ def measure_kills(folder: pathlib.Path, kills: int, seed: int) -> dict:
 
 def measure_memory(folder: pathlib.Path) -> dict:
   """Resident memory in megabytes over 1,000 steps."""
-  workdir = folder / 'memory'
-  process = start(
-    workdir,
+  job = Job(
+    folder,
     'steps=1000',
     'log_every=1',
     'checkpoint_every=100',
     stdout=subprocess.DEVNULL,  # A pipe that is not read would fill up.
   )
   megabytes = {}
-  while process.poll() is None:
-    step = sum(1 for _ in _lines(workdir / 'metrics.jsonl'))
-    status = pathlib.Path(f'/proc/{process.pid}/status')
+  while job.is_running():
+    step = sum(1 for _ in _lines(folder / 'metrics.jsonl'))
+    status = pathlib.Path(f'/proc/{job.processes[0].pid}/status')
     if step and (found := re.search(r'VmRSS:\s+(\d+)', _text(status))):
       megabytes[step] = int(found[1]) // 1024
     time.sleep(0.2)
-  finish(process)
+  job.finish()
   chosen = {
     wanted: next((m for step, m in megabytes.items() if step >= wanted), None)
     for wanted in (50, 100, 200, 400, 600, 800, 990)
@@ -163,8 +205,13 @@ def main() -> None:
   given = parser.parse_args()
   given.folder.mkdir(parents=True)
   results = {
-    'killed': measure_kills(given.folder, given.kills, given.seed),
-    'thousand_steps': measure_memory(given.folder),
+    'killed': [
+      measure_kills(
+        given.folder / f'processes_{count}', given.kills, given.seed, count
+      )
+      for count in (1, 2)
+    ],
+    'thousand_steps': measure_memory(given.folder / 'memory'),
     'command': 'python -m experiments.reliability.measure',
     'seed': given.seed,
     **machine.describe(),

@@ -20,7 +20,7 @@ BIG = '--config=configs/26b_a4b.py'
 TRAIN = (
   BIG,
   '--config.model.param_dtype=float32',
-  '--config.train.remat=True',
+  '--config.train.remat=full',
   '--config.data.sequence_length=4096',
 )
 FEW_BITS = (

@@ -133,11 +133,12 @@ def test_self_conditioning_off_in_one_row_of_a_mixed_batch(
   @jax.jit
   def run(self_condition_B):
     drawn = drawn_for(batch, 1)._replace(self_condition_B=self_condition_B)
-    return loss.denoise_twice(network, cache, drawn)
+    return loss.denoise_canvases(network, cache, drawn)
 
   off, mixed = run(jnp.array([False, False])), run(jnp.array([False, True]))
   np.testing.assert_array_equal(off[0], mixed[0])
   assert np.abs(off[1] - mixed[1]).max() > 1e-3
+  np.testing.assert_allclose(off, run(None), atol=1e-5)
 
 
 def test_no_gradient_through_the_first_pass(model_config, params, batch):
@@ -152,7 +153,7 @@ def test_no_gradient_through_the_first_pass(model_config, params, batch):
 
   def twice(params):
     network = make_network(model_config, params)
-    return jnp.sum(loss.denoise_twice(network, cache, drawn) ** 2)
+    return jnp.sum(loss.denoise_canvases(network, cache, drawn) ** 2)
 
   def constant(params):
     network = make_network(model_config, params)

@@ -375,13 +375,14 @@ def test_parts_of_a_batch_add_up_to_it(config, rows, canvases):
     np.testing.assert_allclose(of_parts[name], numbers[name], rtol=1e-5)
 
 
-def test_computing_layers_again_changes_nothing(config, rows):
+@pytest.mark.parametrize('remat', ['dots', 'full'])
+def test_computing_layers_again_changes_nothing(config, rows, remat):
   plain, numbers = gradients(config, rows)
-  again, of_again = gradients(changed(config, remat=True), rows)
+  again, of_again = gradients(changed(config, remat=remat), rows)
   assert_close(again, plain, 1e-5)
   np.testing.assert_allclose(of_again['loss'], numbers['loss'], rtol=1e-6)
   text = str(
-    jax.make_jaxpr(lambda: gradients(changed(config, remat=True), rows)[0])()
+    jax.make_jaxpr(lambda: gradients(changed(config, remat=remat), rows)[0])()
   )
   assert 'checkpoint' in text or 'remat' in text
 

@@ -1,0 +1,39 @@
+r"""Sudoku of nine: configs/sudoku.py for larger puzzles.
+
+Hardware: 2 CPU cores.
+Command:  python experiments/sudoku/make_puzzles.py --size=9 \
+              --folder=runs/sudoku9
+          python -m diffusiongemma.main --config=configs/sudoku9.py
+Expected: see experiments/sudoku/.
+"""
+
+import dataclasses
+import pathlib
+
+from diffusiongemma import config
+
+FOLDER = 'runs/sudoku9'
+CELLS = 81
+
+
+def get_config() -> config.Config:
+  six = config.load_config(str(pathlib.Path(__file__).parent / 'sudoku.py'))
+  replace = dataclasses.replace
+  return replace(
+    six,
+    model=replace(six.model, vocab_size=14),
+    diffusion=replace(six.diffusion, canvas_length=CELLS + 1),
+    data=replace(
+      six.data,
+      path=f'{FOLDER}/train.jsonl',
+      heldout_path=f'{FOLDER}/heldout.jsonl',
+      tokenizer=f'{FOLDER}/sudoku.model',
+      sequence_length=2 * (CELLS + 1),
+    ),
+    train=replace(
+      six.train,
+      steps=6000,
+      sample_prompt='..2.9.1..1..48.9....5.....4...9.....2...'
+      '.....9....75.162.1.98.5.1.2.6.49.7.84...6',
+    ),
+  )

@@ -1,0 +1,91 @@
+"""What XLA makes of the loop over a canvas: its steps read weights as they lie.
+
+A copy, a transposition or a conversion of a matrix, made anew at every step,
+costs as much as reading it, which is most of what a step of few rows costs.
+"""
+
+import math
+import pathlib
+import re
+
+import jax
+import pytest
+
+from diffusiongemma import config as configs
+from diffusiongemma import fields
+from diffusiongemma import plan
+
+MICRO = pathlib.Path(__file__).parent / 'micro_config.py'
+REWRITES = ('copy', 'transpose', 'convert', 'concatenate', 'pad')
+INSTRUCTION = re.compile(
+  r'^\s*(?:ROOT )?%?[\w.\-]+ = \w+\[([\d,]+)\]\S* ([\w\-]+)\(', re.MULTILINE
+)
+
+
+@pytest.fixture(scope='module')
+def config():
+  """Sizes of which no product of rows, heads or slots of the cache is that of
+  a matrix."""
+  config = configs.load_config(str(MICRO))
+  for field, value in (
+    ('model.vocab_size', '2011'),
+    ('model.embed_dim', '88'),
+    ('model.head_dim', '24'),
+    ('model.global_head_dim', '40'),
+    ('model.mlp_dim', '104'),
+    ('model.num_experts', '7'),
+    ('model.expert_dim', '56'),
+  ):
+    config = fields.override(config, field, value)
+  return config
+
+
+def rewritten(text: str, sizes: set[int]) -> list[str]:
+  """The instructions that write an array of one of the sizes and do nothing
+  but move or convert it."""
+  return [
+    found[0].strip()
+    for found in INSTRUCTION.finditer(text)
+    if found[2] in REWRITES
+    and math.prod(int(d) for d in found[1].split(',')) in sizes
+  ]
+
+
+def compile_loop(config, topology):
+  """(the compiled text, sizes of the matrices); skips without the plugin."""
+  try:
+    _, devices = plan._devices(topology)
+  except plan.PlanError as error:
+    pytest.skip(str(error))
+  mesh = plan.sharding.make_mesh(config.mesh, devices[:1])
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    lowered, _ = plan._lower_sampling(config, 1, 32, mesh)
+    text = lowered.compile().as_text()
+  params = plan.train_state.fresh_params
+  leaves = jax.tree.leaves(jax.eval_shape(lambda: params(config)))
+  # One matrix of an expert is what a step may take out of all of them.
+  sizes = {math.prod(x.shape) for x in leaves if x.ndim > 1}
+  return text, sizes
+
+
+def test_a_rewritten_matrix_is_found():
+  text = """
+  %copy.1 = f32[88,104]{1,0} copy(%p.3)
+  ROOT %convert = bf16[9152]{0} convert(%x)
+  %dot = f32[88,104]{1,0} dot(%a, %b)
+  %copy.2 = f32[4]{0} copy(%y)
+  """
+  found = rewritten(text, {88 * 104})
+  assert [line.split(' = ')[0] for line in found] == [
+    '%copy.1',
+    'ROOT %convert',
+  ]
+
+
+@pytest.mark.parametrize('topology', ['local', 'h100'])
+def test_no_weight_is_rewritten(config, topology):
+  if topology == 'h100':
+    config = fields.override(config, 'model.dtype', 'bfloat16')
+  text, sizes = compile_loop(config, topology)
+  assert ' while(' in text
+  assert not rewritten(text, sizes)
