@@ -20,8 +20,12 @@ import subprocess
 import sys
 import time
 
+import jax
+
+from diffusiongemma import sharding
 from diffusiongemma.checkpoints import digest
 from diffusiongemma.checkpoints import native
+from diffusiongemma.training import step
 from diffusiongemma.training import train_state
 from diffusiongemma.training import workdir as workdirs
 from experiments import machine
@@ -97,7 +101,8 @@ class Job:
 def read_digests(workdir) -> dict:
   """Step, place in the data and a digest of every array of a run."""
   config = workdirs.read_config(workdir)
-  items = train_state.to_items(workdirs.abstract_state(config))
+  mesh = sharding.make_mesh(config.mesh, jax.devices())
+  items = train_state.to_items(step.abstract_state(config, mesh))
   manager = native.open_checkpoints(workdirs.checkpoint_dir(str(workdir)))
   restored = native.restore_newest(manager, *items)
   manager.close()
