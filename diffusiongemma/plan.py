@@ -36,6 +36,7 @@ from diffusiongemma.config import Config
 from diffusiongemma.diffusion import sampler
 from diffusiongemma.kernels import grouped_matmul
 from diffusiongemma.model import cache as kv_cache
+from diffusiongemma.model import denoiser
 from diffusiongemma.model import quantize
 from diffusiongemma.text import generate
 from diffusiongemma.training import step as steps
@@ -380,7 +381,7 @@ def smaller(config: Config, program: str) -> list[tuple[str, Config]]:
   if program == 'sample':
     return changes
   change = dataclasses.replace
-  policies = ('none', 'dots', 'full')
+  policies = ['none', *denoiser.KEPT]
   for remat in policies[policies.index(config.train.remat) + 1 :]:
     config = change(config, train=change(config.train, remat=remat))
     changes.append((f'config.train.remat={remat}', config))

@@ -2,6 +2,8 @@
 
 import os
 import platform
+import shlex
+import sys
 import time
 
 import jax
@@ -16,3 +18,8 @@ def describe() -> dict[str, str]:
     'jax': jax.__version__,
     'date': time.strftime('%Y-%m-%d', time.gmtime()),
   }
+
+
+def command(module: str) -> str:
+  """The command line that runs this module as it was run."""
+  return shlex.join(['python', '-m', module, *sys.argv[1:]])

@@ -99,10 +99,10 @@ class Attention(nn.Module):
     self, x_BLD: jax.Array, positions_BL: jax.Array
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """q [B,L,N,H], k and v [B,L,K,H], normed and rotated."""
-    q = layers.linear('bld,dnh->blnh', x_BLD, self.q_proj)
-    k = layers.linear('bld,dkh->blkh', x_BLD, self.k_proj)
+    q = layers.linear(x_BLD, self.q_proj)
+    k = layers.linear(x_BLD, self.k_proj)
     if self.kind == 'local':
-      v = layers.linear('bld,dkh->blkh', x_BLD, self.v_proj)
+      v = layers.linear(x_BLD, self.v_proj)
     else:
       v = k
     q = layers.rotary(self.q_norm(q), positions_BL, self.frequencies)
@@ -117,4 +117,4 @@ class Attention(nn.Module):
 
   def output(self, out_BLNH: jax.Array) -> jax.Array:
     """Back to the residual width: [B, L, D]."""
-    return layers.linear('blnh,nhd->bld', out_BLNH, self.o_proj)
+    return layers.linear(out_BLNH, self.o_proj, axes=2)

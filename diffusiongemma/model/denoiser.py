@@ -28,7 +28,8 @@ from diffusiongemma.model import moe
 from diffusiongemma.model import parallel
 from diffusiongemma.model import vision
 
-# What a backward pass keeps of a layer, by what it computes again.
+# What a backward pass keeps of a layer, by what it computes again; the more,
+# the later.
 KEPT = {
   'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
   'full': jax.checkpoint_policies.nothing_saveable,

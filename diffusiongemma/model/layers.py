@@ -98,35 +98,22 @@ class LowRank:
 
 
 def linear(
-  spec: str, x: jax.Array, w: jax.Array | LowRank | quantized.Quantized
+  x: jax.Array, w: jax.Array | LowRank | quantized.Quantized, axes: int = 1
 ) -> jax.Array:
-  """`jnp.einsum(spec, x, w)` in the type of x; w, which has the axes that are
-  summed over first, may be quantised or have an adapter."""
+  """The last `axes` axes of x times as many first ones of w, which may be
+  quantised or have an adapter; in the type of x."""
   if isinstance(w, LowRank):
-    return _with_adapter(spec, x, w)
-  inputs, out = spec.split('->')
-  of_w = inputs.split(',')[1]
-  summed = sum(axis not in out for axis in of_w)
-  rows, made = x.shape[: x.ndim - summed], w.shape[summed:]
+    update = linear(linear(x, w.a, axes), w.b)
+    return linear(x, w.weight, axes) + w.scale * update
   # As one matrix: XLA turns one around whose rows have two axes.
-  D, F = math.prod(w.shape[:summed]), math.prod(made)
+  rows, made = x.shape[: x.ndim - axes], w.shape[axes:]
+  D, F = math.prod(w.shape[:axes]), math.prod(made)
   if isinstance(w, quantized.Quantized):
     matrix = (w.values.reshape(D, F), w.scales.reshape(-1, F))
     y = _few_bits(x.reshape(-1, D), *matrix)
   else:
     y = x.reshape(*rows, D) @ w.astype(x.dtype).reshape(D, F)
   return y.reshape(*rows, *made)
-
-
-def _with_adapter(spec: str, x: jax.Array, w: LowRank) -> jax.Array:
-  inputs, out = spec.split('->')
-  of_x, of_w = inputs.split(',')
-  summed = ''.join(axis for axis in of_w if axis not in out)
-  made = ''.join(axis for axis in of_w if axis in out)
-  rest = out.removesuffix(made)
-  thin = jnp.einsum(f'{of_x},{summed}z->{rest}z', x, w.a.astype(x.dtype))
-  update = jnp.einsum(f'{rest}z,z{made}->{out}', thin, w.b.astype(x.dtype))
-  return linear(spec, x, w.weight) + w.scale * update
 
 
 def _few_bits(
@@ -168,7 +155,7 @@ class GatedMLP(nn.Module):
     self.down = self.param('down', init, shape[::-1], dtype)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    gate = linear('...d,df->...f', x, self.gate)
-    up = linear('...d,df->...f', x, self.up)
+    gate = linear(x, self.gate)
+    up = linear(x, self.up)
     hidden = nn.gelu(gate, approximate=True) * up
-    return linear('...f,fd->...d', hidden, self.down)
+    return linear(hidden, self.down)

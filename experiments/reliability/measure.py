@@ -25,7 +25,7 @@ import jax
 from diffusiongemma import sharding
 from diffusiongemma.checkpoints import digest
 from diffusiongemma.checkpoints import native
-from diffusiongemma.training import step
+from diffusiongemma.training import step as steps
 from diffusiongemma.training import train_state
 from diffusiongemma.training import workdir as workdirs
 from experiments import machine
@@ -56,20 +56,14 @@ class Job:
       f'--workdir={workdir}',
       *(f'--config.train.{override}' for override in overrides),
     ]
-    if processes > 1:
-      with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        command.append(f'--coordinator=127.0.0.1:{free.getsockname()[1]}')
-      command.append(f'--num_processes={processes}')
-    ids = [[f'--process_id={index}'] for index in range(processes)]
     self.processes = [
       subprocess.Popen(
-        command + own,
+        command + flags,
         stdout=stdout,
         stderr=subprocess.STDOUT,
         text=True,
       )
-      for own in (ids if processes > 1 else [[]])
+      for flags in joining(processes)
     ]
 
   def is_running(self) -> bool:
@@ -98,11 +92,29 @@ class Job:
     return alone
 
 
+def joining(processes: int) -> list[list[str]]:
+  """The flags by which each process joins a job on this machine; one that is
+  alone has none."""
+  if processes == 1:
+    return [[]]
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    port = free.getsockname()[1]
+  return [
+    [
+      f'--coordinator=127.0.0.1:{port}',
+      f'--num_processes={processes}',
+      f'--process_id={index}',
+    ]
+    for index in range(processes)
+  ]
+
+
 def read_digests(workdir) -> dict:
   """Step, place in the data and a digest of every array of a run."""
   config = workdirs.read_config(workdir)
   mesh = sharding.make_mesh(config.mesh, jax.devices())
-  items = train_state.to_items(step.abstract_state(config, mesh))
+  items = train_state.to_items(steps.abstract_state(config, mesh))
   manager = native.open_checkpoints(workdirs.checkpoint_dir(str(workdir)))
   restored = native.restore_newest(manager, *items)
   manager.close()
@@ -217,7 +229,7 @@ def main() -> None:
       for count in (1, 2)
     ],
     'thousand_steps': measure_memory(given.folder / 'memory'),
-    'command': 'python -m experiments.reliability.measure',
+    'command': machine.command('experiments.reliability.measure'),
     'seed': given.seed,
     **machine.describe(),
   }

@@ -124,8 +124,7 @@ def main() -> None:
       )
       for length in CANVASES
     },
-    'command': f'python -m experiments.shakespeare.compare --folder=runs/'
-    f'compare --steps={given.steps}',
+    'command': machine.command('experiments.shakespeare.compare'),
     **machine.describe(),
   }
   text = json.dumps(results, indent=1) + '\n'

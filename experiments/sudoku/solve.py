@@ -25,7 +25,6 @@ import functools
 import itertools
 import json
 import pathlib
-import shlex
 import sys
 import time
 
@@ -459,11 +458,10 @@ def main() -> None:
   if ar_run is not None:
     results['ar_run'] = describe_run(ar_run, given.ar_workdir)
     results['ar_alone'] = measure_ar(ar_run, *puzzles, given.batch_size)
-  command = ['python', '-m', 'experiments.sudoku.solve', *sys.argv[1:]]
   results |= {
     **machine.describe(),
     'seconds': round(time.time() - started),
-    'command': shlex.join(command),
+    'command': machine.command('experiments.sudoku.solve'),
   }
   path = given.output / f'{given.name}.json'
   path.write_text(json.dumps(results, indent=1) + '\n')

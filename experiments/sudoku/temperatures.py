@@ -5,8 +5,8 @@ r"""How warm a trained network is to be sampled: solved puzzles by temperature.
   python -m experiments.sudoku.temperatures --workdir=runs/sudoku \
       --puzzles=runs/other6/heldout.jsonl
 
-The temperature, which goes from --t_max at the first step to --t_min at the
-last, scales the logits of a step before a token is drawn, and before the
+The temperature, which goes from `t_max` at the first step to `t_min` at the
+last, divides the logits of a step before a token is drawn, and before the
 network is told what it thought (the soft embedding). Training tells it at 1.
 Puzzles must be others than those that a result is reported on. Writes
 temperatures.json beside this file.
@@ -16,9 +16,11 @@ import argparse
 import dataclasses
 import json
 import pathlib
+import sys
 
 import numpy as np
 
+from diffusiongemma.checkpoints import CheckpointError
 from experiments import machine
 from experiments import plots
 from experiments.sudoku import solve
@@ -43,8 +45,11 @@ def main() -> None:
   parser.add_argument('--count', type=plots.positive, default=1000)
   parser.add_argument('--batch_size', type=plots.positive, default=250)
   given = parser.parse_args()
-  prompts, responses = solve.read_puzzles(given.puzzles, given.count)
-  run = solve.load(given.workdir, prompts)
+  try:
+    prompts, responses = solve.read_puzzles(given.puzzles, given.count)
+    run = solve.load(given.workdir, prompts)
+  except (OSError, ValueError, CheckpointError) as error:
+    sys.exit(str(error))
   caches = [
     solve.read(run, batch) for batch in solve.split(prompts, given.batch_size)
   ]
@@ -71,6 +76,7 @@ def main() -> None:
     'run': solve.describe_run(run, given.workdir),
     'temperatures': records,
     **machine.describe(),
+    'command': machine.command('experiments.sudoku.temperatures'),
   }
   text = json.dumps(results, indent=1) + '\n'
   (FOLDER / 'temperatures.json').write_text(text)
