@@ -32,7 +32,7 @@ def get_config() -> config.Config:
     ),
     train=replace(
       six.train,
-      steps=6000,
+      steps=5000,
       sample_prompt='..2.9.1..1..48.9....5.....4...9.....2...'
       '.....9....75.162.1.98.5.1.2.6.49.7.84...6',
     ),

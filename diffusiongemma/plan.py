@@ -90,6 +90,20 @@ _COLLECTIVES = (
 _TYPE_BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's16': 2}
 
 
+class Collective(NamedTuple):
+  """What devices exchange in one way, in a program; loops count once.
+
+  Attributes:
+    count: how many there are.
+    bytes: of their results, together.
+    largest: bytes of the largest array among them; one may have several.
+  """
+
+  count: int
+  bytes: int
+  largest: int
+
+
 class Plan(NamedTuple):
   """What a program takes, on each device unless it says otherwise.
 
@@ -102,8 +116,7 @@ class Plan(NamedTuple):
     limit: bytes that a device has, None where unknown.
     flops: of a step, all devices together.
     bytes_accessed: of memory, in a step; what stands in inner loops once.
-    collectives: kind -> (how many in the program, bytes of their results);
-      what stands in loops once.
+    collectives: by kind.
     compile_seconds: of this compilation, on this machine.
     seconds: of a step, a roofline estimate; None where the chip is unknown.
     bound_by: what the estimate is: FLOPs, memory or links.
@@ -118,7 +131,7 @@ class Plan(NamedTuple):
   limit: int | None
   flops: float
   bytes_accessed: float
-  collectives: dict[str, tuple[int, int]]
+  collectives: dict[str, Collective]
   compile_seconds: float
   seconds: float | None
   bound_by: str | None
@@ -194,7 +207,7 @@ def plan(
     times = {
       'FLOPs': flops / len(devices) / chip.flops,
       'memory': accessed / chip.bandwidth,
-      'links': sum(size for _, size in found.values()) / chip.link,
+      'links': sum(kind.bytes for kind in found.values()) / chip.link,
     }
     bound_by = max(times, key=times.get)
     estimate = times[bound_by]
@@ -355,9 +368,9 @@ FLOPS_OF: dict[str, Callable[..., float]] = {
 }
 
 
-def collectives(text: str) -> dict[str, tuple[int, int]]:
-  """kind -> (how many, bytes of their results) in an optimised HLO module."""
-  found = collections.defaultdict(lambda: [0, 0])
+def collectives(text: str) -> dict[str, Collective]:
+  """The collectives of an optimised HLO module, by kind."""
+  found = collections.defaultdict(list)
   pattern = re.compile(
     r'= (.+?) (' + '|'.join(_COLLECTIVES) + r')(-start)?\(', re.MULTILINE
   )
@@ -368,11 +381,17 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
       shapes = shapes[len(shapes) // 2 :]
     elif started and kind == 'collective-permute':
       shapes = shapes[1:2]
-    found[kind][0] += 1
-    for dtype, dims in shapes:
-      count = math.prod(int(d) for d in dims.split(',') if d)
-      found[kind][1] += count * _TYPE_BYTES.get(dtype, 4)
-  return {kind: tuple(numbers) for kind, numbers in sorted(found.items())}
+    found[kind].append([_bytes_of(*shape) for shape in shapes])
+  return {
+    kind: Collective(len(many), sum(map(sum, many)), max(map(max, many)))
+    for kind, many in sorted(found.items())
+  }
+
+
+def _bytes_of(dtype: str, dims: str) -> int:
+  """Of an array as HLO writes its type: 'bf16', '4,8'."""
+  count = math.prod(int(d) for d in dims.split(',') if d)
+  return count * _TYPE_BYTES.get(dtype, 4)
 
 
 def smaller(config: Config, program: str) -> list[tuple[str, Config]]:
@@ -424,8 +443,7 @@ def to_json(made: Plan) -> dict[str, Any]:
     'flops': made.flops,
     'bytes_accessed': made.bytes_accessed,
     'collectives': {
-      kind: {'count': count, 'bytes': size}
-      for kind, (count, size) in made.collectives.items()
+      kind: found._asdict() for kind, found in made.collectives.items()
     },
     'compile_seconds': round(made.compile_seconds, 1),
     'estimated_seconds': made.seconds,
@@ -452,8 +470,11 @@ def to_text(made: Plan) -> str:
     f'  FLOPs, all devices       {made.flops / 1e12:10.3f} T',
     f'  bytes from memory, each  {made.bytes_accessed / 1e9:10.3f} GB',
   ]
-  for kind, (count, size) in made.collectives.items():
-    lines.append(f'  {kind:<18} {count:5d} {size / 1e9:10.3f} GB')
+  for kind, found in made.collectives.items():
+    lines.append(
+      f'  {kind:<18} {found.count:5d} {found.bytes / 1e9:10.3f} GB, '
+      f'the largest {found.largest / 1e9:.3f} GB'
+    )
   if made.seconds:
     at = f' at {STEPS} steps a canvas' if made.program == 'sample' else ''
     lines.append(

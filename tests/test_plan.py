@@ -95,9 +95,9 @@ def test_collectives_are_found_by_kind_and_size():
     %g = (f32[5]{0}, f32[5]{0}, u32[], u32[]) collective-permute-start(%x)
   """
   assert plan.collectives(text) == {
-    'all-gather': (2, 64),
-    'all-reduce': (2, 148),
-    'collective-permute': (1, 20),
+    'all-gather': (2, 64, 32),
+    'all-reduce': (2, 148, 128),
+    'collective-permute': (1, 20, 20),
   }
 
 

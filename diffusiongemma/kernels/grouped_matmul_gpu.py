@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from diffusiongemma.kernels import quantized
 
 SMALLEST = 16  # Triton multiplies no smaller blocks.
-_BLOCK = 64
+BLOCK = 64
 
 
 def suits(weights_EFD: Any, tile: int) -> bool:
@@ -29,7 +29,7 @@ def suits(weights_EFD: Any, tile: int) -> bool:
   inputs = D
   if isinstance(weights_EFD, quantized.Quantized):
     inputs = D // weights_EFD.scales.shape[-1]
-  return min(tile, _block(F), _block(inputs)) >= SMALLEST
+  return min(tile, block(F), block(inputs)) >= SMALLEST
 
 
 def multiply_tiles(
@@ -75,7 +75,7 @@ def multiply(
 def suits_one(x_TD: jax.Array, values_DF: jax.Array, num_groups: int) -> bool:
   """Whether `multiply` can."""
   D, F = values_DF.shape
-  return min(_tile(len(x_TD)), _block(F), _block(D // num_groups)) >= SMALLEST
+  return min(_tile(len(x_TD)), block(F), block(D // num_groups)) >= SMALLEST
 
 
 def _call(
@@ -87,7 +87,7 @@ def _call(
   group_size = inputs
   if scales is not None:
     group_size //= scales.shape[1 if transposed else 2]
-  block_in, block_out = _block(group_size), _block(outputs)
+  block_in, block_out = block(group_size), block(outputs)
   kernel = functools.partial(
     _multiply,
     tile=tile,
@@ -126,26 +126,57 @@ def _multiply(
 
   @pl.when(index < used_ref[0])
   def _():
-    expert = expert_ref[index]
-
-    def step(i, total):
-      inputs = pl.ds(i * block_in, block_in)
-      where = (inputs, outputs) if transposed else (outputs, inputs)
-      x = x_ref[rows, inputs]
-      w = weights_ref[expert, *where].astype(x.dtype)
-      part = jnp.dot(
-        x, w if transposed else w.T, preferred_element_type=jnp.float32
-      )
-      if scales_ref is not None:
-        group = i * block_in // group_size
-        where = (group, outputs) if transposed else (outputs, group)
-        part *= scales_ref[expert, *where].astype(jnp.float32)[None, :]
-      return total + part
-
-    total = jnp.zeros((tile, block_out), jnp.float32)
-    steps = x_ref.shape[1] // block_in
-    total = jax.lax.fori_loop(0, steps, step, total)
+    total = block_product(
+      *(x_ref, weights_ref, scales_ref, rows, expert_ref[index], outputs),
+      block_in=block_in,
+      group_size=group_size,
+      transposed=transposed,
+    )
     out_ref[rows, outputs] = total.astype(out_ref.dtype)
+
+
+def block_product(
+  x_ref,
+  weights_ref,
+  scales_ref,
+  rows,
+  expert,
+  outputs,
+  *,
+  block_in: int,
+  group_size: int,
+  transposed: bool = False,
+) -> jax.Array:
+  """Some rows times some outputs of one matrix, in float32. For kernels.
+
+  Args:
+    x_ref: [T, inputs].
+    weights_ref: [E, outputs, inputs], or with `transposed` the other way round.
+    scales_ref: the same with a scale for each group of inputs, or None.
+    rows: a slice of T.
+    expert: index of the matrix.
+    outputs: a slice of the outputs.
+    block_in: inputs that are multiplied at a time; divides `group_size`.
+    group_size: inputs that share a scale.
+    transposed: how matrices lie.
+  """
+
+  def step(i, total):
+    inputs = pl.ds(i * block_in, block_in)
+    where = (inputs, outputs) if transposed else (outputs, inputs)
+    x = x_ref[rows, inputs]
+    w = weights_ref[expert, *where].astype(x.dtype)
+    part = jnp.dot(
+      x, w if transposed else w.T, preferred_element_type=jnp.float32
+    )
+    if scales_ref is not None:
+      group = i * block_in // group_size
+      where = (group, outputs) if transposed else (outputs, group)
+      part *= scales_ref[expert, *where].astype(jnp.float32)[None, :]
+    return total + part
+
+  total = jnp.zeros((rows.size, outputs.size), jnp.float32)
+  return jax.lax.fori_loop(0, x_ref.shape[1] // block_in, step, total)
 
 
 def add_tiles(
@@ -153,7 +184,7 @@ def add_tiles(
 ) -> jax.Array:
   """The sums of d^T x over the tiles of each expert: float32 [E, F, D]."""
   E, F, D = groups.end_E.shape[0], d_TF.shape[1], x_TD.shape[1]
-  block_F, block_D = _block(F), _block(D)
+  block_F, block_D = block(F), block(D)
   return pl.pallas_call(
     functools.partial(_add, tile=groups.tile, block_F=block_F, block_D=block_D),
     grid=(E, F // block_F, D // block_D),
@@ -183,9 +214,9 @@ def _add(end_ref, d_ref, x_ref, out_ref, *, tile, block_F, block_D):
 
 def _tile(rows: int) -> int:
   """Rows of a tile where all meet the same matrix."""
-  return math.gcd(rows, 2 * _BLOCK)
+  return math.gcd(rows, 2 * BLOCK)
 
 
-def _block(size: int) -> int:
-  """The largest power of two up to `_BLOCK` that divides `size`."""
-  return math.gcd(size, _BLOCK)
+def block(size: int) -> int:
+  """The largest power of two up to `BLOCK` that divides `size`."""
+  return math.gcd(size, BLOCK)

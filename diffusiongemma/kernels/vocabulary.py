@@ -10,11 +10,14 @@ neighbouring tokens by its mass, which the pass has noted, the second a token in
 it, whose logits are then computed once more.
 """
 
+import functools
+
 import flax
 import jax
 import jax.numpy as jnp
 
 from diffusiongemma.kernels import quantized
+from diffusiongemma.kernels import vocabulary_gpu as gpu
 
 BIN = 32  # Neighbouring tokens that a draw chooses between at its end.
 _CHUNK_ELEMENTS = 2**23  # Of logits that exist at a time: 32 MB.
@@ -66,34 +69,14 @@ def summarize(
   chunk = min(chunk or default_chunk(R), -(-V // BIN) * BIN)
   whole = V // chunk * chunk
 
-  def look_at(carry, start, size):
-    """Takes E[start : start + size] in; its bins, and what they refer to."""
-    max_R, sum_R, weighted_R, argmax_R, mean_RD = carry
-    rows_cD = quantized.rows(table_VD, start, size).astype(h_RD.dtype)
-    product_Rc = jnp.einsum(
-      'rd,cd->rc', h_RD, rows_cD, preferred_element_type=jnp.float32
-    )
-    x_Rc = _scaled(product_Rc, softcap, temperature)
-    here_R = jnp.max(x_Rc, axis=-1)
-    # Faster than argmax, which is not vectorised everywhere.
-    place_c = jnp.arange(size, dtype=jnp.int32)
-    place_R = jnp.min(jnp.where(x_Rc == here_R[:, None], place_c, size), axis=1)
-    argmax_R = jnp.where(here_R > max_R, start + place_R, argmax_R)
-    new_max_R = jnp.maximum(max_R, here_R)
-    shrink_R = jnp.exp(max_R - new_max_R)
-    p_Rc = jnp.exp(x_Rc - new_max_R[:, None])
-    bins_RX = jnp.sum(_bins(p_Rc), axis=-1)
-    sum_R = sum_R * shrink_R + jnp.sum(bins_RX, axis=-1)
-    weighted_R = weighted_R * shrink_R + jnp.sum(p_Rc * x_Rc, axis=-1)
-    part_RD = jnp.einsum(
-      'rc,cd->rd',
-      p_Rc.astype(h_RD.dtype),
-      rows_cD,
-      preferred_element_type=jnp.float32,
-    )
-    mean_RD = mean_RD * shrink_R[:, None] + part_RD
-    carry = new_max_R, sum_R, weighted_R, argmax_R, mean_RD
-    return carry, (bins_RX, new_max_R)
+  def take_in(carry, start, size):
+    given = (carry, h_RD, table_VD, temperature, start)
+    how = {'size': size, 'softcap': softcap}
+    portable = functools.partial(look_at, **how)
+    if not gpu.suits(h_RD, table_VD, size, BIN):
+      return portable(*given)
+    on_gpu = functools.partial(gpu.look_at, **how, bin_size=BIN)
+    return jax.lax.platform_dependent(*given, cuda=on_gpu, default=portable)
 
   zeros_R = jnp.zeros((R,), jnp.float32)
   carry = (
@@ -104,13 +87,13 @@ def summarize(
   noted = []
   if whole:
     carry, (bins_nRX, at_nR) = jax.lax.scan(
-      lambda carry, start: look_at(carry, start, chunk),
+      lambda carry, start: take_in(carry, start, chunk),
       carry,
       jnp.arange(0, whole, chunk, dtype=jnp.int32),
     )
     noted.append((jnp.moveaxis(bins_nRX, 0, 1), at_nR.T))
   if whole < V:
-    carry, (bins_RX, at_R) = look_at(carry, jnp.int32(whole), V - whole)
+    carry, (bins_RX, at_R) = take_in(carry, jnp.int32(whole), V - whole)
     noted.append((bins_RX[:, None], at_R[:, None]))
   max_R, sum_R, weighted_R, argmax_R, mean_RD = carry
   mass_RX = jnp.concatenate(
@@ -143,6 +126,56 @@ def summarize(
     confidence_R=1.0 / sum_R,
     mean_RD=mean_RD / sum_R[:, None],
   )
+
+
+def look_at(
+  carry: tuple[jax.Array, ...],
+  h_RD: jax.Array,
+  table_VD: jax.Array | quantized.Quantized,
+  temperature: jax.Array,
+  start: jax.Array,
+  *,
+  size: int,
+  softcap: float,
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, jax.Array]]:
+  """Takes E[start : start + size] in.
+
+  Args:
+    carry: of what was looked at before, for each row: the maximum, and relative
+      to it the sums of e^x and x e^x, the argmax, the sum of e^x E.
+    h_RD, table_VD, temperature, softcap: see `summarize`.
+    start: int32.
+    size: rows of E.
+
+  Returns:
+    (the carry, (sums of e^x of each bin here, the maximum they refer to)).
+  """
+  max_R, sum_R, weighted_R, argmax_R, mean_RD = carry
+  rows_cD = quantized.rows(table_VD, start, size).astype(h_RD.dtype)
+  product_Rc = jnp.einsum(
+    'rd,cd->rc', h_RD, rows_cD, preferred_element_type=jnp.float32
+  )
+  x_Rc = _scaled(product_Rc, softcap, temperature)
+  here_R = jnp.max(x_Rc, axis=-1)
+  # Faster than argmax, which is not vectorised everywhere.
+  place_c = jnp.arange(size, dtype=jnp.int32)
+  place_R = jnp.min(jnp.where(x_Rc == here_R[:, None], place_c, size), axis=1)
+  argmax_R = jnp.where(here_R > max_R, start + place_R, argmax_R)
+  new_max_R = jnp.maximum(max_R, here_R)
+  shrink_R = jnp.exp(max_R - new_max_R)
+  p_Rc = jnp.exp(x_Rc - new_max_R[:, None])
+  bins_RX = jnp.sum(_bins(p_Rc), axis=-1)
+  sum_R = sum_R * shrink_R + jnp.sum(bins_RX, axis=-1)
+  weighted_R = weighted_R * shrink_R + jnp.sum(p_Rc * x_Rc, axis=-1)
+  part_RD = jnp.einsum(
+    'rc,cd->rd',
+    p_Rc.astype(h_RD.dtype),
+    rows_cD,
+    preferred_element_type=jnp.float32,
+  )
+  mean_RD = mean_RD * shrink_R[:, None] + part_RD
+  carry = new_max_R, sum_R, weighted_R, argmax_R, mean_RD
+  return carry, (bins_RX, new_max_R)
 
 
 def default_chunk(num_rows: int) -> int:

@@ -85,6 +85,8 @@ class Experts(nn.Module):
     chosen = (routing.weights_BLk, routing.experts_BLk)
     if not parallel.is_active():
       return _apply_experts(x_BLD, *chosen, *matrices)
+    # Else one pass keeps what it gathered for the next, of all layers at once.
+    x_BLD, matrices = jax.lax.optimization_barrier((x_BLD, matrices))
     tokens = parallel.spec('batch', 'length', None)
     specs = (
       _specs(self.gate_up, ('experts', None, 'embed')),
