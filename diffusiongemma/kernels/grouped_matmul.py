@@ -16,8 +16,11 @@ import flax
 import jax
 import jax.numpy as jnp
 
+from diffusiongemma.kernels import activation
 from diffusiongemma.kernels import grouped_matmul_gpu as gpu
 from diffusiongemma.kernels import quantized
+
+_COMPARED = 8192  # Rows; so few all meet in one kernel of a GPU.
 
 
 @flax.struct.dataclass
@@ -63,12 +66,13 @@ def make_groups(expert_R: jax.Array, num_experts: int, tile: int) -> Groups:
   """
   num_rows = expert_R.shape[0]
   num_tiles = -(-num_rows // tile) + num_experts
-  one_hot_RE = jax.nn.one_hot(expert_R, num_experts, dtype=jnp.int32)
-  rank_RE = jnp.cumsum(one_hot_RE, axis=0) - one_hot_RE
-  rank_R = jnp.sum(rank_RE * one_hot_RE, axis=1)
-  tiles_E = -(-jnp.sum(one_hot_RE, axis=0) // tile)
-  end_E = jnp.cumsum(tiles_E)
-  start_R = jnp.sum((end_E - tiles_E) * one_hot_RE, axis=1) * tile
+  rank_R = _ranks(expert_R, num_experts)
+  expert_E = jnp.arange(num_experts, dtype=jnp.int32)
+  count_E = jnp.sum(expert_R[:, None] == expert_E, axis=0, dtype=jnp.int32)
+  tiles_E = -(-count_E // tile)
+  # The cumulative sum, in one kernel less.
+  end_E = jnp.sum(jnp.where(expert_E <= expert_E[:, None], tiles_E, 0), axis=1)
+  start_R = jnp.take((end_E - tiles_E) * tile, expert_R, mode='clip')
   # The rows of no expert go nowhere.
   here_R = expert_R < num_experts
   slot_R = jnp.where(here_R, start_R + rank_R, num_tiles * tile)
@@ -77,10 +81,29 @@ def make_groups(expert_R: jax.Array, num_experts: int, tile: int) -> Groups:
     jnp.arange(num_rows, dtype=jnp.int32), mode='drop'
   )
   # Tiles past the last group are padding; they may meet any expert.
-  tile_index = jnp.arange(num_tiles)
-  expert_of_tile = jnp.sum(tile_index[:, None] >= end_E[None, :], axis=1)
-  expert_of_tile = jnp.minimum(expert_of_tile, num_experts - 1)
-  return Groups(slot_R, row_T, expert_of_tile.astype(jnp.int32), end_E, tile)
+  expert_of_tile = jnp.sum(
+    jnp.arange(num_tiles)[:, None] >= end_E[:-1], axis=1, dtype=jnp.int32
+  )
+  return Groups(slot_R, row_T, expert_of_tile, end_E, tile)
+
+
+def _ranks(expert_R: jax.Array, num_experts: int) -> jax.Array:
+  """How many rows before each one have the same expert."""
+
+  def count(expert_R):
+    one_hot_RE = jax.nn.one_hot(expert_R, num_experts, dtype=jnp.int32)
+    before_RE = jnp.cumsum(one_hot_RE, axis=0) - one_hot_RE
+    return jnp.sum(before_RE * one_hot_RE, axis=1)
+
+  def compare(expert_R):
+    row_R = jnp.arange(len(expert_R))
+    same_RR = expert_R == expert_R[:, None]
+    before_RR = row_R < row_R[:, None]
+    return jnp.sum(same_RR & before_RR, axis=1, dtype=jnp.int32)
+
+  if len(expert_R) > _COMPARED:
+    return count(expert_R)
+  return jax.lax.platform_dependent(expert_R, cuda=compare, default=count)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -153,6 +176,51 @@ def _matmul_backward(saved, d_TF):
 
 
 grouped_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def gated_matmul(
+  x_MD: jax.Array,
+  gate_up_EFD: jax.Array | quantized.Quantized,
+  groups: Groups,
+  k: int,
+) -> jax.Array:
+  """The hidden layer of the experts, tile by tile: GeGLU, [T, F].
+
+  Args:
+    x_MD: tokens.
+    gate_up_EFD: matrices [2F, D], the gate first; see `grouped_matmul`.
+    groups: the layout of M*k rows, the k choices of each token.
+    k: how many experts a token has.
+  """
+  plain = functools.partial(_gate_tiles, k=k)
+  if not gpu.suits(gate_up_EFD, groups.tile, parts=2):
+    return plain(x_MD, gate_up_EFD, groups)
+  return jax.lax.platform_dependent(
+    *(x_MD, gate_up_EFD, groups),
+    cuda=functools.partial(gpu.gate_tiles, k=k),
+    default=plain,
+  )
+
+
+def _gate_tiles(x_MD, gate_up_EFD, groups, k):
+  x_TD = scatter_to_tiles(x_MD, groups, k)
+  gate_up_TF = grouped_matmul(x_TD, gate_up_EFD, groups)
+  return activation.geglu(*jnp.split(gate_up_TF, 2, axis=-1))
+
+
+def _gated_forward(x_MD, gate_up_EFD, groups, k):
+  return jax.vjp(
+    lambda *given: _gate_tiles(*given, groups, k), x_MD, gate_up_EFD
+  )
+
+
+def _gated_backward(k, pullback, d_TF):
+  del k
+  return *pullback(d_TF), None
+
+
+gated_matmul.defvjp(_gated_forward, _gated_backward)
 
 
 # How the loops are called in a traced program, for those who count its FLOPs.

@@ -17,19 +17,21 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
+from diffusiongemma.kernels import activation
 from diffusiongemma.kernels import quantized
 
 SMALLEST = 16  # Triton multiplies no smaller blocks.
 BLOCK = 64
 
 
-def suits(weights_EFD: Any, tile: int) -> bool:
-  """Whether the kernels can multiply with these weights."""
+def suits(weights_EFD: Any, tile: int, parts: int = 1) -> bool:
+  """Whether the kernels can multiply with these weights, whose outputs are of
+  so many parts."""
   _, F, D = weights_EFD.shape
   inputs = D
   if isinstance(weights_EFD, quantized.Quantized):
     inputs = D // weights_EFD.scales.shape[-1]
-  return min(tile, block(F), block(inputs)) >= SMALLEST
+  return min(tile, block(F // parts), block(inputs)) >= SMALLEST
 
 
 def multiply_tiles(
@@ -44,14 +46,32 @@ def multiply_tiles(
   Rows of tiles that are not used hold anything. With `interpret` it runs on
   any device, slowly.
   """
-  weights, scales = weights_EFD, None
-  if isinstance(weights_EFD, quantized.Quantized):
-    weights, scales = weights_EFD.values, weights_EFD.scales
   return _call(
-    *(x_TD, weights, scales, groups.expert_of_tile, groups.used[None]),
+    *(x_TD, [_parts(weights_EFD)], groups.expert_of_tile, groups.end_E),
     transposed=transposed,
     interpret=interpret,
     name='grouped_matmul',
+  )
+
+
+def gate_tiles(
+  x_MD: jax.Array,
+  gate_up_EFD: jax.Array | quantized.Quantized,
+  groups: Any,
+  k: int,
+  interpret: bool = False,
+) -> jax.Array:
+  """The hidden layer of the experts: [T, F], where the matrices [2F, D] have
+  the gate first. Tokens x are fetched where they lie, k of whose choices follow
+  each other in `groups`."""
+  last = len(x_MD) - 1
+  parts, F = _parts(gate_up_EFD), gate_up_EFD.shape[1] // 2
+  return _call(
+    *(x_MD, [parts, parts], groups.expert_of_tile, groups.end_E),
+    token_T=jnp.minimum(groups.row_T // k, last),
+    offsets=(0, F),
+    interpret=interpret,
+    name='grouped_gate',
   )
 
 
@@ -62,121 +82,190 @@ def multiply(
   interpret: bool = False,
 ) -> jax.Array:
   """x W, [T, F], with the values and the scales of a quantised W [D, F]."""
-  tiles = len(x_TD) // _tile(len(x_TD))
   return _call(
-    *(x_TD, values_DF[None], scales_XF[None]),
-    *(jnp.zeros((tiles,), jnp.int32), jnp.full((1,), tiles, jnp.int32)),
+    *(x_TD, [(values_DF[None], scales_XF[None])], *_one_group(x_TD)),
     transposed=True,
     interpret=interpret,
     name='quantized_matmul',
   )
 
 
+def gate(
+  x_TD: jax.Array,
+  gate_DF: tuple[jax.Array, jax.Array],
+  up_DF: tuple[jax.Array, jax.Array],
+  interpret: bool = False,
+) -> jax.Array:
+  """GeGLU of x with two quantised matrices, each (values, scales): [T, F]."""
+  matrices = [
+    (values[None], scales[None]) for values, scales in (gate_DF, up_DF)
+  ]
+  return _call(
+    *(x_TD, matrices, *_one_group(x_TD)),
+    transposed=True,
+    interpret=interpret,
+    name='quantized_gate',
+  )
+
+
 def suits_one(x_TD: jax.Array, values_DF: jax.Array, num_groups: int) -> bool:
-  """Whether `multiply` can."""
+  """Whether `multiply` and `gate` can."""
   D, F = values_DF.shape
   return min(_tile(len(x_TD)), block(F), block(D // num_groups)) >= SMALLEST
 
 
+def _parts(weights: Any) -> tuple[jax.Array, jax.Array | None]:
+  """(values, scales); the scales of a plain array are None."""
+  if isinstance(weights, quantized.Quantized):
+    return weights.values, weights.scales
+  return weights, None
+
+
+def _one_group(x_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The expert of each tile, and the end of its tiles, if there is but one."""
+  tiles = len(x_TD) // _tile(len(x_TD))
+  return jnp.zeros((tiles,), jnp.int32), jnp.full((1,), tiles, jnp.int32)
+
+
 def _call(
-  x_TD, weights, scales, expert_of_tile, used, *, transposed, interpret, name
+  x,
+  matrices,
+  expert_of_tile,
+  end_E,
+  token_T=None,
+  offsets=None,
+  *,
+  transposed=False,
+  interpret,
+  name,
 ):
-  T, inputs = x_TD.shape
+  """Each tile times its expert's part of a matrix, or GeGLU of two.
+
+  Args:
+    x: [T, inputs]; [M, inputs] with `token_T`, the row of each row of a tile.
+    matrices: one or two of (values, scales or None), [E, outputs, inputs].
+    expert_of_tile: int32 [T / tile].
+    end_E: int32, where each expert's tiles end.
+    token_T: int32.
+    offsets: where the outputs of the two begin that are made; they may be
+      parts of the same matrix.
+    transposed: matrices are [E, inputs, outputs].
+    interpret: runs on any device.
+    name: of the kernel.
+  """
+  values, scales = matrices[0]
+  T, inputs = len(x if token_T is None else token_T), x.shape[1]
   tile = T // len(expert_of_tile)
-  outputs = weights.shape[2 if transposed else 1]
+  outputs = values.shape[2 if transposed else 1]
+  if offsets is not None:
+    outputs -= offsets[-1]
   group_size = inputs
   if scales is not None:
     group_size //= scales.shape[1 if transposed else 2]
-  block_in, block_out = block(group_size), block(outputs)
+  block_out = block(outputs)
   kernel = functools.partial(
     _multiply,
     tile=tile,
-    block_in=block_in,
+    block_in=block(group_size),
     block_out=block_out,
+    offsets=offsets or (0,) * len(matrices),
     group_size=group_size,
     transposed=transposed,
   )
   return pl.pallas_call(
     kernel,
     grid=(outputs // block_out, T // tile),
-    out_shape=jax.ShapeDtypeStruct((T, outputs), x_TD.dtype),
+    out_shape=jax.ShapeDtypeStruct((T, outputs), x.dtype),
     compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=4),
     interpret=interpret,
     name=name,
-  )(expert_of_tile, used, x_TD, weights, scales)
+  )(expert_of_tile, end_E, token_T, x, matrices)
 
 
 def _multiply(
   expert_ref,
-  used_ref,
+  end_ref,
+  token_ref,
   x_ref,
-  weights_ref,
-  scales_ref,
+  matrices_ref,
   out_ref,
   *,
   tile,
   block_in,
   block_out,
+  offsets,
   group_size,
   transposed,
 ):
   index = pl.program_id(1)
-  rows = pl.ds(index * tile, tile)
-  outputs = pl.ds(pl.program_id(0) * block_out, block_out)
+  rows, first = pl.ds(index * tile, tile), pl.program_id(0) * block_out
 
-  @pl.when(index < used_ref[0])
+  @pl.when(index < end_ref[end_ref.shape[0] - 1])
   def _():
-    total = block_product(
-      *(x_ref, weights_ref, scales_ref, rows, expert_ref[index], outputs),
+    made = block_products(
+      x_ref,
+      rows if token_ref is None else token_ref[rows],
+      expert_ref[index],
+      [
+        (*parts, pl.ds(first + offset, block_out))
+        for parts, offset in zip(matrices_ref, offsets, strict=True)
+      ],
+      shape=(tile, block_out),
       block_in=block_in,
       group_size=group_size,
       transposed=transposed,
     )
-    out_ref[rows, outputs] = total.astype(out_ref.dtype)
+    total = made[0] if len(made) == 1 else activation.geglu(*made)
+    out_ref[rows, pl.ds(first, block_out)] = total.astype(out_ref.dtype)
 
 
-def block_product(
+def block_products(
   x_ref,
-  weights_ref,
-  scales_ref,
   rows,
   expert,
-  outputs,
+  parts,
   *,
+  shape: tuple[int, int],
   block_in: int,
   group_size: int,
   transposed: bool = False,
-) -> jax.Array:
-  """Some rows times some outputs of one matrix, in float32. For kernels.
+) -> list[jax.Array]:
+  """Some rows times some outputs of one or more matrices, in float32. For
+  kernels.
 
   Args:
     x_ref: [T, inputs].
-    weights_ref: [E, outputs, inputs], or with `transposed` the other way round.
-    scales_ref: the same with a scale for each group of inputs, or None.
-    rows: a slice of T.
+    rows: which of T.
     expert: index of the matrix.
-    outputs: a slice of the outputs.
+    parts: for each product, a reference to the values [E, outputs, inputs],
+      one to the scales of their groups or None, and which outputs.
+    shape: how many rows and outputs there are.
     block_in: inputs that are multiplied at a time; divides `group_size`.
     group_size: inputs that share a scale.
-    transposed: how matrices lie.
+    transposed: matrices are [E, inputs, outputs].
   """
 
-  def step(i, total):
+  def step(i, totals):
     inputs = pl.ds(i * block_in, block_in)
-    where = (inputs, outputs) if transposed else (outputs, inputs)
     x = x_ref[rows, inputs]
-    w = weights_ref[expert, *where].astype(x.dtype)
-    part = jnp.dot(
-      x, w if transposed else w.T, preferred_element_type=jnp.float32
-    )
-    if scales_ref is not None:
-      group = i * block_in // group_size
-      where = (group, outputs) if transposed else (outputs, group)
-      part *= scales_ref[expert, *where].astype(jnp.float32)[None, :]
-    return total + part
+    added = []
+    for total, (weights_ref, scales_ref, outputs) in zip(
+      totals, parts, strict=True
+    ):
+      where = (inputs, outputs) if transposed else (outputs, inputs)
+      w = weights_ref[expert, *where].astype(x.dtype)
+      product = jnp.dot(
+        x, w if transposed else w.T, preferred_element_type=jnp.float32
+      )
+      if scales_ref is not None:
+        group = i * block_in // group_size
+        where = (group, outputs) if transposed else (outputs, group)
+        product *= scales_ref[expert, *where].astype(jnp.float32)[None, :]
+      added.append(total + product)
+    return added
 
-  total = jnp.zeros((rows.size, outputs.size), jnp.float32)
-  return jax.lax.fori_loop(0, x_ref.shape[1] // block_in, step, total)
+  totals = [jnp.zeros(shape, jnp.float32) for _ in parts]
+  return jax.lax.fori_loop(0, x_ref.shape[1] // block_in, step, totals)
 
 
 def add_tiles(

@@ -42,7 +42,7 @@ def look_at(
   bin_size: int,
   interpret: bool = False,
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, jax.Array]]:
-  """See `vocabulary.look_at`. With `interpret` it runs on any device, slowly."""
+  """See `vocabulary.look_at`; with `interpret` on any device, slowly."""
   max_R, sum_R, weighted_R, argmax_R, mean_RD = carry
   p_Rc, max_Rb, weighted_Rb, argmax_Rb, bins_RbX = _statistics(
     *(h_RD, table_VD, temperature, start),
@@ -124,9 +124,10 @@ def _look(
   which = pl.ds(pl.program_id(0) * rows, rows)
   first = block * columns
   groups = 1 if scales_ref is None else scales_ref.shape[2]
-  x = products.block_product(
-    *(h_ref, table_ref, scales_ref, which, 0),
-    pl.ds(start_ref[0] + first, columns),
+  (x,) = products.block_products(
+    *(h_ref, which, 0),
+    [(table_ref, scales_ref, pl.ds(start_ref[0] + first, columns))],
+    shape=(rows, columns),
     block_in=block_in,
     group_size=h_ref.shape[1] // groups,
   )

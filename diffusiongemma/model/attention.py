@@ -9,23 +9,33 @@ and rotary.
 
 from collections.abc import Sequence
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from diffusiongemma.config import ModelConfig
+from diffusiongemma.kernels import attention_gpu as gpu
+from diffusiongemma.kernels import quantized
 from diffusiongemma.model import cache as kv_cache
 from diffusiongemma.model import layers
 from diffusiongemma.model import parallel
+
+# Attention scores that a device has at a time, 256 MB of float32.
+MAX_SCORES = 2**26
 
 
 def attend(
   q_BLNH: jax.Array,
   parts: Sequence[tuple[jax.Array, jax.Array]],
   mask_BLS: jax.Array,
+  max_scores: int = MAX_SCORES,
 ) -> jax.Array:
   """Softmax attention [B, L, N, H] with N = K * G query heads.
+
+  On one GPU it is a kernel; its gradient, and all else, takes queries block by
+  block where all at once would have more than `max_scores` scores on a device.
 
   Args:
     q_BLNH: queries; the scale is 1.0, the norms are the caller's.
@@ -33,7 +43,69 @@ def attend(
       ones; what is long is not copied to stand beside what is short.
     mask_BLS: bool, True where seen, over all parts one after the other; its L
       may be 1 (the same for all).
+    max_scores: see above.
   """
+  if gpu.suits(q_BLNH, parts) and not parallel.is_active():
+    return _attend_anywhere(q_BLNH, parts, mask_BLS, max_scores)
+  return _attend_in_blocks(q_BLNH, parts, mask_BLS, max_scores)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _attend_anywhere(q_BLNH, parts, mask_BLS, max_scores):
+  return jax.lax.platform_dependent(
+    *(q_BLNH, parts, mask_BLS),
+    cuda=gpu.attend,
+    default=functools.partial(_attend_in_blocks, max_scores=max_scores),
+  )
+
+
+def _attend_forward(q_BLNH, parts, mask_BLS, max_scores):
+  return jax.vjp(
+    lambda *given: _attend_in_blocks(*given, mask_BLS, max_scores),
+    *(q_BLNH, parts),
+  )
+
+
+def _attend_backward(max_scores, pullback, d_BLNH):
+  del max_scores
+  return *pullback(d_BLNH), None
+
+
+_attend_anywhere.defvjp(_attend_forward, _attend_backward)
+
+
+def _attend_in_blocks(q_BLNH, parts, mask_BLS, max_scores) -> jax.Array:
+  """`attend` with blocks of queries."""
+  B, L, N, H = q_BLNH.shape
+  rows = B * N // (parallel.parts('batch') * parallel.parts('q_heads'))
+  of_a_query = max(1, rows) * mask_BLS.shape[2]
+  num_blocks = -(-L // min(L, max(1, max_scores // of_a_query)))
+  length = -(-L // num_blocks)
+  if num_blocks == 1:
+    return _attend(q_BLNH, parts, mask_BLS)
+  padding = ((0, 0), (0, num_blocks * length - L))
+
+  def blocks(x_BLX):
+    rest = x_BLX.shape[2:]
+    x_BLX = jnp.pad(x_BLX, padding + ((0, 0),) * len(rest))
+    x_BnlX = x_BLX.reshape(B, num_blocks, length, *rest)
+    return jnp.moveaxis(x_BnlX, 1, 0)
+
+  # Without the checkpoint the gradient would keep the scores of every block.
+  one_block = jax.checkpoint(lambda q, mask: _attend(q, parts, mask))
+  mask_BLS = jnp.broadcast_to(mask_BLS, (B, L, mask_BLS.shape[2]))
+  out_nBlNH = jax.lax.map(
+    lambda given: one_block(*given), (blocks(q_BLNH), blocks(mask_BLS))
+  )
+  return jnp.moveaxis(out_nBlNH, 0, 1).reshape(B, -1, N, H)[:, :L]
+
+
+def _attend(
+  q_BLNH: jax.Array,
+  parts: Sequence[tuple[jax.Array, jax.Array]],
+  mask_BLS: jax.Array,
+) -> jax.Array:
+  """`attend` of all queries at once."""
   B, L, N, H = q_BLNH.shape
   K = parts[0][0].shape[2]
   q_BLKGH = q_BLNH.reshape(B, L, K, N // K, H)
@@ -64,6 +136,51 @@ def attend(
   )
   out_BKLGH = (out_BKLGH / total_BKLG[..., None]).astype(q_BLNH.dtype)
   return jnp.moveaxis(out_BKLGH, 1, 2).reshape(B, L, N, H)
+
+
+def project(
+  x_BLD: jax.Array,
+  weights: dict[str, Any],
+  norms: dict[str, jax.Array],
+  turns: tuple[jax.Array, jax.Array],
+  epsilon: float,
+) -> dict[str, jax.Array]:
+  """Heads of q, k and v [B, L, N, H], normed, those of q and k turned.
+
+  Args:
+    x_BLD: what all are made of.
+    weights: matrices [D, N, H]; without one for v, what k's gives is v too.
+    norms: scales [H] for q and k; v has a bare norm.
+    turns: of each position, see `layers.turns`.
+    epsilon: of the norms.
+  """
+
+  def plain(x_BLD, weights, norms, turns):
+    heads = {name: layers.linear(x_BLD, w) for name, w in weights.items()}
+    heads.setdefault('v', heads['k'])
+    normed = {
+      name: layers.rms_norm(x, epsilon, norms.get(name))
+      for name, x in heads.items()
+    }
+    turned = {name: layers.rotary(normed[name], turns) for name in norms}
+    return {**normed, **turned}
+
+  def fused(x_BLD, weights, norms, turns):
+    B, L, D = x_BLD.shape
+    rows = tuple(turn.reshape(B * L, -1) for turn in turns)
+    heads = gpu.project(
+      x_BLD.reshape(-1, D), weights, norms, rows, epsilon=epsilon
+    )
+    return {name: x.reshape(B, L, *x.shape[1:]) for name, x in heads.items()}
+
+  given = (x_BLD, weights, norms, turns)
+  few_bits = all(isinstance(w, quantized.Quantized) for w in weights.values())
+  if not few_bits or parallel.is_active():
+    return plain(*given)
+  x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
+  if not gpu.suits_heads(x_TD, list(weights.values())):
+    return plain(*given)
+  return jax.lax.platform_dependent(*given, cuda=fused, default=plain)
 
 
 class Attention(nn.Module):
@@ -99,15 +216,13 @@ class Attention(nn.Module):
     self, x_BLD: jax.Array, positions_BL: jax.Array
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """q [B,L,N,H], k and v [B,L,K,H], normed and rotated."""
-    q = layers.linear(x_BLD, self.q_proj)
-    k = layers.linear(x_BLD, self.k_proj)
+    weights = {'q': self.q_proj, 'k': self.k_proj}
     if self.kind == 'local':
-      v = layers.linear(x_BLD, self.v_proj)
-    else:
-      v = k
-    q = layers.rotary(self.q_norm(q), positions_BL, self.frequencies)
-    k = layers.rotary(self.k_norm(k), positions_BL, self.frequencies)
-    v = layers.rms_norm(v, self.config.norm_epsilon)
+      weights['v'] = self.v_proj
+    norms = {'q': self.q_norm.scale, 'k': self.k_norm.scale}
+    turns = layers.turns(positions_BL, self.frequencies)
+    heads = project(x_BLD, weights, norms, turns, self.config.norm_epsilon)
+    q, k, v = heads['q'], heads['k'], heads['v']
     kv_axes = ('batch', None, f'{self.kind}_kv_heads', None)
     return (
       parallel.constrain(q, 'batch', 'length', 'q_heads', None),

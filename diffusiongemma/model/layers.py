@@ -6,6 +6,7 @@ GeGLU(x)    = down(gelu_tanh(gate(x)) * up(x))
 """
 
 import math
+from typing import Any
 
 import flax
 import flax.linen as nn
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusiongemma.kernels import activation
 from diffusiongemma.kernels import grouped_matmul_gpu as gpu
 from diffusiongemma.kernels import quantized
 from diffusiongemma.model import parallel
@@ -64,13 +66,19 @@ def rotary_frequencies(
   return np.where(turning, np.float32(1) / powers, np.float32(0))
 
 
-def rotary(
-  x_BLNH: jax.Array, positions_BL: jax.Array, frequencies: jax.Array
-) -> jax.Array:
-  """Rotates each head by its position (rotate-half), angles in float32."""
+def turns(
+  positions_BL: jax.Array, frequencies: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Cosines and sines of the angles [B, L, H/2], in float32."""
   angles_BLF = positions_BL[..., None].astype(jnp.float32) * frequencies
-  cos = jnp.cos(angles_BLF)[:, :, None, :]
-  sin = jnp.sin(angles_BLF)[:, :, None, :]
+  return jnp.cos(angles_BLF), jnp.sin(angles_BLF)
+
+
+def rotary(
+  x_BLNH: jax.Array, turns_BLF: tuple[jax.Array, jax.Array]
+) -> jax.Array:
+  """Rotates each head by its position (rotate-half); see `turns`."""
+  cos, sin = (turn_BLF[:, :, None, :] for turn_BLF in turns_BLF)
   first, second = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
   rotated = [first * cos - second * sin, second * cos + first * sin]
   return jnp.concatenate(rotated, axis=-1).astype(x_BLNH.dtype)
@@ -122,15 +130,45 @@ def _few_bits(
   """Rows times a quantised matrix, which on one GPU is never put together; on
   a mesh, where the compiler could not divide the kernel, it is."""
 
-  def plain(x_TD, values_DF, scales_XF):
-    w_DF = quantized.Quantized(values_DF, scales_XF, -2)
-    return x_TD @ w_DF.astype(x_TD.dtype)
-
   parts = (x_TD, values_DF, scales_XF)
+  if not _suits_gpu(*parts):
+    return _put_together(*parts)
+  return jax.lax.platform_dependent(
+    *parts, cuda=gpu.multiply, default=_put_together
+  )
+
+
+def _suits_gpu(x_TD, values_DF, scales_XF) -> bool:
   suits = gpu.suits_one(x_TD, values_DF, len(scales_XF))
-  if suits and not parallel.is_active():
-    return jax.lax.platform_dependent(*parts, cuda=gpu.multiply, default=plain)
-  return plain(*parts)
+  return suits and not parallel.is_active()
+
+
+def _put_together(x_TD, values_DF, scales_XF) -> jax.Array:
+  """x times the matrix that few bits stand for."""
+  w_DF = quantized.Quantized(values_DF, scales_XF, -2)
+  return x_TD @ w_DF.astype(x_TD.dtype)
+
+
+def _gated(x: jax.Array, gate: Any, up: Any) -> jax.Array:
+  """gelu_tanh(x gate) * (x up)."""
+
+  def plain(x, gate, up):
+    return activation.geglu(linear(x, gate), linear(x, up))
+
+  if not all(isinstance(w, quantized.Quantized) for w in (gate, up)):
+    return plain(x, gate, up)
+  x_TD = x.reshape(-1, x.shape[-1])
+  if not _suits_gpu(x_TD, gate.values, gate.scales):
+    return plain(x, gate, up)
+
+  def fused(x_TD, gate, up):
+    matrices = ((w.values, w.scales) for w in (gate, up))
+    return gpu.gate(x_TD, *matrices)
+
+  hidden_TF = jax.lax.platform_dependent(
+    *(x_TD, gate, up), cuda=fused, default=plain
+  )
+  return hidden_TF.reshape(*x.shape[:-1], -1)
 
 
 def linear_init(in_axis, out_axis, batch_axis=()):
@@ -155,7 +193,4 @@ class GatedMLP(nn.Module):
     self.down = self.param('down', init, shape[::-1], dtype)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    gate = linear(x, self.gate)
-    up = linear(x, self.up)
-    hidden = nn.gelu(gate, approximate=True) * up
-    return linear(hidden, self.down)
+    return linear(_gated(x, self.gate, self.up), self.down)

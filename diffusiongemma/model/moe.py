@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusiongemma.config import ModelConfig
+from diffusiongemma.kernels import activation
 from diffusiongemma.kernels import grouped_matmul as grouped
 from diffusiongemma.kernels import quantized
 from diffusiongemma.model import layers
@@ -155,10 +156,13 @@ def _mix(x_MD, weights_Mk, experts_Mk, gate_up_EFD, down_EDF) -> jax.Array:
   experts_R = jnp.where((experts_R >= 0) & (experts_R < E), experts_R, E)
   tile = grouped.default_tile(experts_R.shape[0], E)
   groups = grouped.make_groups(experts_R, E, tile)
-  x_TD = grouped.scatter_to_tiles(x_MD, groups, k)
-  gate_up_TF = _expert_linear(x_TD, gate_up_EFD, groups)
-  gate_TF, up_TF = jnp.split(gate_up_TF, 2, axis=-1)
-  hidden_TF = nn.gelu(gate_TF, approximate=True) * up_TF
+  if isinstance(gate_up_EFD, layers.LowRank):
+    x_TD = grouped.scatter_to_tiles(x_MD, groups, k)
+    gate_up_TF = _expert_linear(x_TD, gate_up_EFD, groups)
+    hidden_TF = activation.geglu(*jnp.split(gate_up_TF, 2, axis=-1))
+  else:
+    gate_up_EFD = _compute_type(gate_up_EFD, x_MD.dtype)
+    hidden_TF = grouped.gated_matmul(x_MD, gate_up_EFD, groups, k)
   y_TD = _expert_linear(hidden_TF, down_EDF, groups)
   y_MkD = grouped.gather_from_tiles(y_TD, groups).reshape(*experts_Mk.shape, -1)
   return jnp.einsum('mkd,mk->md', y_MkD, weights_Mk)
@@ -189,13 +193,18 @@ def _expert_linear(
 ) -> jax.Array:
   """Each tile times the matrix of its expert, which may be quantised or have an
   adapter with `a` [E, rank, D] and `b` [E, F, rank]."""
-  if isinstance(w_EFD, quantized.Quantized):
-    return grouped.grouped_matmul(x_TD, w_EFD, groups)
   if not isinstance(w_EFD, layers.LowRank):
-    return grouped.grouped_matmul(x_TD, w_EFD.astype(x_TD.dtype), groups)
+    w_EFD = _compute_type(w_EFD, x_TD.dtype)
+    return grouped.grouped_matmul(x_TD, w_EFD, groups)
   thin_TR = _expert_linear(x_TD, w_EFD.a, groups)
   update_TF = _expert_linear(thin_TR, w_EFD.b, groups)
   return _expert_linear(x_TD, w_EFD.weight, groups) + w_EFD.scale * update_TF
+
+
+def _compute_type(w_EFD: Any, dtype: jnp.dtype) -> Any:
+  """Few bits stay as they are."""
+  is_quantized = isinstance(w_EFD, quantized.Quantized)
+  return w_EFD if is_quantized else w_EFD.astype(dtype)
 
 
 def routing_statistics(routings: tuple[Routing, ...]) -> dict[str, jax.Array]:

@@ -7,6 +7,7 @@ experts (`moe`) and the look-up in a table that lies in parts.
 """
 
 from collections.abc import Sequence
+import math
 
 import flax.linen as nn
 import jax
@@ -33,6 +34,12 @@ def spec(*axes: str | None) -> PartitionSpec:
 def mesh_axes(logical: str) -> tuple[str, ...]:
   """Axes of the mesh along which a logical axis lies."""
   return names_in(spec(logical))
+
+
+def parts(logical: str) -> int:
+  """Into how many parts a logical axis is divided; 1 without a mesh."""
+  shape = jax.sharding.get_abstract_mesh().shape
+  return math.prod(shape[name] for name in mesh_axes(logical))
 
 
 def names_in(where: PartitionSpec) -> tuple[str, ...]:

@@ -20,10 +20,6 @@ from diffusiongemma.config import ModelConfig
 from diffusiongemma.model import attention
 from diffusiongemma.model import layers
 
-# Attention scores that are alive at a time, 1 GiB of float32. The 10080
-# patches of a 1120-token image have six times as many in one layer.
-MAX_SCORES = 2**28
-
 
 def num_soft_tokens(positions_IM2: jax.Array, kernel: int) -> jax.Array:
   """int32 [I], how many soft tokens the patches of each image become.
@@ -69,41 +65,10 @@ def axial_rotary(
   """Turns the first half of each head by x, the second by y."""
   halves = jnp.split(x_IMNH, 2, axis=-1)
   turned = [
-    layers.rotary(half, positions_IM2[..., axis], frequencies)
+    layers.rotary(half, layers.turns(positions_IM2[..., axis], frequencies))
     for axis, half in enumerate(halves)
   ]
   return jnp.concatenate(turned, axis=-1)
-
-
-def attend(
-  q_IMNH: jax.Array,
-  k_IMKH: jax.Array,
-  v_IMKH: jax.Array,
-  seen_IM: jax.Array,
-  max_scores: int | None = None,
-) -> jax.Array:
-  """Attention [I, M, N, H] of all patches to those in `seen_IM`.
-
-  Queries are taken block by block where all at once would hold more than
-  `max_scores` (default `MAX_SCORES`) scores, forwards or backwards.
-  """
-  num_images, M, N, H = q_IMNH.shape
-  max_scores = max_scores or MAX_SCORES
-  num_blocks = -(-num_images * N * M * M // max_scores)
-  if num_blocks <= 1:
-    return attention.attend(q_IMNH, [(k_IMKH, v_IMKH)], seen_IM[:, None, :])
-  length = -(-M // min(num_blocks, M))
-  num_blocks = -(-M // length)
-  padding = ((0, 0), (0, num_blocks * length - M), (0, 0), (0, 0))
-  blocks = jnp.pad(q_IMNH, padding).reshape(
-    num_images, num_blocks, length, N, H
-  )
-  # Without the checkpoint the gradient would keep the scores of every block.
-  one_block = jax.checkpoint(
-    lambda q: attention.attend(q, [(k_IMKH, v_IMKH)], seen_IM[:, None, :])
-  )
-  out = jax.lax.map(one_block, jnp.moveaxis(blocks, 1, 0))
-  return jnp.moveaxis(out, 0, 1).reshape(num_images, -1, N, H)[:, :M]
 
 
 class Attention(nn.Module):
@@ -134,7 +99,8 @@ class Attention(nn.Module):
     q = axial_rotary(self.q_norm(q), positions_IM2, self.frequencies)
     k = axial_rotary(self.k_norm(k), positions_IM2, self.frequencies)
     v = layers.rms_norm(v, self.config.vision.norm_epsilon)
-    out_IMNH = attend(q, k, v, is_patch(positions_IM2))
+    seen_I1M = is_patch(positions_IM2)[:, None, :]
+    out_IMNH = attention.attend(q, [(k, v)], seen_I1M)
     return jnp.einsum('imnh,nhw->imw', out_IMNH, self.o_proj.astype(dtype))
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusiongemma.kernels import activation
 from diffusiongemma.kernels import grouped_matmul as grouped
 from diffusiongemma.kernels import grouped_matmul_gpu as gpu
 from diffusiongemma.kernels import quantized
@@ -47,6 +48,24 @@ def test_products_are_those_of_the_loop(layout, kind):
   )
 
 
+@pytest.mark.parametrize('kind', [None, 'int4'])
+def test_hidden_layer_of_the_experts(kind):
+  """Tokens are fetched, two matrices in one meet them, and GeGLU."""
+  k = 4
+  expert_M = jax.random.randint(jax.random.key(0), (M,), 0, E + 1)
+  groups = grouped.make_groups(expert_M, E, TILE)
+  x_MD = jax.random.normal(jax.random.key(1), (M // k, D))
+  w_EFD = jax.random.normal(jax.random.key(3), (E, 2 * F, D))
+  if kind:
+    w_EFD = quantized.quantize(w_EFD, kind, -1, 32)
+  assert gpu.suits(w_EFD, TILE, parts=2)
+  found = gpu.gate_tiles(x_MD, w_EFD, groups, k, interpret=True)
+  expected = grouped.gated_matmul(x_MD, w_EFD, groups, k)
+  assert expected.shape == found.shape == (len(groups.row_T), F)
+  here = np.asarray(groups.row_T) < M
+  np.testing.assert_allclose(found[here], expected[here], rtol=1e-5, atol=5e-5)
+
+
 def test_gradients_are_those_of_the_loop(layout):
   groups, x_TD, d_TF = layout
   w_EFD = jax.random.normal(jax.random.key(3), (E, F, D))
@@ -81,6 +100,20 @@ def test_one_matrix(kind, group_size):
   assert gpu.suits_one(x_TD, w_DF.values, len(w_DF.scales))
   found = gpu.multiply(x_TD, w_DF.values, w_DF.scales, interpret=True)
   expected = x_TD @ w_DF.astype(jnp.float32)
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=5e-5)
+
+
+def test_hidden_layer_of_one_expert():
+  x_TD = jax.random.normal(jax.random.key(1), (48, D))
+  gate_DF, up_DF = (
+    quantized.quantize(jax.random.normal(jax.random.key(i), (D, F)), 'int8', -2)
+    for i in (3, 4)
+  )
+  found = gpu.gate(
+    x_TD, *((w.values, w.scales) for w in (gate_DF, up_DF)), interpret=True
+  )
+  gate, up = (x_TD @ w.astype(jnp.float32) for w in (gate_DF, up_DF))
+  expected = activation.geglu(gate, up)
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=5e-5)
 
 

@@ -1,0 +1,216 @@
+"""Attention on GPUs: twins of `attend` and `project` in `model.attention`.
+
+attend: a program has some queries of the heads that share a key, walks over
+blocks of keys, of one part after the other, and rescales what it has summed as
+the maximum grows, so that scores exist in registers alone.
+
+project: a program has some rows of one head of q, k or v, which it multiplies
+out of few bits, norms and turns before it writes them.
+"""
+
+from collections.abc import Sequence
+import functools
+import math
+from typing import Any
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+import jax.numpy as jnp
+
+from diffusiongemma.kernels import grouped_matmul_gpu as products
+
+_ROWS = 32
+_KEYS = 64
+_LONGEST_HEAD = 512
+
+
+def suits(
+  q_BLNH: jax.Array, parts: Sequence[tuple[jax.Array, jax.Array]]
+) -> bool:
+  """Whether the kernel can be used."""
+  _, L, N, H = q_BLNH.shape
+  group = N // parts[0][0].shape[2]
+  lengths = [k_BSKH.shape[1] for k_BSKH, _ in parts if k_BSKH.shape[1]]
+  return (
+    _is_power_of_two(H)
+    and _is_power_of_two(group)
+    and min(H, *lengths) >= products.SMALLEST
+    and H <= _LONGEST_HEAD
+    and group <= _ROWS
+    and L % (_ROWS // group) == 0
+  )
+
+
+def _is_power_of_two(size: int) -> bool:
+  return size & (size - 1) == 0
+
+
+def attend(
+  q_BLNH: jax.Array,
+  parts: Sequence[tuple[jax.Array, jax.Array]],
+  mask_BLS: jax.Array,
+  interpret: bool = False,
+) -> jax.Array:
+  """See `attention.attend`; with `interpret` on any device, slowly."""
+  B, L, N, H = q_BLNH.shape
+  K = parts[0][0].shape[2]
+  queries = _ROWS * K // N
+  kernel = functools.partial(_attend, queries=queries, group=N // K)
+  return pl.pallas_call(
+    kernel,
+    grid=(L // queries, K, B),
+    out_shape=jax.ShapeDtypeStruct(q_BLNH.shape, q_BLNH.dtype),
+    compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+    interpret=interpret,
+    name='attention',
+  )(
+    q_BLNH,
+    [part for part in parts if part[0].shape[1]],
+    mask_BLS.astype(jnp.int8),
+  )
+
+
+def _attend(q_ref, parts_ref, mask_ref, out_ref, *, queries, group):
+  first = pl.program_id(0) * queries
+  kv_head, row = pl.program_id(1), pl.program_id(2)
+  where = (row, pl.ds(first, queries), pl.ds(kv_head * group, group))
+  rows, H = queries * group, q_ref.shape[3]
+  q = q_ref[*where, :].reshape(rows, H)
+  same_for_all = mask_ref.shape[1] == 1
+  lowest = jnp.finfo(jnp.float32).min
+  start = 0
+  state = (
+    jnp.full((rows,), lowest),
+    jnp.zeros((rows,), jnp.float32),
+    jnp.zeros((rows, H), jnp.float32),
+  )
+  for k_ref, v_ref in parts_ref:
+    S = k_ref.shape[1]
+    size = min(_KEYS, 1 << (S.bit_length() - 1))
+
+    def step(i, state, k_ref=k_ref, v_ref=v_ref, S=S, size=size, start=start):
+      top, total, out = state
+      # The last block may begin within the one before, and says so.
+      begin = jnp.minimum(i * size, S - size)
+      keys = pl.ds(begin, size)
+      scores = jnp.dot(
+        q, k_ref[row, keys, kv_head, :].T, preferred_element_type=jnp.float32
+      )
+      looked = pl.ds(0, 1) if same_for_all else pl.ds(first, queries)
+      seen = mask_ref[row, looked, pl.ds(start + begin, size)] != 0
+      seen = jnp.broadcast_to(seen[:, None, :], (seen.shape[0], group, size))
+      if same_for_all:
+        seen = jnp.broadcast_to(seen, (queries, group, size))
+      scores = jnp.where(seen.reshape(rows, size), scores, lowest)
+      place = begin + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+      scores = jnp.where(place >= i * size, scores, -jnp.inf)
+      new_top = jnp.maximum(top, jnp.max(scores, axis=1))
+      shrink = jnp.exp(top - new_top)
+      weights = jnp.exp(scores - new_top[:, None])
+      values = v_ref[row, keys, kv_head, :]
+      part = jnp.dot(
+        weights.astype(values.dtype), values, preferred_element_type=jnp.float32
+      )
+      total = total * shrink + jnp.sum(weights, axis=1)
+      return new_top, total, out * shrink[:, None] + part
+
+    state = jax.lax.fori_loop(0, -(-S // size), step, state)
+    start += S
+  _, total, out = state
+  out = (out / total[:, None]).astype(out_ref.dtype)
+  out_ref[*where, :] = out.reshape(queries, group, H)
+
+
+def suits_heads(x_TD: jax.Array, weights: Sequence[Any]) -> bool:
+  """Whether `project` can multiply with these quantised weights [D, N, H]."""
+  D, _, H = weights[0].shape
+  groups = {w.scales.shape[0] for w in weights}
+  inputs = products.block(D // max(groups))
+  return (
+    len(groups) == 1
+    and _is_power_of_two(H)
+    and 2 * products.SMALLEST <= H <= _LONGEST_HEAD
+    and min(math.gcd(len(x_TD), _ROWS), inputs) >= products.SMALLEST
+  )
+
+
+def project(
+  x_TD: jax.Array,
+  weights: dict[str, Any],
+  norms: dict[str, jax.Array],
+  turns_TF: tuple[jax.Array, jax.Array],
+  *,
+  epsilon: float,
+  interpret: bool = False,
+) -> dict[str, jax.Array]:
+  """Heads of q, k and v, normed, q and k turned: each [T, N, H].
+
+  Args:
+    x_TD: rows.
+    weights: quantised matrices [D, N, H] of q, k and v; without v, what k's
+      gives is v too.
+    norms: scales [H] of the norms of q and k; v has none.
+    turns_TF: cosines and sines of the angles, [T, H / 2].
+    epsilon: of the norms.
+    interpret: runs on any device, slowly.
+  """
+  (T, D), H = x_TD.shape, weights['q'].shape[2]
+  rows = math.gcd(T, _ROWS)
+  matrices, made, names, heads = [], [], [], 0
+  for name, w in weights.items():
+    count = w.shape[1]
+    parts = (w.values.reshape(1, D, -1), w.scales.reshape(1, -1, count * H))
+    targets = ('k', 'v') if name == 'k' and 'v' not in weights else (name,)
+    matrices.append((parts, [norms.get(target) for target in targets]))
+    shape = jax.ShapeDtypeStruct((T, count, H), x_TD.dtype)
+    made.append([shape] * len(targets))
+    names += targets
+    heads += count
+  found = pl.pallas_call(
+    functools.partial(
+      _project,
+      rows=rows,
+      block_in=products.block(D // weights['q'].scales.shape[0]),
+      epsilon=epsilon,
+    ),
+    grid=(heads, T // rows),
+    out_shape=made,
+    compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+    interpret=interpret,
+    name='heads',
+  )(x_TD, matrices, turns_TF)
+  return dict(zip(names, jax.tree.leaves(found), strict=True))
+
+
+def _project(
+  x_ref, matrices_ref, turns_ref, *made_refs, rows, block_in, epsilon
+):
+  which = pl.ds(pl.program_id(1) * rows, rows)
+  start = 0
+  for (parts, norms), outs in zip(matrices_ref, made_refs, strict=True):
+    _, count, H = outs[0].shape
+    head = pl.program_id(0) - start
+    start += count
+
+    @pl.when((head >= 0) & (head < count))
+    def _(parts=parts, norms=norms, outs=outs, head=head, H=H):
+      halves = [pl.ds(head * H, H // 2), pl.ds(head * H + H // 2, H // 2)]
+      made = products.block_products(
+        *(x_ref, which, 0, [(*parts, half) for half in halves]),
+        shape=(rows, H // 2),
+        block_in=block_in,
+        group_size=x_ref.shape[1] // parts[1].shape[1],
+        transposed=True,
+      )
+      squares = sum(jnp.sum(half * half, axis=1) for half in made)
+      factor = jax.lax.rsqrt(squares / H + epsilon)[:, None]
+      low, high = pl.ds(0, H // 2), pl.ds(H // 2, H // 2)
+      for norm_ref, out_ref in zip(norms, outs, strict=True):
+        first, second = (half * factor for half in made)
+        if norm_ref is not None:
+          first, second = first * norm_ref[low], second * norm_ref[high]
+          cos, sin = (turn_ref[which, :] for turn_ref in turns_ref)
+          first, second = first * cos - second * sin, second * cos + first * sin
+        out_ref[which, head, low] = first.astype(out_ref.dtype)
+        out_ref[which, head, high] = second.astype(out_ref.dtype)

@@ -1,0 +1,107 @@
+"""The GPU's kernel, interpreted, against the arrays that it does without."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusiongemma.kernels import attention_gpu as gpu
+from diffusiongemma.kernels import quantized
+from diffusiongemma.model import attention
+from diffusiongemma.model import layers
+
+B, K, H = 2, 2, 16
+
+
+@pytest.mark.parametrize('group', [1, 2, 8])
+@pytest.mark.parametrize('same_for_all', [True, False])
+@pytest.mark.parametrize('lengths', [(64,), (100, 32), (0, 128), (33, 90)])
+def test_the_same_as_all_scores_at_once(group, same_for_all, lengths):
+  """Parts of whole blocks, of a last one that overlaps, and of nothing."""
+  L, N, S = 32, K * group, sum(lengths)
+  keys = jax.random.split(jax.random.key(0), 2 + 2 * len(lengths))
+  q_BLNH = jax.random.normal(keys[0], (B, L, N, H))
+  parts = [
+    (
+      jax.random.normal(keys[2 + 2 * i], (B, length, K, H)),
+      jax.random.normal(keys[3 + 2 * i], (B, length, K, H)),
+    )
+    for i, length in enumerate(lengths)
+  ]
+  rows = 1 if same_for_all else L
+  mask_BLS = jax.random.bernoulli(keys[1], 0.4, (B, rows, S))
+  # Nothing is seen of the first block, and by the last row nothing at all.
+  mask_BLS = mask_BLS.at[:, :, :16].set(False).at[1, -1].set(False)
+  assert gpu.suits(q_BLNH, parts)
+  found = gpu.attend(q_BLNH, parts, mask_BLS, interpret=True)
+  expected = attention.attend(q_BLNH, parts, mask_BLS)
+  # Of scores near 16, a rounding is 2e-6 of the weights.
+  np.testing.assert_allclose(found, expected, rtol=0, atol=5e-6)
+
+
+def test_where_there_is_a_kernel_there_are_gradients():
+  keys = jax.random.split(jax.random.key(0), 3)
+  q_BLNH, k_BSKH, v_BSKH = (
+    jax.random.normal(key, (B, 32, K, H)) for key in keys
+  )
+  mask_BLS = jnp.tril(jnp.ones((1, 32, 32), jnp.bool_))
+  assert gpu.suits(q_BLNH, [(k_BSKH, v_BSKH)])
+
+  def total(attend, *given):
+    q_BLNH, k_BSKH, v_BSKH = given
+    out = attend(q_BLNH, [(k_BSKH, v_BSKH)], mask_BLS, attention.MAX_SCORES)
+    return jnp.sum(jnp.sin(out))
+
+  ours, theirs = (
+    jax.grad(total, argnums=(1, 2, 3))(attend, q_BLNH, k_BSKH, v_BSKH)
+    for attend in (attention.attend, attention._attend_in_blocks)
+  )
+  for a, b in zip(ours, theirs, strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize('has_v', [True, False])
+@pytest.mark.parametrize('kind, group_size', [('int8', None), ('int4', 32)])
+def test_heads_out_of_few_bits(has_v, kind, group_size):
+  L, D, H = 16, 64, 32
+  keys = jax.random.split(jax.random.key(0), 5)
+  counts = {'q': 4, 'k': 2, 'v': 2} if has_v else {'q': 4, 'k': 2}
+  weights = {
+    name: quantized.quantize(
+      jax.random.normal(key, (D, count, H)), kind, -3, group_size
+    )
+    for key, (name, count) in zip(keys, counts.items(), strict=False)
+  }
+  norms = {
+    name: jax.random.uniform(key, (H,))
+    for key, name in zip(keys[3:], 'qk', strict=True)
+  }
+  x_BLD = jax.random.normal(keys[0], (B, L, D))
+  positions_BL = jnp.arange(B * L).reshape(B, L) * 7
+  turns = layers.turns(positions_BL, layers.rotary_frequencies(H, 1e4))
+  x_TD = x_BLD.reshape(-1, D)
+  assert gpu.suits_heads(x_TD, list(weights.values()))
+  found = gpu.project(
+    *(x_TD, weights, norms, [turn.reshape(B * L, -1) for turn in turns]),
+    epsilon=1e-6,
+    interpret=True,
+  )
+  expected = attention.project(x_BLD, weights, norms, turns, 1e-6)
+  assert found.keys() == expected.keys() == {'q', 'k', 'v'}
+  for name, heads_TNH in found.items():
+    np.testing.assert_allclose(
+      heads_TNH.reshape(expected[name].shape), expected[name], atol=1e-5
+    )
+
+
+def test_what_is_too_small_for_the_kernel():
+  def suits(L, N, K, H, S):
+    k_BSKH = jnp.zeros((1, S, K, H))
+    return gpu.suits(jnp.zeros((1, L, N, H)), [(k_BSKH, k_BSKH)])
+
+  assert suits(32, 4, 2, 16, 16)
+  assert not suits(32, 4, 2, 16, 15)
+  assert not suits(32, 4, 2, 24, 16)
+  assert not suits(31, 4, 2, 16, 16)
+  assert not suits(32, 6, 2, 16, 16)
+  assert not suits(32, 4, 2, 1024, 16)

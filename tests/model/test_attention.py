@@ -1,0 +1,72 @@
+"""Attention block by block against all at once."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusiongemma.model import attention
+
+B, L, N, K, H = 2, 13, 4, 2, 8
+
+
+def given(same_for_all: bool):
+  """(queries, keys and values of two parts, what each query sees)."""
+  keys = jax.random.split(jax.random.key(0), 6)
+  q_BLNH = jax.random.normal(keys[0], (B, L, N, H))
+  parts = [
+    tuple(jax.random.normal(key, (B, S, K, H)) for key in pair)
+    for S, pair in ((11, keys[1:3]), (L, keys[3:5]))
+  ]
+  rows = 1 if same_for_all else L
+  mask_BLS = jax.random.bernoulli(keys[5], 0.7, (B, rows, 11 + L))
+  return q_BLNH, parts, mask_BLS.at[:, :, 0].set(True)
+
+
+@pytest.mark.parametrize('same_for_all', [True, False])
+@pytest.mark.parametrize('num_blocks', [2, 5, 100])
+def test_blocks_of_queries_equal_all_at_once(num_blocks, same_for_all):
+  *differentiated, mask_BLS = given(same_for_all)
+  max_scores = B * N * L * (11 + L) // num_blocks
+
+  def total(max_scores, q_BLNH, parts):
+    out = attention.attend(q_BLNH, parts, mask_BLS, max_scores)
+    return jnp.sum(jnp.sin(out)), out
+
+  def run(max_scores):
+    function = functools.partial(total, max_scores)
+    blocked = 'scan' in str(jax.make_jaxpr(function)(*differentiated))
+    return blocked, jax.value_and_grad(function, argnums=(0, 1), has_aux=True)(
+      *differentiated
+    )
+
+  is_blocked, ((_, whole), whole_gradients) = run(attention.MAX_SCORES)
+  assert not is_blocked
+  is_blocked, ((_, blocked), gradients) = run(max_scores)
+  assert is_blocked
+  np.testing.assert_allclose(blocked, whole, rtol=0, atol=1e-6)
+  for ours, theirs in zip(
+    jax.tree.leaves(gradients), jax.tree.leaves(whole_gradients), strict=True
+  ):
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-6)
+
+
+def test_scores_at_long_context_stay_bounded():
+  """A canvas of the released network over 256k tokens, in a global layer."""
+  q_BLNH = jax.ShapeDtypeStruct((1, 256, 16, 512), jnp.bfloat16)
+  parts = [
+    [jax.ShapeDtypeStruct((1, S, 2, 512), jnp.bfloat16)] * 2
+    for S in (262144, 256)
+  ]
+  mask_BLS = jax.ShapeDtypeStruct((1, 1, 262144 + 256), jnp.bool_)
+  without_a_gpu = functools.partial(
+    attention._attend_in_blocks, max_scores=attention.MAX_SCORES
+  )
+  jaxpr = jax.make_jaxpr(without_a_gpu)(q_BLNH, parts, mask_BLS)
+  (scan,) = [e for e in jaxpr.eqns if e.primitive.name == 'scan']
+  assert scan.params['length'] == 18
+  of_a_block = scan.params['jaxpr'].eqns[-1].params['jaxpr'].eqns
+  sizes = [v.aval.size for eqn in of_a_block for v in eqn.outvars]
+  assert attention.MAX_SCORES / 2 < max(sizes) <= attention.MAX_SCORES
