@@ -19,8 +19,7 @@ import jax.numpy as jnp
 from diffusiongemma.kernels import activation
 from diffusiongemma.kernels import grouped_matmul_gpu as gpu
 from diffusiongemma.kernels import quantized
-
-_COMPARED = 8192  # Rows; so few all meet in one kernel of a GPU.
+from diffusiongemma.kernels import routing_gpu
 
 
 @flax.struct.dataclass
@@ -64,15 +63,26 @@ def make_groups(expert_R: jax.Array, num_experts: int, tile: int) -> Groups:
     num_experts: E.
     tile: rows in a tile.
   """
+  lay_out = functools.partial(_lay_out, num_experts=num_experts, tile=tile)
+  if not routing_gpu.suits_layout(len(expert_R), num_experts):
+    return Groups(*lay_out(expert_R), tile)
+  on_gpu = functools.partial(
+    routing_gpu.lay_out, num_experts=num_experts, tile=tile
+  )
+  layout = jax.lax.platform_dependent(expert_R, cuda=on_gpu, default=lay_out)
+  return Groups(*layout, tile)
+
+
+def _lay_out(expert_R, num_experts, tile):
+  """(slot_R, row_T, expert_of_tile, end_E) of `Groups`."""
   num_rows = expert_R.shape[0]
   num_tiles = -(-num_rows // tile) + num_experts
-  rank_R = _ranks(expert_R, num_experts)
-  expert_E = jnp.arange(num_experts, dtype=jnp.int32)
-  count_E = jnp.sum(expert_R[:, None] == expert_E, axis=0, dtype=jnp.int32)
-  tiles_E = -(-count_E // tile)
-  # The cumulative sum, in one kernel less.
-  end_E = jnp.sum(jnp.where(expert_E <= expert_E[:, None], tiles_E, 0), axis=1)
-  start_R = jnp.take((end_E - tiles_E) * tile, expert_R, mode='clip')
+  one_hot_RE = jax.nn.one_hot(expert_R, num_experts, dtype=jnp.int32)
+  rank_RE = jnp.cumsum(one_hot_RE, axis=0) - one_hot_RE
+  rank_R = jnp.sum(rank_RE * one_hot_RE, axis=1)
+  tiles_E = -(-jnp.sum(one_hot_RE, axis=0) // tile)
+  end_E = jnp.cumsum(tiles_E)
+  start_R = jnp.sum((end_E - tiles_E) * one_hot_RE, axis=1) * tile
   # The rows of no expert go nowhere.
   here_R = expert_R < num_experts
   slot_R = jnp.where(here_R, start_R + rank_R, num_tiles * tile)
@@ -81,29 +91,10 @@ def make_groups(expert_R: jax.Array, num_experts: int, tile: int) -> Groups:
     jnp.arange(num_rows, dtype=jnp.int32), mode='drop'
   )
   # Tiles past the last group are padding; they may meet any expert.
-  expert_of_tile = jnp.sum(
-    jnp.arange(num_tiles)[:, None] >= end_E[:-1], axis=1, dtype=jnp.int32
-  )
-  return Groups(slot_R, row_T, expert_of_tile, end_E, tile)
-
-
-def _ranks(expert_R: jax.Array, num_experts: int) -> jax.Array:
-  """How many rows before each one have the same expert."""
-
-  def count(expert_R):
-    one_hot_RE = jax.nn.one_hot(expert_R, num_experts, dtype=jnp.int32)
-    before_RE = jnp.cumsum(one_hot_RE, axis=0) - one_hot_RE
-    return jnp.sum(before_RE * one_hot_RE, axis=1)
-
-  def compare(expert_R):
-    row_R = jnp.arange(len(expert_R))
-    same_RR = expert_R == expert_R[:, None]
-    before_RR = row_R < row_R[:, None]
-    return jnp.sum(same_RR & before_RR, axis=1, dtype=jnp.int32)
-
-  if len(expert_R) > _COMPARED:
-    return count(expert_R)
-  return jax.lax.platform_dependent(expert_R, cuda=compare, default=count)
+  tile_index = jnp.arange(num_tiles)
+  expert_of_tile = jnp.sum(tile_index[:, None] >= end_E[None, :], axis=1)
+  expert_of_tile = jnp.minimum(expert_of_tile, num_experts - 1)
+  return slot_R, row_T, expert_of_tile.astype(jnp.int32), end_E
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -132,7 +123,8 @@ scatter_to_tiles.defvjp(_scatter_forward, _scatter_backward)
 @jax.custom_vjp
 def gather_from_tiles(y_TD: jax.Array, groups: Groups) -> jax.Array:
   """The routed rows back in their order, [R, D]; zero where left out."""
-  return jnp.take(y_TD, groups.slot_R, axis=0, mode='fill', fill_value=0)
+  y_RD = jnp.take(y_TD, groups.slot_R, axis=0, mode='clip')
+  return jnp.where(groups.slot_R[:, None] < len(y_TD), y_RD, 0)
 
 
 def _gather_forward(y_TD, groups):

@@ -64,11 +64,11 @@ def gate_tiles(
   """The hidden layer of the experts: [T, F], where the matrices [2F, D] have
   the gate first. Tokens x are fetched where they lie, k of whose choices follow
   each other in `groups`."""
-  last = len(x_MD) - 1
   parts, F = _parts(gate_up_EFD), gate_up_EFD.shape[1] // 2
   return _call(
     *(x_MD, [parts, parts], groups.expert_of_tile, groups.end_E),
-    token_T=jnp.minimum(groups.row_T // k, last),
+    row_T=groups.row_T,
+    rows_per_token=k,
     offsets=(0, F),
     interpret=interpret,
     name='grouped_gate',
@@ -132,7 +132,8 @@ def _call(
   matrices,
   expert_of_tile,
   end_E,
-  token_T=None,
+  row_T=None,
+  rows_per_token=1,
   offsets=None,
   *,
   transposed=False,
@@ -142,11 +143,13 @@ def _call(
   """Each tile times its expert's part of a matrix, or GeGLU of two.
 
   Args:
-    x: [T, inputs]; [M, inputs] with `token_T`, the row of each row of a tile.
+    x: [T, inputs]; with `row_T`, tokens [M, inputs].
     matrices: one or two of (values, scales or None), [E, outputs, inputs].
     expert_of_tile: int32 [T / tile].
     end_E: int32, where each expert's tiles end.
-    token_T: int32.
+    row_T: int32, which of all choices of all tokens, `rows_per_token` each,
+      stands in each row of a tile; too large in those that are padding.
+    rows_per_token: see above.
     offsets: where the outputs of the two begin that are made; they may be
       parts of the same matrix.
     transposed: matrices are [E, inputs, outputs].
@@ -154,7 +157,7 @@ def _call(
     name: of the kernel.
   """
   values, scales = matrices[0]
-  T, inputs = len(x if token_T is None else token_T), x.shape[1]
+  T, inputs = len(x if row_T is None else row_T), x.shape[1]
   tile = T // len(expert_of_tile)
   outputs = values.shape[2 if transposed else 1]
   if offsets is not None:
@@ -168,6 +171,7 @@ def _call(
     tile=tile,
     block_in=block(group_size),
     block_out=block_out,
+    rows_per_token=rows_per_token,
     offsets=offsets or (0,) * len(matrices),
     group_size=group_size,
     transposed=transposed,
@@ -179,13 +183,13 @@ def _call(
     compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=4),
     interpret=interpret,
     name=name,
-  )(expert_of_tile, end_E, token_T, x, matrices)
+  )(expert_of_tile, end_E, row_T, x, matrices)
 
 
 def _multiply(
   expert_ref,
   end_ref,
-  token_ref,
+  row_ref,
   x_ref,
   matrices_ref,
   out_ref,
@@ -193,6 +197,7 @@ def _multiply(
   tile,
   block_in,
   block_out,
+  rows_per_token,
   offsets,
   group_size,
   transposed,
@@ -202,9 +207,11 @@ def _multiply(
 
   @pl.when(index < end_ref[end_ref.shape[0] - 1])
   def _():
+    taken = rows
+    if row_ref is not None:
+      taken = jnp.minimum(row_ref[rows] // rows_per_token, x_ref.shape[0] - 1)
     made = block_products(
-      x_ref,
-      rows if token_ref is None else token_ref[rows],
+      *(x_ref, taken),
       expert_ref[index],
       [
         (*parts, pl.ds(first + offset, block_out))

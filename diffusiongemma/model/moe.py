@@ -19,6 +19,7 @@ from diffusiongemma.config import ModelConfig
 from diffusiongemma.kernels import activation
 from diffusiongemma.kernels import grouped_matmul as grouped
 from diffusiongemma.kernels import quantized
+from diffusiongemma.kernels import routing_gpu as gpu
 from diffusiongemma.model import layers
 from diffusiongemma.model import parallel
 
@@ -62,10 +63,39 @@ class Router(nn.Module):
     h_BLD = h_BLD * self.scale.astype(jnp.float32) * cfg.embed_dim**-0.5
     logits_BLE = h_BLD @ self.proj.astype(jnp.float32)
     probabilities_BLE = jax.nn.softmax(logits_BLE, axis=-1)
-    weights, experts = jax.lax.top_k(probabilities_BLE, cfg.experts_per_token)
-    weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-    weights = weights * self.per_expert_scale.astype(jnp.float32)[experts]
-    return Routing(weights, experts, probabilities_BLE)
+    chosen = choose(logits_BLE, self.per_expert_scale, cfg.experts_per_token)
+    return Routing(*chosen, probabilities_BLE)
+
+
+def choose(
+  logits_BLE: jax.Array, scale_E: jax.Array, k: int
+) -> tuple[jax.Array, jax.Array]:
+  """(weights, experts) [B, L, k] of the k largest logits, the first of equal
+  ones; weights are their probabilities, which add up to 1, times `scale_E`."""
+  B, L, E = logits_BLE.shape
+
+  def plain(logits_TE, scale_E):
+    p_TE = jax.nn.softmax(logits_TE, axis=-1)
+    weights_Tk, experts_Tk = jax.lax.top_k(p_TE, k)
+    weights_Tk = weights_Tk / jnp.sum(weights_Tk, axis=-1, keepdims=True)
+    return weights_Tk * scale_E.astype(jnp.float32)[experts_Tk], experts_Tk
+
+  @jax.custom_vjp
+  def anywhere(logits_TE, scale_E):
+    return jax.lax.platform_dependent(
+      *(logits_TE, scale_E),
+      cuda=functools.partial(gpu.choose, k=k),
+      default=plain,
+    )
+
+  anywhere.defvjp(
+    lambda *given: jax.vjp(plain, *given),
+    lambda pullback, d: pullback(d),
+  )
+  given = (logits_BLE.reshape(-1, E), scale_E)
+  usable = gpu.suits(given[0]) and not parallel.is_active()
+  chosen = (anywhere if usable else plain)(*given)
+  return tuple(x_Tk.reshape(B, L, k) for x_Tk in chosen)
 
 
 class Experts(nn.Module):
@@ -141,8 +171,10 @@ def _apply_experts(
     x_MD, weights_Mk = gather(x_MD), gather(weights_Mk)
     gate_up_EFD = _whole(gate_up_EFD, 2, x_MD.dtype)
     down_EDF = _whole(down_EDF, 1, x_MD.dtype)
-    first = jax.lax.axis_index(shared_by) * len(_leaf(down_EDF))
+    E = len(_leaf(down_EDF))
+    first = jax.lax.axis_index(shared_by) * E
     experts_Mk = gather(experts_Mk) - first
+    experts_Mk = jnp.where((experts_Mk >= 0) & (experts_Mk < E), experts_Mk, E)
   y_MD = _mix(x_MD, weights_Mk, experts_Mk, gate_up_EFD, down_EDF)
   if tokens is not None:
     y_MD = parallel.sum_and_scatter(y_MD, shared_by, spread)
@@ -150,10 +182,10 @@ def _apply_experts(
 
 
 def _mix(x_MD, weights_Mk, experts_Mk, gate_up_EFD, down_EDF) -> jax.Array:
-  """[M, D]: the experts that are here on the tokens that chose them."""
+  """[M, D]: the experts that are here on the tokens that chose them; of those
+  that are not, the number is E."""
   E, k = len(_leaf(down_EDF)), experts_Mk.shape[1]
   experts_R = experts_Mk.reshape(-1)
-  experts_R = jnp.where((experts_R >= 0) & (experts_R < E), experts_R, E)
   tile = grouped.default_tile(experts_R.shape[0], E)
   groups = grouped.make_groups(experts_R, E, tile)
   if isinstance(gate_up_EFD, layers.LowRank):
