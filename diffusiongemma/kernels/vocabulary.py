@@ -65,44 +65,23 @@ def summarize(
     chunk: rows of E that are looked at at a time, a multiple of `BIN`; None is
       as many as keep the logits at 32 MB.
   """
-  (R, D), V = h_RD.shape, table_VD.shape[0]
-  chunk = min(chunk or default_chunk(R), -(-V // BIN) * BIN)
-  whole = V // chunk * chunk
-
-  def take_in(carry, start, size):
-    given = (carry, h_RD, table_VD, temperature, start)
-    how = {'size': size, 'softcap': softcap}
-    portable = functools.partial(look_at, **how)
-    if not gpu.suits(h_RD, table_VD, size, BIN):
-      return portable(*given)
-    on_gpu = functools.partial(gpu.look_at, **how, bin_size=BIN)
-    return jax.lax.platform_dependent(*given, cuda=on_gpu, default=portable)
-
-  zeros_R = jnp.zeros((R,), jnp.float32)
-  carry = (
-    jnp.full((R,), -jnp.inf),
-    *(zeros_R, zeros_R, jnp.zeros((R,), jnp.int32)),
-    jnp.zeros((R, D), jnp.float32),
+  R, V = len(h_RD), table_VD.shape[0]
+  given = (h_RD, table_VD, temperature)
+  walk = functools.partial(
+    _walk, look_at=look_at, chunk=chunk or default_chunk(R), softcap=softcap
   )
-  noted = []
-  if whole:
-    carry, (bins_nRX, at_nR) = jax.lax.scan(
-      lambda carry, start: take_in(carry, start, chunk),
-      carry,
-      jnp.arange(0, whole, chunk, dtype=jnp.int32),
-    )
-    noted.append((jnp.moveaxis(bins_nRX, 0, 1), at_nR.T))
-  if whole < V:
-    carry, (bins_RX, at_R) = take_in(carry, jnp.int32(whole), V - whole)
-    noted.append((bins_RX[:, None], at_R[:, None]))
-  max_R, sum_R, weighted_R, argmax_R, mean_RD = carry
-  mass_RX = jnp.concatenate(
-    [
-      (bins_RnX * jnp.exp(at_Rn - max_R[:, None])[:, :, None]).reshape(R, -1)
-      for bins_RnX, at_Rn in noted
-    ],
-    axis=1,
+  on_gpu = functools.partial(
+    _walk,
+    look_at=functools.partial(gpu.look_at, bin_size=BIN),
+    chunk=chunk or default_chunk(R, gpu.CHUNK_ELEMENTS),
+    softcap=softcap,
   )
+  sizes = _chunks(V, on_gpu.keywords['chunk'])
+  if all(gpu.suits(h_RD, table_VD, size, BIN) for _, size in sizes):
+    found = jax.lax.platform_dependent(*given, cuda=on_gpu, default=walk)
+  else:
+    found = walk(*given)
+  (max_R, sum_R, weighted_R, argmax_R, mean_RD), mass_RX = found
 
   def draw(row):
     """A token of the bin that was drawn."""
@@ -126,6 +105,44 @@ def summarize(
     confidence_R=1.0 / sum_R,
     mean_RD=mean_RD / sum_R[:, None],
   )
+
+
+def _chunks(num_rows: int, chunk: int) -> list[tuple[int, int]]:
+  """(how many, of which size): whole chunks, and what is left."""
+  whole, rest = divmod(num_rows, chunk)
+  return [(n, size) for n, size in ((whole, chunk), (1, rest)) if n * size]
+
+
+def _walk(h_RD, table_VD, temperature, *, look_at, chunk, softcap):
+  """Over the table: (the last carry of `look_at`, the mass of each bin)."""
+  R, D = h_RD.shape
+  zeros_R = jnp.zeros((R,), jnp.float32)
+  carry = (
+    jnp.full((R,), -jnp.inf),
+    *(zeros_R, zeros_R, jnp.zeros((R,), jnp.int32)),
+    jnp.zeros((R, D), jnp.float32),
+  )
+  noted, first = [], 0
+  for number, size in _chunks(table_VD.shape[0], chunk):
+    last = first + number * size
+    take_in = functools.partial(look_at, size=size, softcap=softcap)
+    carry, (bins_nRX, at_nR) = jax.lax.scan(
+      lambda carry, start, take_in=take_in: take_in(
+        carry, h_RD, table_VD, temperature, start
+      ),
+      carry,
+      jnp.arange(first, last, size, dtype=jnp.int32),
+    )
+    noted.append((jnp.moveaxis(bins_nRX, 0, 1), at_nR.T))
+    first = last
+  mass_RX = jnp.concatenate(
+    [
+      (bins_RnX * jnp.exp(at_Rn - carry[0][:, None])[:, :, None]).reshape(R, -1)
+      for bins_RnX, at_Rn in noted
+    ],
+    axis=1,
+  )
+  return carry, mass_RX
 
 
 def look_at(
@@ -178,9 +195,9 @@ def look_at(
   return carry, (bins_RX, new_max_R)
 
 
-def default_chunk(num_rows: int) -> int:
+def default_chunk(num_rows: int, elements: int = _CHUNK_ELEMENTS) -> int:
   """A power of two of rows of the table, for so many rows of h."""
-  most = max(BIN, _CHUNK_ELEMENTS // num_rows)
+  most = max(BIN, elements // num_rows)
   return 1 << (most.bit_length() - 1)
 
 

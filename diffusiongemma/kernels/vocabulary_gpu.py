@@ -20,6 +20,9 @@ import jax.numpy as jnp
 from diffusiongemma.kernels import grouped_matmul_gpu as products
 from diffusiongemma.kernels import quantized
 
+# Exponentials that exist at a time, 128 MB of bfloat16. What the cache could
+# hold would spare reading the table twice, but be walked in a hundred launches.
+CHUNK_ELEMENTS = 2**26
 _ROWS = 128
 
 

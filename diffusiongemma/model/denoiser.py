@@ -87,11 +87,16 @@ class Layer(nn.Module):
   def finish(self, x_BLD, attended_BLNH, scalar):
     """Residuals and both feed-forward branches."""
     attended_BLD = self.attention.output(attended_BLNH)
-    h_BLD = x_BLD + self.norm_post_attn(attended_BLD)
-    routing = self.router(h_BLD)
-    shared = self.norm_post_ffw_1(self.shared_mlp(self.norm_pre_ffw(h_BLD)))
-    routed = self.experts(self.norm_pre_ffw_2(h_BLD), routing)
-    routed = self.norm_post_ffw_2(routed)
+    dtype = attended_BLD.dtype
+    h_BLD, (for_router, for_shared, for_experts) = layers.add_and_norm(
+      *(x_BLD, attended_BLD, self.norm_post_attn.scale),
+      (self.router.scale, self.norm_pre_ffw.scale, self.norm_pre_ffw_2.scale),
+      (jnp.float32, dtype, dtype),
+      self.config.norm_epsilon,
+    )
+    routing = self.router(for_router)
+    shared = self.norm_post_ffw_1(self.shared_mlp(for_shared))
+    routed = self.norm_post_ffw_2(self.experts(for_experts, routing))
     h_BLD = h_BLD + self.norm_post_ffw(shared + routed)
     h_BLD = h_BLD * scalar.astype(h_BLD.dtype)
     return parallel.constrain(h_BLD, 'batch', 'length', None), routing

@@ -5,6 +5,7 @@ rotary(x)   = x * cos(p f) + rotate_half(x) * sin(p f)
 GeGLU(x)    = down(gelu_tanh(gate(x)) * up(x))
 """
 
+from collections.abc import Sequence
 import math
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from diffusiongemma.kernels import activation
 from diffusiongemma.kernels import grouped_matmul_gpu as gpu
+from diffusiongemma.kernels import norms_gpu
 from diffusiongemma.kernels import quantized
 from diffusiongemma.model import parallel
 
@@ -33,6 +35,51 @@ def rms_norm(
   if scale is not None:
     normed = normed * scale.astype(jnp.float32)
   return normed.astype(x.dtype)
+
+
+def add_and_norm(
+  x_BLD: jax.Array,
+  y_BLD: jax.Array,
+  scale_D: jax.Array,
+  scales: Sequence[jax.Array],
+  dtypes: Sequence[jnp.dtype],
+  epsilon: float,
+) -> tuple[jax.Array, list[jax.Array]]:
+  """(h, norms of h), h = x + RMSNorm(y).
+
+  Args:
+    x_BLD: what is added to.
+    y_BLD: what is normed and added.
+    scale_D: of the norm of y.
+    scales: [D], of each norm of h.
+    dtypes: in which each of them is computed.
+    epsilon: of all norms.
+  """
+
+  def plain(x_BLD, y_BLD, scale_D, scales):
+    h_BLD = x_BLD + rms_norm(y_BLD, epsilon, scale_D)
+    return h_BLD, [
+      rms_norm(h_BLD.astype(dtype), epsilon, scale)
+      for scale, dtype in zip(scales, dtypes, strict=True)
+    ]
+
+  def fused(x_BLD, y_BLD, scale_D, scales):
+    D = x_BLD.shape[-1]
+    h_TD, normed = norms_gpu.add_and_norm(
+      *(x_BLD.reshape(-1, D), y_BLD.reshape(-1, D), scale_D),
+      *(scales, dtypes, epsilon),
+    )
+    return jax.tree.map(lambda x: x.reshape(x_BLD.shape), (h_TD, normed))
+
+  @jax.custom_vjp
+  def anywhere(*given):
+    return jax.lax.platform_dependent(*given, cuda=fused, default=plain)
+
+  anywhere.defvjp(
+    lambda *given: jax.vjp(plain, *given), lambda pullback, d: pullback(d)
+  )
+  usable = norms_gpu.suits(x_BLD) and not parallel.is_active()
+  return (anywhere if usable else plain)(x_BLD, y_BLD, scale_D, list(scales))
 
 
 class RMSNorm(nn.Module):

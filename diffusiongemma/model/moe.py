@@ -58,10 +58,9 @@ class Router(nn.Module):
     )
 
   def __call__(self, h_BLD: jax.Array) -> Routing:
+    """`h_BLD` is float32, normed, times `scale`."""
     cfg = self.config
-    h_BLD = layers.rms_norm(h_BLD.astype(jnp.float32), cfg.norm_epsilon)
-    h_BLD = h_BLD * self.scale.astype(jnp.float32) * cfg.embed_dim**-0.5
-    logits_BLE = h_BLD @ self.proj.astype(jnp.float32)
+    logits_BLE = h_BLD * cfg.embed_dim**-0.5 @ self.proj.astype(jnp.float32)
     probabilities_BLE = jax.nn.softmax(logits_BLE, axis=-1)
     chosen = choose(logits_BLE, self.per_expert_scale, cfg.experts_per_token)
     return Routing(*chosen, probabilities_BLE)

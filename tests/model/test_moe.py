@@ -5,16 +5,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusiongemma.model import layers
 from diffusiongemma.model import moe
 
 
 def make(model_config, params):
   layer = params['layer_00']
   x_BLD = jax.random.normal(jax.random.key(5), (1, 17, model_config.embed_dim))
-  routing = moe.Router(model_config).apply(
-    {'params': layer['router']}, 3 * x_BLD
+  return layer, x_BLD, route(model_config, layer['router'], 3 * x_BLD)
+
+
+def route(model_config, router, h_BLD):
+  normed_BLD = layers.rms_norm(
+    h_BLD, model_config.norm_epsilon, router['scale']
   )
-  return layer, x_BLD, routing
+  return moe.Router(model_config).apply({'params': router}, normed_BLD)
 
 
 def test_router_formula(model_config, params):
@@ -33,8 +38,7 @@ def test_router_formula(model_config, params):
 
 def test_router_ignores_the_length_of_the_residual(model_config, params):
   layer, x_BLD, routing = make(model_config, params)
-  router = moe.Router(model_config)
-  other = router.apply({'params': layer['router']}, 300 * x_BLD)
+  other = route(model_config, layer['router'], 300 * x_BLD)
   np.testing.assert_allclose(other.weights_BLk, routing.weights_BLk, rtol=1e-4)
 
 

@@ -1,0 +1,70 @@
+"""Norms on GPUs: the twin of `layers.add_and_norm`.
+
+A program has one row, which stays in registers until all that is made of it is
+written. Rows are filled up to a power of two.
+"""
+
+from collections.abc import Sequence
+import functools
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+import jax.numpy as jnp
+
+_LONGEST = 2**14
+
+
+def suits(x: jax.Array) -> bool:
+  """Whether a row [D] fits into a program."""
+  return 32 <= x.shape[-1] <= _LONGEST
+
+
+def add_and_norm(
+  x_TD: jax.Array,
+  y_TD: jax.Array,
+  scale_D: jax.Array,
+  scales: Sequence[jax.Array],
+  dtypes: Sequence[jnp.dtype],
+  epsilon: float,
+  interpret: bool = False,
+) -> tuple[jax.Array, list[jax.Array]]:
+  """See `layers.add_and_norm`; with `interpret` on any device, slowly."""
+  T, D = x_TD.shape
+  h_TD, *normed = pl.pallas_call(
+    functools.partial(
+      _add_and_norm, width=1 << (D - 1).bit_length(), epsilon=epsilon
+    ),
+    grid=(T,),
+    out_shape=[
+      jax.ShapeDtypeStruct((T, D), dtype) for dtype in (x_TD.dtype, *dtypes)
+    ],
+    compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+    interpret=interpret,
+    name='add_and_norm',
+  )(x_TD, y_TD, scale_D, list(scales))
+  return h_TD, normed
+
+
+def _add_and_norm(
+  x_ref, y_ref, scale_ref, scales_ref, h_ref, *normed_refs, width, epsilon
+):
+  row, D = pl.program_id(0), x_ref.shape[1]
+  place = jax.lax.broadcasted_iota(jnp.int32, (width,), 0)
+
+  def read(ref):
+    return plgpu.load(ref, mask=place < D, other=0)
+
+  def unit(x):
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.sum(x * x) / D + epsilon)
+
+  x, y = (read(ref.at[row, place]) for ref in (x_ref, y_ref))
+  y = unit(y) * read(scale_ref.at[place]).astype(jnp.float32)
+  h = x + y.astype(x.dtype)
+  plgpu.store(h_ref.at[row, place], h, mask=place < D)
+  h = unit(h)
+  for scale_ref, normed_ref in zip(scales_ref, normed_refs, strict=True):
+    normed = h * read(scale_ref.at[place]).astype(jnp.float32)
+    normed = normed.astype(normed_ref.dtype)
+    plgpu.store(normed_ref.at[row, place], normed, mask=place < D)
