@@ -117,6 +117,7 @@ class Plan(NamedTuple):
     flops: of a step, all devices together.
     bytes_accessed: of memory, in a step; what stands in inner loops once.
     collectives: by kind.
+    kernels: how many a GPU starts in a step, of inner loops once; else None.
     compile_seconds: of this compilation, on this machine.
     seconds: of a step, a roofline estimate; None where the chip is unknown.
     bound_by: what the estimate is: FLOPs, memory or links.
@@ -132,6 +133,7 @@ class Plan(NamedTuple):
   flops: float
   bytes_accessed: float
   collectives: dict[str, Collective]
+  kernels: int | None
   compile_seconds: float
   seconds: float | None
   bound_by: str | None
@@ -199,7 +201,9 @@ def plan(
   need = memory.need_of(compiled, parts)
   chip = CHIPS.get(kind)
   limit = int(chip.memory) if chip else memory.available(devices[0])
-  found = collectives(compiled.as_text())
+  text = compiled.as_text()
+  found = collectives(text)
+  on_gpu = devices[0].platform in ('gpu', 'cuda')
   costs = compiled.cost_analysis() or {}
   accessed = max(costs.get('bytes accessed', 0.0), sum(need.arrays.values()))
   estimate = bound_by = None
@@ -221,6 +225,7 @@ def plan(
     flops,
     accessed,
     found,
+    count_kernels(text) if on_gpu else None,
     seconds,
     estimate,
     bound_by,
@@ -388,6 +393,30 @@ def collectives(text: str) -> dict[str, Collective]:
   }
 
 
+# What starts nothing.
+_NO_KERNEL = {
+  'after-all',
+  'bitcast',
+  'constant',
+  'get-tuple-element',
+  'parameter',
+  'tuple',
+}
+
+
+def count_kernels(text: str) -> int:
+  """Kernels in the computation that starts most of them, of an optimised HLO
+  module: the loop of a sampler, or all of a step of training."""
+  counts = []
+  inside = re.compile(r'  (?:ROOT )?%[\w.\-]+ = .+? ([\w\-]+)\(')
+  for line in text.splitlines():
+    if not line.startswith(' '):
+      counts.append(0)
+    elif (found := inside.match(line)) and found[1] not in _NO_KERNEL:
+      counts[-1] += 1
+  return max(counts, default=0)
+
+
 def _bytes_of(dtype: str, dims: str) -> int:
   """Of an array as HLO writes its type: 'bf16', '4,8'."""
   count = math.prod(int(d) for d in dims.split(',') if d)
@@ -445,6 +474,7 @@ def to_json(made: Plan) -> dict[str, Any]:
     'collectives': {
       kind: found._asdict() for kind, found in made.collectives.items()
     },
+    'kernels': made.kernels,
     'compile_seconds': round(made.compile_seconds, 1),
     'estimated_seconds': made.seconds,
     'estimate_bound_by': made.bound_by,
@@ -475,6 +505,8 @@ def to_text(made: Plan) -> str:
       f'  {kind:<18} {found.count:5d} {found.bytes / 1e9:10.3f} GB, '
       f'the largest {found.largest / 1e9:.3f} GB'
     )
+  if made.kernels is not None:
+    lines.append(f'  kernels                  {made.kernels:10d}')
   if made.seconds:
     at = f' at {STEPS} steps a canvas' if made.program == 'sample' else ''
     lines.append(

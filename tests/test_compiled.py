@@ -16,9 +16,10 @@ from diffusiongemma import fields
 from diffusiongemma import plan
 
 MICRO = pathlib.Path(__file__).parent / 'micro_config.py'
+RELEASED = MICRO.parents[1] / 'configs' / '26b_a4b.py'
 REWRITES = ('copy', 'transpose', 'convert', 'concatenate', 'pad')
 INSTRUCTION = re.compile(
-  r'^\s*(?:ROOT )?%?[\w.\-]+ = \w+\[([\d,]+)\]\S* ([\w\-]+)\(', re.MULTILINE
+  r'\s*(?:ROOT )?%?[\w.\-]+ = \w+\[([\d,]+)\]\S* ([\w\-]+)\('
 )
 
 
@@ -42,13 +43,19 @@ def config():
 
 def rewritten(text: str, sizes: set[int]) -> list[str]:
   """The instructions that write an array of one of the sizes and do nothing
-  but move or convert it."""
-  return [
-    found[0].strip()
-    for found in INSTRUCTION.finditer(text)
-    if found[2] in REWRITES
-    and math.prod(int(d) for d in found[1].split(',')) in sizes
-  ]
+  but move or convert it. In a fusion, only what comes out of it is written."""
+  fused = set(re.findall(r'calls=%([\w.\-]+)', text))
+  found, inside = [], None
+  for line in text.splitlines():
+    if not line.startswith(' '):
+      inside = line.split(' ')[0].lstrip('%')
+    match = INSTRUCTION.match(line)
+    if not match or match[2] not in REWRITES:
+      continue
+    is_written = inside not in fused or line.lstrip().startswith('ROOT')
+    if is_written and math.prod(map(int, match[1].split(','))) in sizes:
+      found.append(match[0].strip())
+  return found
 
 
 def compile_loop(config, topology):
@@ -70,15 +77,22 @@ def compile_loop(config, topology):
 
 def test_a_rewritten_matrix_is_found():
   text = """
+%fused (p: f32[88,104]) -> f32[9152] {
+  %copy.0 = f32[104,88]{1,0} copy(%p)
+  ROOT %convert = bf16[9152]{0} convert(%copy.0)
+}
+
+%body (p: f32[88,104]) -> f32[88,104] {
   %copy.1 = f32[88,104]{1,0} copy(%p.3)
-  ROOT %convert = bf16[9152]{0} convert(%x)
+  %fusion.1 = f32[9152]{0} fusion(%p.3), kind=kLoop, calls=%fused
   %dot = f32[88,104]{1,0} dot(%a, %b)
   %copy.2 = f32[4]{0} copy(%y)
+}
   """
   found = rewritten(text, {88 * 104})
   assert [line.split(' = ')[0] for line in found] == [
-    '%copy.1',
     'ROOT %convert',
+    '%copy.1',
   ]
 
 
@@ -89,3 +103,22 @@ def test_no_weight_is_rewritten(config, topology):
   text, sizes = compile_loop(config, topology)
   assert ' while(' in text
   assert not rewritten(text, sizes)
+
+
+def test_a_step_starts_few_kernels():
+  """Of the released network in few bits, by what a local layer adds."""
+  config = configs.load_config(str(RELEASED))
+  for field, value in (
+    ('quantization.experts', 'int4'),
+    ('quantization.linears', 'int8'),
+  ):
+    config = fields.override(config, field, value)
+  layers = config.model.attention_pattern
+  some, more = (
+    plan.count_kernels(compile_loop(shortened, 'h100')[0])
+    for shortened in (
+      fields.override(config, 'model.attention_pattern', str(pattern))
+      for pattern in (layers[:6], ('local', *layers[:6]))
+    )
+  )
+  assert some + (len(layers) - 6) * (more - some) < 600

@@ -101,6 +101,26 @@ def test_collectives_are_found_by_kind_and_size():
   }
 
 
+def test_kernels_of_the_busiest_computation_are_counted():
+  text = """HloModule jit_step, is_scheduled=true
+
+%fused (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  ROOT %add = f32[4]{0} add(%p, %p)
+}
+
+%body (t: (f32[4], s32[])) -> (f32[4], s32[]) {
+  %t = (f32[4]{0}, s32[]) parameter(0)
+  %x = f32[4]{0} get-tuple-element(%t), index=0
+  %a = f32[4]{0} fusion(%x), kind=kLoop, calls=%fused
+  %b = (f32[4]{0}, s32[2]{0}) custom-call(%a), custom_call_target="triton"
+  ROOT %r = (f32[4]{0}, s32[]) tuple(%a, %b)
+}
+"""
+  assert plan.count_kernels(text) == 2
+  assert plan.count_kernels('') == 0
+
+
 @pytest.mark.parametrize('program', ['train', 'sample'])
 def test_a_plan_for_this_machine(config, program):
   made = plan.plan(config, 'local', program, context=64)
