@@ -92,11 +92,13 @@ def _attend_in_blocks(q_BLNH, parts, mask_BLS, max_scores) -> jax.Array:
     return jnp.moveaxis(x_BnlX, 1, 0)
 
   # Without the checkpoint the gradient would keep the scores of every block.
-  one_block = jax.checkpoint(lambda q, mask: _attend(q, parts, mask))
-  mask_BLS = jnp.broadcast_to(mask_BLS, (B, L, mask_BLS.shape[2]))
-  out_nBlNH = jax.lax.map(
-    lambda given: one_block(*given), (blocks(q_BLNH), blocks(mask_BLS))
-  )
+  @jax.checkpoint
+  def one_block(given):
+    q_BlNH, mask_BlS = given
+    return _attend(q_BlNH, parts, mask_BLS if mask_BlS is None else mask_BlS)
+
+  of_each = blocks(mask_BLS) if mask_BLS.shape[1] > 1 else None
+  out_nBlNH = jax.lax.map(one_block, (blocks(q_BLNH), of_each))
   return jnp.moveaxis(out_nBlNH, 0, 1).reshape(B, -1, N, H)[:, :L]
 
 
