@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusiongemma.kernels import activation
+from diffusiongemma.kernels import dispatch
 from diffusiongemma.kernels import grouped_matmul_gpu as gpu
 from diffusiongemma.kernels import quantized
 from diffusiongemma.kernels import routing_gpu
@@ -69,8 +70,7 @@ def make_groups(expert_R: jax.Array, num_experts: int, tile: int) -> Groups:
   on_gpu = functools.partial(
     routing_gpu.lay_out, num_experts=num_experts, tile=tile
   )
-  layout = jax.lax.platform_dependent(expert_R, cuda=on_gpu, default=lay_out)
-  return Groups(*layout, tile)
+  return Groups(*dispatch.on_gpu(on_gpu, lay_out, expert_R), tile)
 
 
 def _lay_out(expert_R, num_experts, tile):
@@ -170,7 +170,6 @@ def _matmul_backward(saved, d_TF):
 grouped_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def gated_matmul(
   x_MD: jax.Array,
   gate_up_EFD: jax.Array | quantized.Quantized,
@@ -188,31 +187,14 @@ def gated_matmul(
   plain = functools.partial(_gate_tiles, k=k)
   if not gpu.suits(gate_up_EFD, groups.tile, parts=2):
     return plain(x_MD, gate_up_EFD, groups)
-  return jax.lax.platform_dependent(
-    *(x_MD, gate_up_EFD, groups),
-    cuda=functools.partial(gpu.gate_tiles, k=k),
-    default=plain,
-  )
+  kernel = functools.partial(gpu.gate_tiles, k=k)
+  return dispatch.on_gpu(kernel, plain, x_MD, gate_up_EFD, groups)
 
 
 def _gate_tiles(x_MD, gate_up_EFD, groups, k):
   x_TD = scatter_to_tiles(x_MD, groups, k)
   gate_up_TF = grouped_matmul(x_TD, gate_up_EFD, groups)
   return activation.geglu(*jnp.split(gate_up_TF, 2, axis=-1))
-
-
-def _gated_forward(x_MD, gate_up_EFD, groups, k):
-  return jax.vjp(
-    lambda *given: _gate_tiles(*given, groups, k), x_MD, gate_up_EFD
-  )
-
-
-def _gated_backward(k, pullback, d_TF):
-  del k
-  return *pullback(d_TF), None
-
-
-gated_matmul.defvjp(_gated_forward, _gated_backward)
 
 
 # How the loops are called in a traced program, for those who count its FLOPs.
@@ -240,11 +222,8 @@ def _multiply_tiles(x_TD, weights_EFD, groups, transposed=False):
 
   if not gpu.suits(weights_EFD, groups.tile):
     return loop(x_TD, weights_EFD, groups)
-  return jax.lax.platform_dependent(
-    *(x_TD, weights_EFD, groups),
-    cuda=functools.partial(gpu.multiply_tiles, transposed=transposed),
-    default=loop,
-  )
+  kernel = functools.partial(gpu.multiply_tiles, transposed=transposed)
+  return dispatch.on_gpu(kernel, loop, x_TD, weights_EFD, groups)
 
 
 @jax.jit
@@ -263,9 +242,7 @@ def _add_tiles(d_TF, x_TD, weights_EFD, groups):
     return jax.lax.fori_loop(0, groups.used, tile, total_EFD)
 
   if gpu.suits(weights_EFD, groups.tile):
-    total_EFD = jax.lax.platform_dependent(
-      d_TF, x_TD, groups, cuda=gpu.add_tiles, default=loop
-    )
+    total_EFD = dispatch.on_gpu(gpu.add_tiles, loop, d_TF, x_TD, groups)
   else:
     total_EFD = loop(d_TF, x_TD, groups)
   return total_EFD.astype(weights_EFD.dtype)

@@ -16,6 +16,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
+from diffusiongemma.kernels import dispatch
 from diffusiongemma.kernels import quantized
 from diffusiongemma.kernels import vocabulary_gpu as gpu
 
@@ -78,7 +79,7 @@ def summarize(
   )
   sizes = _chunks(V, on_gpu.keywords['chunk'])
   if all(gpu.suits(h_RD, table_VD, size, BIN) for _, size in sizes):
-    found = jax.lax.platform_dependent(*given, cuda=on_gpu, default=walk)
+    found = dispatch.on_gpu(on_gpu, walk, *given)
   else:
     found = walk(*given)
   (max_R, sum_R, weighted_R, argmax_R, mean_RD), mass_RX = found

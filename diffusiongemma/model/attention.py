@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from diffusiongemma.config import ModelConfig
 from diffusiongemma.kernels import attention_gpu as gpu
+from diffusiongemma.kernels import dispatch
 from diffusiongemma.kernels import quantized
 from diffusiongemma.model import cache as kv_cache
 from diffusiongemma.model import layers
@@ -45,33 +46,11 @@ def attend(
       may be 1 (the same for all).
     max_scores: see above.
   """
+  given = (q_BLNH, list(map(tuple, parts)), mask_BLS)
+  plain = functools.partial(_attend_in_blocks, max_scores=max_scores)
   if gpu.suits(q_BLNH, parts) and not parallel.is_active():
-    return _attend_anywhere(q_BLNH, parts, mask_BLS, max_scores)
-  return _attend_in_blocks(q_BLNH, parts, mask_BLS, max_scores)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _attend_anywhere(q_BLNH, parts, mask_BLS, max_scores):
-  return jax.lax.platform_dependent(
-    *(q_BLNH, parts, mask_BLS),
-    cuda=gpu.attend,
-    default=functools.partial(_attend_in_blocks, max_scores=max_scores),
-  )
-
-
-def _attend_forward(q_BLNH, parts, mask_BLS, max_scores):
-  return jax.vjp(
-    lambda *given: _attend_in_blocks(*given, mask_BLS, max_scores),
-    *(q_BLNH, parts),
-  )
-
-
-def _attend_backward(max_scores, pullback, d_BLNH):
-  del max_scores
-  return *pullback(d_BLNH), None
-
-
-_attend_anywhere.defvjp(_attend_forward, _attend_backward)
+    return dispatch.on_gpu(gpu.attend, plain, *given)
+  return plain(*given)
 
 
 def _attend_in_blocks(q_BLNH, parts, mask_BLS, max_scores) -> jax.Array:
@@ -182,7 +161,7 @@ def project(
   x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
   if not gpu.suits_heads(x_TD, list(weights.values())):
     return plain(*given)
-  return jax.lax.platform_dependent(*given, cuda=fused, default=plain)
+  return dispatch.on_gpu(fused, plain, *given)
 
 
 class Attention(nn.Module):

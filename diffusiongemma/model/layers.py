@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusiongemma.kernels import activation
+from diffusiongemma.kernels import dispatch
 from diffusiongemma.kernels import grouped_matmul_gpu as gpu
 from diffusiongemma.kernels import norms_gpu
 from diffusiongemma.kernels import quantized
@@ -71,15 +72,10 @@ def add_and_norm(
     )
     return jax.tree.map(lambda x: x.reshape(x_BLD.shape), (h_TD, normed))
 
-  @jax.custom_vjp
-  def anywhere(*given):
-    return jax.lax.platform_dependent(*given, cuda=fused, default=plain)
-
-  anywhere.defvjp(
-    lambda *given: jax.vjp(plain, *given), lambda pullback, d: pullback(d)
-  )
-  usable = norms_gpu.suits(x_BLD) and not parallel.is_active()
-  return (anywhere if usable else plain)(x_BLD, y_BLD, scale_D, list(scales))
+  given = (x_BLD, y_BLD, scale_D, list(scales))
+  if norms_gpu.suits(x_BLD) and not parallel.is_active():
+    return dispatch.on_gpu(fused, plain, *given)
+  return plain(*given)
 
 
 class RMSNorm(nn.Module):
@@ -180,9 +176,7 @@ def _few_bits(
   parts = (x_TD, values_DF, scales_XF)
   if not _suits_gpu(*parts):
     return _put_together(*parts)
-  return jax.lax.platform_dependent(
-    *parts, cuda=gpu.multiply, default=_put_together
-  )
+  return dispatch.on_gpu(gpu.multiply, _put_together, *parts)
 
 
 def _suits_gpu(x_TD, values_DF, scales_XF) -> bool:
@@ -196,7 +190,7 @@ def _put_together(x_TD, values_DF, scales_XF) -> jax.Array:
   return x_TD @ w_DF.astype(x_TD.dtype)
 
 
-def _gated(x: jax.Array, gate: Any, up: Any) -> jax.Array:
+def gated(x: jax.Array, gate: Any, up: Any) -> jax.Array:
   """gelu_tanh(x gate) * (x up)."""
 
   def plain(x, gate, up):
@@ -212,9 +206,7 @@ def _gated(x: jax.Array, gate: Any, up: Any) -> jax.Array:
     matrices = ((w.values, w.scales) for w in (gate, up))
     return gpu.gate(x_TD, *matrices)
 
-  hidden_TF = jax.lax.platform_dependent(
-    *(x_TD, gate, up), cuda=fused, default=plain
-  )
+  hidden_TF = dispatch.on_gpu(fused, plain, x_TD, gate, up)
   return hidden_TF.reshape(*x.shape[:-1], -1)
 
 
@@ -240,4 +232,4 @@ class GatedMLP(nn.Module):
     self.down = self.param('down', init, shape[::-1], dtype)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return linear(_gated(x, self.gate, self.up), self.down)
+    return linear(gated(x, self.gate, self.up), self.down)

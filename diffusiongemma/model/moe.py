@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from diffusiongemma.config import ModelConfig
 from diffusiongemma.kernels import activation
+from diffusiongemma.kernels import dispatch
 from diffusiongemma.kernels import grouped_matmul as grouped
 from diffusiongemma.kernels import quantized
 from diffusiongemma.kernels import routing_gpu as gpu
@@ -79,21 +80,12 @@ def choose(
     weights_Tk = weights_Tk / jnp.sum(weights_Tk, axis=-1, keepdims=True)
     return weights_Tk * scale_E.astype(jnp.float32)[experts_Tk], experts_Tk
 
-  @jax.custom_vjp
-  def anywhere(logits_TE, scale_E):
-    return jax.lax.platform_dependent(
-      *(logits_TE, scale_E),
-      cuda=functools.partial(gpu.choose, k=k),
-      default=plain,
-    )
-
-  anywhere.defvjp(
-    lambda *given: jax.vjp(plain, *given),
-    lambda pullback, d: pullback(d),
-  )
   given = (logits_BLE.reshape(-1, E), scale_E)
-  usable = gpu.suits(given[0]) and not parallel.is_active()
-  chosen = (anywhere if usable else plain)(*given)
+  if gpu.suits(given[0]) and not parallel.is_active():
+    kernel = functools.partial(gpu.choose, k=k)
+    chosen = dispatch.on_gpu(kernel, plain, *given)
+  else:
+    chosen = plain(*given)
   return tuple(x_Tk.reshape(B, L, k) for x_Tk in chosen)
 
 

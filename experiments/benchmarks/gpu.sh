@@ -1,20 +1,24 @@
 #!/bin/sh
-# The 26B-A4B on one GPU: speed in bf16, 8 and 4 bits, random weights.
+# The 26B-A4B on one GPU: speed in bf16, 8 and 4 bits, random weights, and each
+# kernel beside its floor.
 #
-#   sh experiments/benchmarks/gpu.sh FOLDER      writes FOLDER/{bf16,int8,int4}.json
+#   sh experiments/benchmarks/gpu.sh FOLDER
 #
-# Needs `pip install '.[cuda13]'`. bf16 takes 52 GB, the others 28 and 16 GB.
-# Not run yet: no GPU was at hand.
+# writes FOLDER/{int4,int8,bf16,kernels}.json. Needs `pip install '.[cuda13]'`;
+# bf16 takes 52 GB, the others 28 and 16 GB. Not run yet: no GPU was at hand.
 set -eu
 folder=${1:?say where to write: sh experiments/benchmarks/gpu.sh FOLDER}
 mkdir -p "$folder"
 measure() {
-  name=$1
-  shift
+  name=$1 grid=$2
+  shift 2
   python -m diffusiongemma.main --mode=benchmark --config=configs/26b_a4b.py \
-    --grid=1x1024,8x1024 --nopeer --format=json "$@" > "$folder/$name.tmp"
+    --grid="$grid" --nopeer --format=json "$@" > "$folder/$name.tmp"
   mv "$folder/$name.tmp" "$folder/$name.json"
 }
-measure int4 --config.quantization.experts=int4 --config.quantization.linears=int8
-measure int8 --config.quantization.experts=int8 --config.quantization.linears=int8
-measure bf16
+measure int4 1x1024,8x1024,1x8192,1x32768 \
+  --config.quantization.experts=int4 --config.quantization.linears=int8
+measure int8 1x1024 \
+  --config.quantization.experts=int8 --config.quantization.linears=int8
+measure bf16 1x1024
+python -m experiments.benchmarks.kernels --out="$folder/kernels.json"

@@ -1,0 +1,267 @@
+"""Each kernel of the GPU beside its floor and what XLA makes in its place.
+
+  python -m experiments.benchmarks.kernels --out=kernels.json
+
+takes the shapes of `configs/26b_a4b.py`, random weights, experts of int4 and
+all others of int8, a canvas of 256 tokens, and writes for each kernel
+
+  seconds   of one run among many, medians: the kernel, and XLA alone
+  floor     max(bytes / bandwidth, FLOPs / peak) of this GPU
+  differs   the largest difference between the two results, as a part of the
+            largest value
+
+and the fit  seconds = start + bytes / bandwidth  over linears of several sizes.
+Only a GPU has the kernels. Not run yet: no GPU was at hand.
+"""
+
+import argparse
+from collections.abc import Callable
+from collections.abc import Iterator
+import functools
+import json
+import pathlib
+import statistics
+import sys
+import time
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusiongemma import config as configs
+from diffusiongemma import plan
+from diffusiongemma.kernels import dispatch
+from diffusiongemma.kernels import grouped_matmul as grouped
+from diffusiongemma.kernels import quantized
+from diffusiongemma.kernels import vocabulary
+from diffusiongemma.model import attention
+from diffusiongemma.model import cache as kv_cache
+from diffusiongemma.model import layers
+from diffusiongemma.model import moe
+from experiments import machine
+
+CONFIG = pathlib.Path(__file__).parents[2] / 'configs' / '26b_a4b.py'
+CONTEXTS = (1024, 8192, 32768)
+RUNS, MEDIAN_OF = 20, 7
+
+
+class Case(NamedTuple):
+  """Something that has a kernel.
+
+  Attributes:
+    name: what it is.
+    function: what is run, with the kernel where there is one.
+    arguments: pytrees of arrays.
+  """
+
+  name: str
+  function: Callable
+  arguments: tuple
+
+
+def make_cases(
+  model: configs.ModelConfig, T: int, contexts: tuple[int, ...]
+) -> Iterator[Case]:
+  """What a denoising step runs on T tokens, after caches of some lengths. One
+  by one, so that the arrays of one are freed before the next are made."""
+  D, F, E = model.embed_dim, model.expert_dim, model.num_experts
+  k, epsilon = model.experts_per_token, model.norm_epsilon
+  counter = iter(range(10_000))
+
+  def normal(*shape, dtype=model.dtype):
+    key = jax.random.fold_in(jax.random.key(0), next(counter))
+    return jax.jit(lambda: jax.random.normal(key, shape, dtype))()
+
+  def few_bits(*shape, kind, axis, group_size=None):
+    make = functools.partial(
+      quantized.quantize, kind=kind, axis=axis, group_size=group_size
+    )
+    return jax.jit(make)(normal(*shape) * shape[axis] ** -0.5)
+
+  int4 = functools.partial(few_bits, kind='int4', axis=-1, group_size=32)
+  int8 = functools.partial(few_bits, kind='int8')
+  ones_D = jnp.ones((D,))
+
+  def norms(x_BLD, y_BLD, scale_D):
+    dtypes = (jnp.float32, x_BLD.dtype, x_BLD.dtype)
+    return layers.add_and_norm(
+      x_BLD, y_BLD, scale_D, [scale_D] * 3, dtypes, epsilon
+    )
+
+  x_BLD = normal(1, T, D)
+  yield Case('norms', norms, (x_BLD, normal(1, T, D), ones_D))
+  logits_BLE = normal(1, T, E, dtype='float32')
+  choose = functools.partial(moe.choose, k=k)
+  yield Case('choice of experts', choose, (logits_BLE, jnp.ones((E,))))
+  expert_R = choose(logits_BLE, jnp.ones((E,)))[1].reshape(-1)
+  make_groups = functools.partial(
+    grouped.make_groups,
+    num_experts=E,
+    tile=grouped.default_tile(len(expert_R), E),
+  )
+  yield Case('layout of their rows', make_groups, (expert_R,))
+  groups = jax.jit(make_groups)(expert_R)
+  gate = functools.partial(grouped.gated_matmul, k=k)
+  yield Case('experts, gate', gate, (x_BLD[0], int4(E, 2 * F, D), groups))
+  hidden_TF = normal(len(groups.row_T), F)
+  down = lambda hidden_TF, w, groups: grouped.gather_from_tiles(
+    grouped.grouped_matmul(hidden_TF, w, groups), groups
+  )
+  yield Case('experts, down', down, (hidden_TF, int4(E, D, F), groups))
+  del groups, hidden_TF
+  matrices = [int8(D, model.mlp_dim, axis=-2) for _ in range(2)]
+  yield Case('shared MLP, gate', layers.gated, (x_BLD, *matrices))
+  matrix = int8(model.mlp_dim, D, axis=-2)
+  hidden_BLF = normal(1, T, model.mlp_dim)
+  yield Case('shared MLP, down', layers.linear, (hidden_BLF, matrix))
+  for kind in ('local', 'global'):
+    K, H = kv_cache.kv_shape(model, kind)
+    N = model.num_heads
+    counts = {'q': N, 'k': K} | ({'v': K} if kind == 'local' else {})
+    weights = {name: int8(D, n, H, axis=-3) for name, n in counts.items()}
+    scales = {'q': jnp.ones((H,)), 'k': jnp.ones((H,))}
+    frequencies = layers.rotary_frequencies(H, 1e4)
+    turns = layers.turns(jnp.arange(T)[None], frequencies)
+    project = functools.partial(attention.project, epsilon=epsilon)
+    yield Case(f'{kind} heads', project, (x_BLD, weights, scales, turns))
+    q_BLNH, own = normal(1, T, N, H), [normal(1, T, K, H) for _ in range(2)]
+    for context in contexts if kind == 'global' else (model.sliding_window,):
+      cached = [normal(1, context, K, H) for _ in range(2)]
+      mask_BLS = jnp.ones((1, 1, context + T), jnp.bool_)
+      yield Case(
+        f'{kind} attention, context {context}',
+        lambda q_BLNH, cached, own, mask_BLS: attention.attend(
+          q_BLNH, (cached, own), mask_BLS
+        ),
+        (q_BLNH, cached, own, mask_BLS),
+      )
+  summarize = functools.partial(
+    vocabulary.summarize, softcap=model.logit_softcap
+  )
+  uniforms_R2 = jnp.full((T, 2), 0.5)
+  table_VD = normal(model.vocab_size, D) * D**-0.5
+  given = (x_BLD[0], table_VD, jnp.float32(0.6), uniforms_R2)
+  yield Case('vocabulary', summarize, given)
+
+
+def num_bytes(tree: Any) -> int:
+  """Of all arrays; two values of four bits share a byte."""
+  return sum(x.size * _bits(x.dtype) // 8 for x in jax.tree.leaves(tree))
+
+
+def _bits(dtype: np.dtype) -> int:
+  return 4 if dtype == jnp.int4 else 8 * dtype.itemsize
+
+
+def measure(function: Callable, arguments: tuple) -> tuple[float, Any]:
+  """(seconds of a run on the device, what it gives)."""
+
+  def repeated(runs, *arguments):
+    def again(_, out):
+      # Else it would be run once, before the loop.
+      given, _ = jax.lax.optimization_barrier((arguments, out))
+      return function(*given)
+
+    return jax.lax.fori_loop(0, runs, again, function(*arguments))
+
+  program = jax.jit(repeated, static_argnums=0)
+
+  def seconds(runs):
+    taken = []
+    for _ in range(MEDIAN_OF + 1):  # The first one compiles.
+      start = time.perf_counter()
+      jax.block_until_ready(program(runs, *arguments))
+      taken.append(time.perf_counter() - start)
+    return statistics.median(taken[1:])
+
+  each = (seconds(RUNS) - seconds(0)) / RUNS
+  return max(each, 0.0), jax.jit(function)(*arguments)
+
+
+def difference(ours: Any, theirs: Any) -> float:
+  """The largest, as a part of the largest value of its array."""
+  worst = 0.0
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+    a, b = (np.asarray(x, np.float64) for x in (a, b))
+    worst = max(worst, np.abs(a - b).max() / max(np.abs(b).max(), 1e-30))
+  return float(worst)
+
+
+def compare(case: Case, chip: plan.Chip) -> dict:
+  """The numbers of one case."""
+  seconds, ours = measure(case.function, case.arguments)
+  with dispatch.switched_off():
+    flops = plan.count_flops(jax.make_jaxpr(case.function)(*case.arguments))
+    seconds_by_xla, theirs = measure(case.function, case.arguments)
+  moved = num_bytes((case.arguments, ours))
+  floor = max(moved / chip.bandwidth, flops / chip.flops)
+  return {
+    'name': case.name,
+    'seconds': seconds,
+    'seconds_by_xla': seconds_by_xla,
+    'bytes': moved,
+    'flops': flops,
+    'floor_seconds': floor,
+    'times_the_floor': seconds / floor,
+    'differs': difference(ours, theirs),
+  }
+
+
+def fit_linears(T: int, D: int) -> dict:
+  """seconds = start + bytes / bandwidth, by least squares over linears of int8
+  with more and more outputs."""
+  x_TD = jnp.ones((T, D), jnp.bfloat16)
+  points = []
+  for outputs in (2048, 4096, 8192, 16384, 32768, 65536):
+    w = quantized.Quantized(
+      jnp.ones((D, outputs), jnp.int8),
+      jnp.ones((1, outputs), jnp.bfloat16),
+      -2,
+    )
+    seconds, made = measure(layers.linear, (x_TD, w))
+    points.append((num_bytes((x_TD, w, made)), seconds))
+  slope, start = np.polyfit(*np.transpose(points), 1)
+  return {
+    'start_seconds': float(start),
+    'bytes_per_second': float(1 / slope),
+    'points': points,
+  }
+
+
+def chip_of(device_kind: str) -> plan.Chip | None:
+  """What the vendor says of it."""
+  known = (n for n in plan.CHIPS if n.upper() in device_kind.upper())
+  return plan.CHIPS.get(next(known, None))
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('--out', required=True, help='JSON file to write')
+  given = parser.parse_args()
+  chip = chip_of(jax.devices()[0].device_kind)
+  if jax.default_backend() != 'gpu' or chip is None:
+    sys.exit(
+      f'The kernels are those of an H100 or H200; this is '
+      f'{jax.devices()[0].device_kind}.'
+    )
+  config = configs.load_config(str(CONFIG))
+  T = config.diffusion.canvas_length
+  cases = []
+  for case in make_cases(config.model, T, CONTEXTS):
+    cases.append(compare(case, chip))
+    print(json.dumps(cases[-1]), flush=True)
+  results = {
+    'command': machine.command('experiments.benchmarks.kernels'),
+    'cases': cases,
+    'fit_of_linears': fit_linears(T, config.model.embed_dim),
+    **machine.describe(),
+  }
+  with open(given.out, 'w') as stream:
+    json.dump(results, stream, indent=1)
+    stream.write('\n')
+
+
+if __name__ == '__main__':
+  main()
