@@ -36,7 +36,7 @@ def get_config() -> config.Config:
     ),
     # Warmer than what was learnt from: a network that hears itself less sure
     # than it was keeps more of its choices open. Chosen on other puzzles than
-    # the held-out ones: experiments/sudoku/temperatures.json.
+    # the held-out ones: experiments/sudoku/temperatures_6x6.json.
     diffusion=config.DiffusionConfig(
       canvas_length=CELLS + 1,
       max_denoising_steps=16,

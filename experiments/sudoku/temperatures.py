@@ -9,7 +9,7 @@ The temperature, which goes from `t_max` at the first step to `t_min` at the
 last, divides the logits of a step before a token is drawn, and before the
 network is told what it thought (the soft embedding). Training tells it at 1.
 Puzzles must be others than those that a result is reported on. Writes
-temperatures.json beside this file.
+temperatures_NAME.json beside this file.
 """
 
 import argparse
@@ -44,6 +44,7 @@ def main() -> None:
   parser.add_argument('--puzzles', required=True)
   parser.add_argument('--count', type=plots.positive, default=1000)
   parser.add_argument('--batch_size', type=plots.positive, default=250)
+  parser.add_argument('--name', default='6x6', help='of the file written')
   given = parser.parse_args()
   try:
     prompts, responses = solve.read_puzzles(given.puzzles, given.count)
@@ -79,7 +80,7 @@ def main() -> None:
     'command': machine.command('experiments.sudoku.temperatures'),
   }
   text = json.dumps(results, indent=1) + '\n'
-  (FOLDER / 'temperatures.json').write_text(text)
+  (FOLDER / f'temperatures_{given.name}.json').write_text(text)
 
 
 if __name__ == '__main__':
