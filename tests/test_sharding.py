@@ -29,6 +29,7 @@ from diffusiongemma import fields
 from diffusiongemma import sharding
 from diffusiongemma.diffusion import loss
 from diffusiongemma.text import generate
+from diffusiongemma.training import lora
 from diffusiongemma.training import step as steps
 from diffusiongemma.training import train_state
 
@@ -66,28 +67,33 @@ def write(params, prompts):
   return [row.tokens for row in written.rows]
 
 
+
+def place(tree, mesh):
+  shapes = sharding.with_sharding(jax.eval_shape(lambda: tree), mesh)
+  return jax.device_put(tree, jax.tree.map(lambda x: x.sharding, shapes))
+
+
+def compare(found, expected, what):
+  for (path, a), b in zip(
+    jax.tree_util.tree_leaves_with_path(expected),
+    jax.tree.leaves(found),
+    strict=True,
+  ):
+    np.testing.assert_allclose(
+      np.asarray(b), np.asarray(a), rtol=2e-4, atol=2e-6,
+      err_msg=f'{what} {jax.tree_util.keystr(path)}',
+    )
+
+
 expected = compute(params, batch, drawn)
 tokens, single = write(params, prompts), write(params, prompts[:1])
 for sizes in MESHES:
   mesh = sharding.make_mesh(configs.MeshConfig(*sizes))
-  shapes = jax.eval_shape(lambda: params)
-  where = jax.tree.map(
-    lambda x: x.sharding, sharding.with_sharding(shapes, mesh)
-  )
-  placed = jax.device_put(params, where)
+  placed = place(params, mesh)
   with jax.set_mesh(mesh):
     rows = sharding.batch_sharding(mesh)
     given = jax.device_put((batch, drawn), rows)
-    found = compute(placed, *given)
-    for (path, a), b in zip(
-      jax.tree_util.tree_leaves_with_path(expected),
-      jax.tree.leaves(found),
-      strict=True,
-    ):
-      np.testing.assert_allclose(
-        np.asarray(b), np.asarray(a), rtol=2e-4, atol=2e-6,
-        err_msg=f'{sizes} {jax.tree_util.keystr(path)}',
-      )
+    compare(compute(placed, *given), expected, sizes)
     assert write(placed, prompts) == tokens, sizes
     if sizes[2] > 1:
       assert write(placed, prompts[:1]) == single, sizes
@@ -104,13 +110,34 @@ for sizes in MESHES:
     ]
     assert not gathers, (sizes, gathers)
   print(sizes, flush=True)
+
+# What is computed again, the batch in two parts, and adapters.
+for field, value in (
+  ('train.remat', 'full'),
+  ('train.accumulate_steps', '2'),
+  ('lora.rank', '2'),
+  ('lora.targets', "('*/attention/*', '*/experts/*', '*/shared_mlp/*')"),
+):
+  config = fields.override(config, field, value)
+adapters = lora.init_adapters(config.lora, params, key)
+adapters = jax.tree.map(lambda x: x + 0.02, adapters)
+compute = jax.jit(
+  lambda *given: steps.compute_gradients(config, *given)
+)
+expected = compute(adapters, batch, drawn, params)
+mesh = sharding.make_mesh(configs.MeshConfig(2, 1, 2, 2))
+with jax.set_mesh(mesh):
+  given = jax.device_put((batch, drawn), sharding.batch_sharding(mesh))
+  found = compute(place(adapters, mesh), *given, place(params, mesh))
+  compare(found, expected, 'adapters')
 print('equal')
 """
 
 
 def test_losses_gradients_and_tokens_equal_those_of_one_device():
   """And no program puts the embedding together, or any of its parts, or all
-  experts of a layer where they are spread."""
+  experts of a layer where they are spread. So do the gradients of adapters, in
+  two parts, computed again."""
   output = devices.run(f'MESHES = {MESHES}\n{SCRIPT}', MICRO, devices=8)
   assert output.endswith('equal\n')
 
