@@ -3,3 +3,8 @@
 
 class CheckpointError(RuntimeError):
   """A checkpoint that can't be written or read; the message says which."""
+
+
+class LeftAloneError(CheckpointError):
+  """A save that failed in one process of several, for which the others now
+  wait: the job can't go on."""

@@ -32,6 +32,7 @@ from diffusiongemma import config as configs
 from diffusiongemma import fields
 from diffusiongemma import processes
 from diffusiongemma.checkpoints import CheckpointError
+from diffusiongemma.checkpoints import LeftAloneError
 from diffusiongemma.checkpoints import digest as digest_lib
 
 # Where an array is to live: (path in the parameters, shape) -> sharding.
@@ -84,6 +85,7 @@ def save(
   Raises:
     CheckpointError: the disk is full, read-only or gone. What was saved
       before is as it was.
+    LeftAloneError: the same, noticed by this process when others were writing.
   """
   if step in manager.all_steps():
     return
@@ -92,15 +94,18 @@ def save(
     'params': digest_lib.digests(params),
     'opt_state': digest_lib.digests(opt_state),
   }
+  problem, failed = None, f'Step {step} could not be saved'
   try:
-    problem = None
-    try:
-      if processes.is_first():
-        _check_room(str(manager.directory), num_bytes)
-    except OSError as error:
-      problem = error
-    if not processes.all_agree(problem is None):
-      raise problem or OSError('the first process could not write')
+    if processes.is_first():
+      _check_room(str(manager.directory), num_bytes)
+  except OSError as error:
+    problem = error
+  if not processes.all_agree(problem is None):
+    problem = problem or OSError('the first process could not write')
+    raise CheckpointError(
+      f'{failed} in {manager.directory}: {_reason(problem)}.'
+    ) from problem
+  try:
     manager.save(
       step,
       args=ocp.args.Composite(
@@ -113,10 +118,15 @@ def save(
     )
     manager.wait_until_finished()
   except Exception as error:  # Orbax and TensorStore raise many kinds.
+    if jax.process_count() > 1:
+      raise LeftAloneError(
+        f'{failed} by this process in {manager.directory}: {_reason(error)}. '
+        'The others wait for it. Mend that, and the same commands go on from '
+        'the newest checkpoint.'
+      ) from error
     _remove_unfinished(manager, step)
     raise CheckpointError(
-      f'Step {step} could not be saved in {manager.directory}: '
-      f'{_reason(error)}.'
+      f'{failed} in {manager.directory}: {_reason(error)}.'
     ) from error
 
 

@@ -85,6 +85,7 @@ def train(
     CheckpointError: there are checkpoints, and all of them are damaged, or
       what the run starts from is.
     TrainingError: too many bad steps in a row; the last good state is saved.
+    LeftAloneError: this process could not save, and the others wait for it.
   """
   mesh = sharding.make_mesh(config.mesh)
   sharding.validate(config, tuple(mesh.shape.values()))
@@ -304,6 +305,8 @@ def run_steps(
       place = {'processes': processes.gather_json(iterator.get_state())}
       items = train_state.to_items(state)
       native.save(manager, step, *items, place, config)
+    except native.LeftAloneError:
+      raise
     except native.CheckpointError as error:
       newest = manager.latest_step()
       kept = 'There is none yet' if newest is None else f'Step {newest} is kept'

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import resource
 import signal
 import socket
 import subprocess
@@ -31,8 +32,9 @@ def nothing_left_running():
     STARTED.pop().kill()
 
 
-def start(workdir, num_devices, *arguments):
-  """The command line in a process of its own, with so many CPU devices."""
+def start(workdir, num_devices, *arguments, limit=None):
+  """The command line in a process of its own, with so many CPU devices, which
+  can write no file of more than `limit` bytes."""
   process = subprocess.Popen(
     [
       sys.executable,
@@ -49,12 +51,17 @@ def start(workdir, num_devices, *arguments):
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
+    preexec_fn=limit and (lambda: _limit_files(limit)),
   )
   STARTED.append(process)
   return process
 
 
-def start_two(workdir, *arguments):
+def _limit_files(size):
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def start_two(workdir, *arguments, limits=(None, None)):
   """Two processes of four devices each."""
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
@@ -68,6 +75,7 @@ def start_two(workdir, *arguments):
       f'--process_id={index}',
       '--config.mesh.fsdp=4',
       *arguments,
+      limit=limits[index],
     )
     for index in range(2)
   ]
@@ -146,6 +154,19 @@ def test_sigterm_to_one_stops_both_after_a_save(tmp_path):
   assert 'Stopped and saved' in first
   newest = max(int(p.name) for p in (tmp_path / 'checkpoints').iterdir())
   assert digests(tmp_path, newest)['params']
+
+
+def test_a_save_that_fails_in_one_process_ends_both(tmp_path):
+  """With a message; the other would wait for ever."""
+  started = start_two(tmp_path, '--config.train.steps=8', limits=(None, 2000))
+  first, second = (process.communicate(timeout=300)[0] for process in started)
+  assert started[1].returncode == 1, second
+  assert 'Error in process 1: Step 2 could not be saved by this' in second
+  # Itself, with a message, or by JAX's runtime.
+  assert started[0].returncode in (1, -signal.SIGABRT), first
+  assert not (tmp_path / 'checkpoints' / '2').exists()
+  first, _ = finish(start_two(tmp_path, '--config.train.steps=8'), 0, 0)
+  assert 'Done' in first
 
 
 def test_as_many_processes_as_there_were(straight):
