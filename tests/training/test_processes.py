@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import resource
 import signal
 import socket
 import subprocess
@@ -34,9 +33,11 @@ def nothing_left_running():
 
 def start(workdir, num_devices, *arguments, limit=None):
   """The command line in a process of its own, with so many CPU devices, which
-  can write no file of more than `limit` bytes."""
+  can write no file of more than `limit` blocks."""
   process = subprocess.Popen(
     [
+      # In blocks of 512 bytes.
+      *('sh', '-c', f'ulimit -f {limit or "unlimited"}; exec "$@"', 'sh'),
       sys.executable,
       '-m',
       'diffusiongemma.main',
@@ -51,14 +52,9 @@ def start(workdir, num_devices, *arguments, limit=None):
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
-    preexec_fn=limit and (lambda: _limit_files(limit)),
   )
   STARTED.append(process)
   return process
-
-
-def _limit_files(size):
-  resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def start_two(workdir, *arguments, limits=(None, None)):
@@ -158,7 +154,7 @@ def test_sigterm_to_one_stops_both_after_a_save(tmp_path):
 
 def test_a_save_that_fails_in_one_process_ends_both(tmp_path):
   """With a message; the other would wait for ever."""
-  started = start_two(tmp_path, '--config.train.steps=8', limits=(None, 2000))
+  started = start_two(tmp_path, '--config.train.steps=8', limits=(None, 4))
   first, second = (process.communicate(timeout=300)[0] for process in started)
   assert started[1].returncode == 1, second
   assert 'Error in process 1: Step 2 could not be saved by this' in second
