@@ -29,6 +29,7 @@ from diffusiongemma import fields
 from diffusiongemma import sharding
 from diffusiongemma.diffusion import loss
 from diffusiongemma.text import generate
+from diffusiongemma.model import attention
 from diffusiongemma.training import lora
 from diffusiongemma.training import step as steps
 from diffusiongemma.training import train_state
@@ -130,6 +131,20 @@ with jax.set_mesh(mesh):
   given = jax.device_put((batch, drawn), sharding.batch_sharding(mesh))
   found = compute(place(adapters, mesh), *given, place(params, mesh))
   compare(found, expected, 'adapters')
+
+# Attention in blocks of queries, of which a device has 2 of 8 heads' scores.
+q_BLNH = jax.random.normal(key, (B, 12, 4, 8))
+k_BSKH, v_BSKH = jax.random.normal(key, (2, B, 12, 2, 8))
+mask_BLS = jnp.broadcast_to(jnp.tril(jnp.ones((12, 12), bool)), (B, 12, 12))
+def attend(*given):
+  q, k, v, mask = given
+  return attention.attend(q, [(k, v)], mask, max_scores=60)
+for rows in (B, 1):  # Along the batch, or along the length.
+  given = tuple(x[:rows] for x in (q_BLNH, k_BSKH, v_BSKH, mask_BLS))
+  expected = jax.jit(attend)(*given)
+  with jax.set_mesh(mesh), sharding.activate(model, rows, 12):
+    found = jax.jit(lambda *given: attend(*given))(*given)
+  compare(found, expected, f'attention {rows}')
 print('equal')
 """
 

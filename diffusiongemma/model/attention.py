@@ -9,6 +9,7 @@ and rotary.
 
 from collections.abc import Sequence
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -56,10 +57,14 @@ def attend(
 def _attend_in_blocks(q_BLNH, parts, mask_BLS, max_scores) -> jax.Array:
   """`attend` with blocks of queries."""
   B, L, N, H = q_BLNH.shape
-  rows = B * N // (parallel.parts('batch') * parallel.parts('q_heads'))
+  axes = ('batch', 'q_heads', 'length')
+  rows = B * N // math.prod(map(parallel.parts, axes))
   of_a_query = max(1, rows) * mask_BLS.shape[2]
   num_blocks = -(-L // min(L, max(1, max_scores // of_a_query)))
+  # Of a block, each device has as many.
   length = -(-L // num_blocks)
+  length += -length % parallel.parts('length')
+  num_blocks = -(-L // length)
   if num_blocks == 1:
     return _attend(q_BLNH, parts, mask_BLS)
   padding = ((0, 0), (0, num_blocks * length - L))
@@ -68,7 +73,10 @@ def _attend_in_blocks(q_BLNH, parts, mask_BLS, max_scores) -> jax.Array:
     rest = x_BLX.shape[2:]
     x_BLX = jnp.pad(x_BLX, padding + ((0, 0),) * len(rest))
     x_BnlX = x_BLX.reshape(B, num_blocks, length, *rest)
-    return jnp.moveaxis(x_BnlX, 1, 0)
+    heads = ('q_heads', None) if len(rest) > 1 else (None,)
+    return parallel.constrain(
+      jnp.moveaxis(x_BnlX, 1, 0), None, 'batch', 'length', *heads
+    )
 
   # Without the checkpoint the gradient would keep the scores of every block.
   @jax.checkpoint
