@@ -12,7 +12,6 @@ divided: every product, loops as often as they run. Times are a roofline:
 an estimate that nothing real has yet been compared with.
 """
 
-import collections
 from collections.abc import Callable
 import dataclasses
 import functools
@@ -30,6 +29,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from diffusiongemma import config as configs
+from diffusiongemma import hlo
 from diffusiongemma import memory
 from diffusiongemma import sharding
 from diffusiongemma.config import Config
@@ -80,28 +80,6 @@ CHIPS = {
 }
 GPUS_PER_HOST = 8
 STEPS = 16  # A canvas takes about so many, says DeepMind's report.
-_COLLECTIVES = (
-  'all-gather',
-  'all-reduce',
-  'reduce-scatter',
-  'all-to-all',
-  'collective-permute',
-)
-_TYPE_BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's16': 2}
-
-
-class Collective(NamedTuple):
-  """What devices exchange in one way, in a program; loops count once.
-
-  Attributes:
-    count: how many there are.
-    bytes: of their results, together.
-    largest: bytes of the largest array among them; one may have several.
-  """
-
-  count: int
-  bytes: int
-  largest: int
 
 
 class Plan(NamedTuple):
@@ -132,7 +110,7 @@ class Plan(NamedTuple):
   limit: int | None
   flops: float
   bytes_accessed: float
-  collectives: dict[str, Collective]
+  collectives: dict[str, hlo.Collective]
   kernels: int | None
   compile_seconds: float
   seconds: float | None
@@ -202,7 +180,7 @@ def plan(
   chip = CHIPS.get(kind)
   limit = int(chip.memory) if chip else memory.available(devices[0])
   text = compiled.as_text()
-  found = collectives(text)
+  found = hlo.collectives(text)
   on_gpu = devices[0].platform in ('gpu', 'cuda')
   costs = compiled.cost_analysis() or {}
   accessed = max(costs.get('bytes accessed', 0.0), sum(need.arrays.values()))
@@ -225,7 +203,7 @@ def plan(
     flops,
     accessed,
     found,
-    count_kernels(text) if on_gpu else None,
+    hlo.count_kernels(text) if on_gpu else None,
     seconds,
     estimate,
     bound_by,
@@ -371,56 +349,6 @@ FLOPS_OF: dict[str, Callable[..., float]] = {
     2.0 * x.shape[0] * d.shape[1] * x.shape[1]
   ),
 }
-
-
-def collectives(text: str) -> dict[str, Collective]:
-  """The collectives of an optimised HLO module, by kind."""
-  found = collections.defaultdict(list)
-  pattern = re.compile(
-    r'= (.+?) (' + '|'.join(_COLLECTIVES) + r')(-start)?\(', re.MULTILINE
-  )
-  for result, kind, started in pattern.findall(text):
-    shapes = re.findall(r'(\w+)\[([\d,]*)\]', result)
-    # What starts and ends later has its operands beside its results.
-    if started and kind == 'all-gather':
-      shapes = shapes[len(shapes) // 2 :]
-    elif started and kind == 'collective-permute':
-      shapes = shapes[1:2]
-    found[kind].append([_bytes_of(*shape) for shape in shapes])
-  return {
-    kind: Collective(len(many), sum(map(sum, many)), max(map(max, many)))
-    for kind, many in sorted(found.items())
-  }
-
-
-# What starts nothing.
-_NO_KERNEL = {
-  'after-all',
-  'bitcast',
-  'constant',
-  'get-tuple-element',
-  'parameter',
-  'tuple',
-}
-
-
-def count_kernels(text: str) -> int:
-  """Kernels in the computation that starts most of them, of an optimised HLO
-  module: the loop of a sampler, or all of a step of training."""
-  counts = []
-  inside = re.compile(r'  (?:ROOT )?%[\w.\-]+ = .+? ([\w\-]+)\(')
-  for line in text.splitlines():
-    if not line.startswith(' '):
-      counts.append(0)
-    elif (found := inside.match(line)) and found[1] not in _NO_KERNEL:
-      counts[-1] += 1
-  return max(counts, default=0)
-
-
-def _bytes_of(dtype: str, dims: str) -> int:
-  """Of an array as HLO writes its type: 'bf16', '4,8'."""
-  count = math.prod(int(d) for d in dims.split(',') if d)
-  return count * _TYPE_BYTES.get(dtype, 4)
 
 
 def smaller(config: Config, program: str) -> list[tuple[str, Config]]:

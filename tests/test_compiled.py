@@ -13,6 +13,7 @@ import pytest
 
 from diffusiongemma import config as configs
 from diffusiongemma import fields
+from diffusiongemma import hlo
 from diffusiongemma import plan
 
 MICRO = pathlib.Path(__file__).parent / 'micro_config.py'
@@ -115,7 +116,7 @@ def test_a_step_starts_few_kernels():
     config = fields.override(config, field, value)
   layers = config.model.attention_pattern
   some, more = (
-    plan.count_kernels(compile_loop(shortened, 'h100')[0])
+    hlo.count_kernels(compile_loop(shortened, 'h100')[0])
     for shortened in (
       fields.override(config, 'model.attention_pattern', str(pattern))
       for pattern in (layers[:6], ('local', *layers[:6]))

@@ -9,6 +9,7 @@ import pytest
 
 from diffusiongemma import config as configs
 from diffusiongemma import fields
+from diffusiongemma import hlo
 from diffusiongemma import memory
 from diffusiongemma import plan
 from diffusiongemma.kernels import grouped_matmul
@@ -94,7 +95,7 @@ def test_collectives_are_found_by_kind_and_size():
     %f = (f32[2]{0}, f32[3]{0}) all-reduce-start(%x, %y), channel_id=2
     %g = (f32[5]{0}, f32[5]{0}, u32[], u32[]) collective-permute-start(%x)
   """
-  assert plan.collectives(text) == {
+  assert hlo.collectives(text) == {
     'all-gather': (2, 64, 32),
     'all-reduce': (2, 148, 128),
     'collective-permute': (1, 20, 20),
@@ -117,8 +118,8 @@ def test_kernels_of_the_busiest_computation_are_counted():
   ROOT %r = (f32[4]{0}, s32[]) tuple(%a, %b)
 }
 """
-  assert plan.count_kernels(text) == 2
-  assert plan.count_kernels('') == 0
+  assert hlo.count_kernels(text) == 2
+  assert hlo.count_kernels('') == 0
 
 
 @pytest.mark.parametrize('program', ['train', 'sample'])

@@ -33,17 +33,13 @@ def suits(
   group = N // parts[0][0].shape[2]
   lengths = [k_BSKH.shape[1] for k_BSKH, _ in parts if k_BSKH.shape[1]]
   return (
-    _is_power_of_two(H)
-    and _is_power_of_two(group)
+    pl.next_power_of_2(H) == H
+    and pl.next_power_of_2(group) == group
     and min(H, *lengths) >= products.SMALLEST
     and H <= _LONGEST_HEAD
     and group <= _ROWS
     and L % (_ROWS // group) == 0
   )
-
-
-def _is_power_of_two(size: int) -> bool:
-  return size & (size - 1) == 0
 
 
 def attend(
@@ -129,7 +125,7 @@ def suits_heads(x_TD: jax.Array, weights: Sequence[Any]) -> bool:
   inputs = products.block(D // max(groups))
   return (
     len(groups) == 1
-    and _is_power_of_two(H)
+    and pl.next_power_of_2(H) == H
     and 2 * products.SMALLEST <= H <= _LONGEST_HEAD
     and min(math.gcd(len(x_TD), _ROWS), inputs) >= products.SMALLEST
   )

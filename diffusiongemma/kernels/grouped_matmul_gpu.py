@@ -47,7 +47,12 @@ def multiply_tiles(
   any device, slowly.
   """
   return _call(
-    *(x_TD, [_parts(weights_EFD)], groups.expert_of_tile, groups.end_E),
+    *(
+      x_TD,
+      [quantized.parts(weights_EFD)],
+      groups.expert_of_tile,
+      groups.end_E,
+    ),
     transposed=transposed,
     interpret=interpret,
     name='grouped_matmul',
@@ -64,7 +69,7 @@ def gate_tiles(
   """The hidden layer of the experts: [T, F], where the matrices [2F, D] have
   the gate first. Tokens x are fetched where they lie, k of whose choices follow
   each other in `groups`."""
-  parts, F = _parts(gate_up_EFD), gate_up_EFD.shape[1] // 2
+  parts, F = quantized.parts(gate_up_EFD), gate_up_EFD.shape[1] // 2
   return _call(
     *(x_MD, [parts, parts], groups.expert_of_tile, groups.end_E),
     row_T=groups.row_T,
@@ -112,13 +117,6 @@ def suits_one(x_TD: jax.Array, values_DF: jax.Array, num_groups: int) -> bool:
   """Whether `multiply` and `gate` can."""
   D, F = values_DF.shape
   return min(_tile(len(x_TD)), block(F), block(D // num_groups)) >= SMALLEST
-
-
-def _parts(weights: Any) -> tuple[jax.Array, jax.Array | None]:
-  """(values, scales); the scales of a plain array are None."""
-  if isinstance(weights, quantized.Quantized):
-    return weights.values, weights.scales
-  return weights, None
 
 
 def _one_group(x_TD: jax.Array) -> tuple[jax.Array, jax.Array]:

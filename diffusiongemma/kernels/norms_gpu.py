@@ -33,7 +33,7 @@ def add_and_norm(
   T, D = x_TD.shape
   h_TD, *normed = pl.pallas_call(
     functools.partial(
-      _add_and_norm, width=1 << (D - 1).bit_length(), epsilon=epsilon
+      _add_and_norm, width=pl.next_power_of_2(D), epsilon=epsilon
     ),
     grid=(T,),
     out_shape=[

@@ -103,3 +103,8 @@ def rows(table: Any, start: jax.Array, size: int) -> Any:
   return jax.tree.map(
     lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=0), table
   )
+
+
+def parts(w: Any) -> tuple[jax.Array, jax.Array | None]:
+  """(values, scales) of an array; None where it is not quantised."""
+  return (w.values, w.scales) if isinstance(w, Quantized) else (w, None)

@@ -20,7 +20,7 @@ _COUNTED = 128  # Rows that a program of the layout has, and looks at at a time.
 def suits(logits_TE: jax.Array) -> bool:
   """Whether the kernel can be used."""
   T, E = logits_TE.shape
-  return E & (E - 1) == 0 and math.gcd(T, _ROWS) == _ROWS
+  return pl.next_power_of_2(E) == E and math.gcd(T, _ROWS) == _ROWS
 
 
 def choose(
@@ -68,7 +68,7 @@ def _choose(logits_ref, scale_ref, weights_ref, experts_ref, *, k):
 
 def suits_layout(num_rows: int, num_experts: int) -> bool:
   """Whether `lay_out` can be used. Each row meets all others."""
-  is_power = num_experts & (num_experts - 1) == 0
+  is_power = pl.next_power_of_2(num_experts) == num_experts
   return is_power and num_rows % _COUNTED == 0 and num_rows <= 2**14
 
 

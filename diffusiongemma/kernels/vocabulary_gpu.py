@@ -203,11 +203,8 @@ def _add_up(
 
 
 def _parts(table_VD: Any) -> tuple[jax.Array, jax.Array | None]:
-  """(values, scales) as the only matrix of several; None for the scales of an
-  array that has none."""
-  if isinstance(table_VD, quantized.Quantized):
-    return table_VD.values[None], table_VD.scales[None]
-  return table_VD[None], None
+  """Values and scales as those of the only matrix of several."""
+  return jax.tree.map(lambda x: x[None], quantized.parts(table_VD))
 
 
 def _block_in(table_VD: Any) -> int:
