@@ -32,7 +32,10 @@ def get_config() -> config.Config:
     ),
     train=replace(
       six.train,
-      steps=5000,
+      steps=10500,
+      self_conditioning_probability=0.75,
+      self_conditioning_passes=3,
+      ar_loss_weight=0.0,
       sample_prompt='..2.9.1..1..48.9....5.....4...9.....2...'
       '.....9....75.162.1.98.5.1.2.6.49.7.84...6',
     ),

@@ -183,7 +183,11 @@ class TrainConfig:
   Face; then `config.model` and `config.diffusion` are what they are there. The
   objective `ar` learns to write from left to right, and not to denoise;
   `loo_ce` is for likelihoods (`diffusion/likelihood.py`), and the sampler takes
-  its logits, which leave out what a token tells of itself, as they are.
+  its logits, which leave out what a token tells of itself, as they are. A row
+  that is told of its own guess, with `self_conditioning_probability`, is told
+  of one after 1 to `self_conditioning_passes` passes: more than one is for a
+  sampler that makes many. Without an `ar_loss_weight` the text of the last
+  canvas is not read, and the network does not learn to write left to right.
 
   A batch is worked through in `accumulate_steps` parts. With `remat` the
   backward pass computes again what a layer computed, instead of keeping it: all
@@ -202,6 +206,7 @@ class TrainConfig:
   objective: Literal['ce', 'loo_ce', 'ar'] = 'ce'
   canvases: Literal['one', 'all'] = 'one'
   self_conditioning_probability: float = 0.5
+  self_conditioning_passes: int = 1
   ar_loss_weight: float = 1.0
   accumulate_steps: int = 1
   remat: Literal['none', 'dots', 'full'] = 'none'

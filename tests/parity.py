@@ -33,6 +33,7 @@ from diffusiongemma.checkpoints import huggingface_config
 from diffusiongemma.diffusion import loss as losses
 from diffusiongemma.model import denoiser
 from diffusiongemma.model import masks
+from diffusiongemma.training import evaluate
 
 VISION = configs.VisionConfig(
   embed_dim=24,
@@ -450,15 +451,14 @@ def training_example(pair: Pair):
     t_BK=jnp.full((2, 1), 0.5),
     canvas_BL=jnp.asarray(pair.canvas_BL),
     corrupted_BL=jnp.ones((2, C), bool),
-    self_condition_B=jnp.array([True, False]),
+    guesses_B=jnp.array([1, 0]),
   )
   return batch, drawn
 
 
 def network_of(model: denoiser.Denoiser, params: dict) -> losses.Network:
-  apply = functools.partial(model.apply, {'params': params})
-  methods = ('prefill', 'denoise', 'logits', 'soft_embedding')
-  return losses.Network(*(functools.partial(apply, method=m) for m in methods))
+  config = configs.Config(model=model.config)
+  return evaluate.bind_network(config, params)
 
 
 def our_gradients(pair: Pair) -> tuple[float, dict]:

@@ -1,7 +1,7 @@
 """The training objective: denoising plus autoregressive cross entropy.
 
   t ~ U(1e-4, 1 - 1e-4),  z ~ q(z_t | x_sel),  sel ~ U(valid canvases), or all
-  s = 0, or with probability p the soft embedding of a first pass (no grad)
+  s = 0, or with probability p the soft embedding of passes before (no grad)
   loss = mean_i CE(f(z, s | prompt, canvases < sel), x_sel_i)
          + ar_weight * mean_j CE(prefill(x)_j, x_j+1)
 
@@ -36,12 +36,14 @@ class Network(NamedTuple):
       is None where self-conditioning is off.
     logits: h [..., D] -> float32 [..., V].
     soft_embedding: probabilities [..., V] -> [..., D].
+    frozen: the same network with no gradients to its parameters.
   """
 
   prefill: Callable
   denoise: Callable
   logits: Callable
   soft_embedding: Callable
+  frozen: 'Network | None' = None
 
 
 class Counts(NamedTuple):
@@ -66,8 +68,9 @@ class Noise(NamedTuple):
     t_BK: float32, the time of each.
     canvas_BL: int32, the noisy canvases.
     corrupted_BL: bool, the positions drawn anew.
-    self_condition_B: bool, rows that see the first pass; None where no row
-      ever does, and there is no such pass.
+    guesses_B: int32, passes without gradient before the one that is learnt
+      from, each of which sees what the one before it gave; 0 for a row that
+      sees nothing. None where no row ever does.
   """
 
   start_BK: jax.Array
@@ -76,7 +79,7 @@ class Noise(NamedTuple):
   t_BK: jax.Array
   canvas_BL: jax.Array
   corrupted_BL: jax.Array
-  self_condition_B: jax.Array | None
+  guesses_B: jax.Array | None
 
 
 BATCH_KEYS = (
@@ -118,10 +121,13 @@ def draw_noise(
   vocab_size: int,
   self_conditioning_probability: float,
   canvases: str = 'one',
+  self_conditioning_passes: int = 1,
 ) -> Noise:
   """Draws canvas, time, corruption and self-conditioning for each row.
 
-  `canvases` is 'one', drawn from those of the row, or 'all' of them.
+  `canvases` is 'one', drawn from those of the row, or 'all' of them. A row
+  that is told of its own guess is told of one after 1 to
+  `self_conditioning_passes` passes.
   """
   select_key, time_key, corrupt_key, sc_key = jax.random.split(key, 4)
   C, start_BK = canvas_length, batch['canvas_start_BK']
@@ -143,11 +149,13 @@ def draw_noise(
   canvas_BL, corrupted_BL = noise.corrupt(
     corrupt_key, clean_BL, jnp.repeat(t_BK, C, axis=1), vocab_size
   )
-  self_condition_B = None
+  guesses_B = None
   if self_conditioning_probability:
-    self_condition_B = jax.random.bernoulli(
-      sc_key, self_conditioning_probability, (B,)
+    told_B = jax.random.bernoulli(sc_key, self_conditioning_probability, (B,))
+    passes_B = jax.random.randint(
+      jax.random.fold_in(sc_key, 1), (B,), 1, self_conditioning_passes + 1
     )
+    guesses_B = jnp.where(told_B, passes_B, 0)
   return Noise(
     start_BK,
     first_BK,
@@ -155,7 +163,7 @@ def draw_noise(
     t_BK,
     canvas_BL,
     corrupted_BL,
-    self_condition_B,
+    guesses_B,
   )
 
 
@@ -188,14 +196,24 @@ def diffusion_loss(
   C = drawn.canvas_BL.shape[1] // drawn.start_BK.shape[1]
   check_batch(batch, C)
   counts = counts or count(batch)
-  h_BSD, cache, auxiliary = network.prefill(
-    batch['tokens_BS'], batch['length_B'], first_BP=batch['first_BS']
-  )
-  # Right padding and the last column have no next token to predict.
-  targets_BS = jnp.roll(batch['tokens_BS'], -1, axis=1)
-  mask_BS = jnp.roll(batch['target_mask_BS'], -1, axis=1).at[:, -1].set(False)
-  ar_BS, _ = cross_entropy(network.logits, h_BSD, targets_BS)
-  loss_ar = jnp.sum(jnp.where(mask_BS, ar_BS, 0.0)) / counts.targets
+  loss_ar = jnp.zeros(())
+  if ar_loss_weight or objective == 'ar':
+    h_BSD, cache, auxiliary = network.prefill(
+      batch['tokens_BS'], batch['length_B'], first_BP=batch['first_BS']
+    )
+    # Right padding and the last column have no next token to predict.
+    targets_BS = jnp.roll(batch['tokens_BS'], -1, axis=1)
+    mask_BS = jnp.roll(batch['target_mask_BS'], -1, axis=1).at[:, -1].set(False)
+    ar_BS, _ = cross_entropy(network.logits, h_BSD, targets_BS)
+    loss_ar = jnp.sum(jnp.where(mask_BS, ar_BS, 0.0)) / counts.targets
+  else:
+    # No canvas sees further than where the last one can begin.
+    P = batch['tokens_BS'].shape[1] - C
+    _, cache, auxiliary = network.prefill(
+      batch['tokens_BS'][:, :P],
+      jnp.minimum(batch['length_B'], P),
+      first_BP=batch['first_BS'][:, :P],
+    )
   if objective == 'ar':
     loss_denoise = accuracy = jnp.zeros(())
   else:
@@ -238,23 +256,29 @@ def denoising_losses(
 
 
 def denoise_canvases(network: Network, cache, drawn: Noise) -> jax.Array:
-  """The pass over the canvases that is learnt from, and the one without
-  gradients before it, where a row may see what that gives.
+  """The pass over the canvases that is learnt from, and those without
+  gradients before it, where a row may see what they give.
 
   A canvas sees the clean text before it and nothing else, though the cache
   holds the answer too.
   """
   places = (drawn.start_BK, drawn.first_BK)
-  if drawn.self_condition_B is None:
+  if drawn.guesses_B is None:
     return network.denoise(drawn.canvas_BL, None, cache, *places)
-  h_BLD = network.denoise(
-    drawn.canvas_BL, None, jax.lax.stop_gradient(cache), *places
-  )
-  sc_BLD = soft_embedding(network, jax.lax.stop_gradient(h_BLD))
-  sc_BLD = jnp.where(drawn.self_condition_B[:, None, None], sc_BLD, 0.0)
-  return network.denoise(
-    drawn.canvas_BL, jax.lax.stop_gradient(sc_BLD), cache, *places
-  )
+  frozen, frozen_cache = network.frozen, jax.lax.stop_gradient(cache)
+
+  def guess(sc_BLD):
+    h_BLD = frozen.denoise(drawn.canvas_BL, sc_BLD, frozen_cache, *places)
+    return soft_embedding(frozen, h_BLD)
+
+  def again(i, sc_BLD):
+    wanted_B11 = i < drawn.guesses_B[:, None, None]
+    return jnp.where(wanted_B11, guess(sc_BLD), sc_BLD)
+
+  passes = jnp.max(drawn.guesses_B)
+  sc_BLD = jax.lax.fori_loop(1, passes, again, guess(None))
+  sc_BLD = jnp.where(drawn.guesses_B[:, None, None] > 0, sc_BLD, 0.0)
+  return network.denoise(drawn.canvas_BL, sc_BLD, cache, *places)
 
 
 def cross_entropy(

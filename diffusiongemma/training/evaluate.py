@@ -48,7 +48,7 @@ def bind_network(
   """The loss's view of a network: its functions with parameters bound."""
   model = denoiser.Denoiser(config.model, remat)
 
-  def bind(method):
+  def bind(params, method):
     def call(rows, *args, **kwargs):
       with sharding.activate(config.model, rows.shape[0]):
         return model.apply(
@@ -57,7 +57,11 @@ def bind_network(
 
     return call
 
-  return loss.Network(*map(bind, loss.Network._fields))
+  def network(params, frozen=None):
+    methods = ('prefill', 'denoise', 'logits', 'soft_embedding')
+    return loss.Network(*(bind(params, m) for m in methods), frozen)
+
+  return network(params, network(jax.lax.stop_gradient(params)))
 
 
 @functools.partial(jax.jit, static_argnames='config')

@@ -46,6 +46,7 @@ def make_train_step(config: Config, shardings: Any = None):
       config.model.vocab_size,
       train.self_conditioning_probability,
       train.canvases,
+      train.self_conditioning_passes,
     )
     gradients, metrics = compute_gradients(
       config, state.params, batch, drawn, base

@@ -42,8 +42,9 @@ def batch(model_config):
   }
 
 
-def drawn_for(batch, selected, self_condition=True):
-  """Noise for canvas number `selected` of both rows."""
+def drawn_for(batch, selected, guesses=1):
+  """Noise for canvas number `selected` of both rows, each told of its own
+  guess after so many passes."""
   start_B = PROMPT_B + selected * C
   clean_BL = loss.slice_canvases(batch['tokens_BS'], start_B[:, None], C)
   corrupted_BL = jnp.arange(C)[None] % 2 == jnp.array([[0], [1]])
@@ -55,7 +56,7 @@ def drawn_for(batch, selected, self_condition=True):
     jnp.full((B, 1), 0.5),
     canvas_BL,
     corrupted_BL,
-    jnp.full(B, self_condition),
+    jnp.full(B, guesses),
   )
 
 
@@ -87,10 +88,10 @@ def test_the_canvas_sees_what_is_before_it_and_nothing_else(
 
       return model.apply({'params': params}, tokens_BS, length_B, method=method)
 
-    value, metrics = loss.diffusion_loss(
-      network._replace(prefill=prefill), batch, drawn, 0.0
+    _, metrics = loss.diffusion_loss(
+      network._replace(prefill=prefill), batch, drawn, 1.0
     )
-    return value
+    return metrics['loss_denoise']
 
   zero = jnp.zeros((B, S, model_config.embed_dim))
   gradient = jax.jit(jax.grad(denoising_loss))(zero)
@@ -131,25 +132,33 @@ def test_self_conditioning_off_in_one_row_of_a_mixed_batch(
   _, cache, _ = network.prefill(batch['tokens_BS'], batch['length_B'])
 
   @jax.jit
-  def run(self_condition_B):
-    drawn = drawn_for(batch, 1)._replace(self_condition_B=self_condition_B)
+  def run(guesses_B):
+    drawn = drawn_for(batch, 1)._replace(guesses_B=guesses_B)
     return loss.denoise_canvases(network, cache, drawn)
 
-  off, mixed = run(jnp.array([False, False])), run(jnp.array([False, True]))
+  off, mixed = run(jnp.array([0, 0])), run(jnp.array([0, 1]))
   np.testing.assert_array_equal(off[0], mixed[0])
   assert np.abs(off[1] - mixed[1]).max() > 1e-3
   np.testing.assert_allclose(off, run(None), atol=1e-5)
 
 
-def test_no_gradient_through_the_first_pass(model_config, params, batch):
-  """The gradient is that of a constant self-conditioning signal."""
-  drawn = drawn_for(batch, 1)
-  zeros = jnp.zeros((B, C, model_config.embed_dim))
+@pytest.mark.parametrize('guesses_B', [(1, 1), (2, 1)])
+def test_a_guess_is_a_constant(model_config, params, batch, guesses_B):
+  """After one pass or more: the gradient is that of a constant signal."""
+  drawn = drawn_for(batch, 1)._replace(guesses_B=jnp.array(guesses_B))
   fixed = make_network(model_config, params)
   _, cache, _ = fixed.prefill(batch['tokens_BS'], batch['length_B'])
   cut = cache.replace(length_B=drawn.start_BK[:, 0])
-  first = fixed.denoise(drawn.canvas_BL, zeros, cut)
-  signal = loss.soft_embedding(fixed, first)
+
+  @jax.jit
+  def guess(sc_BLD):
+    h_BLD = fixed.denoise(drawn.canvas_BL, sc_BLD, cut)
+    return loss.soft_embedding(fixed, h_BLD)
+
+  signals = [jnp.zeros((B, C, model_config.embed_dim))]
+  for _ in range(max(guesses_B)):
+    signals.append(guess(signals[-1]))
+  signal = jnp.stack([signals[n][b] for b, n in enumerate(guesses_B)])
 
   def twice(params):
     network = make_network(model_config, params)
@@ -170,7 +179,7 @@ def test_no_gradient_through_the_first_pass(model_config, params, batch):
 def test_losses_are_means_over_the_right_places(model_config, params, batch):
   network, drawn = (
     make_network(model_config, params),
-    drawn_for(batch, 1, False),
+    drawn_for(batch, 1, guesses=0),
   )
   _, metrics = loss.diffusion_loss(network, batch, drawn, 1.0)
   h_BSD, cache, _ = network.prefill(batch['tokens_BS'], batch['length_B'])
@@ -230,9 +239,50 @@ def test_noise_covers_all_canvases_and_no_more(model_config, batch):
     expected = range(prompt, length - C + 1, C)
     assert starts == set(expected)
   assert 0 < drawn.t_BK.min() < 0.02 and 0.98 < drawn.t_BK.max() < 1
-  np.testing.assert_allclose(drawn.self_condition_B.mean(), 0.5, atol=0.08)
+  np.testing.assert_allclose(drawn.guesses_B.mean(), 0.5, atol=0.08)
+  assert drawn.guesses_B.max() == 1
   noisy = np.asarray(drawn.canvas_BL)[np.asarray(drawn.t_BK[:, 0]) > 0.7]
   assert len(np.unique(noisy, axis=0)) == len(noisy), 'rows share their noise'
+
+
+def test_guesses_after_one_pass_or_more(batch):
+  many = jax.tree.map(lambda x: jnp.repeat(x, 400, axis=0), batch)
+  drawn = loss.draw_noise(
+    jax.random.key(0), many, C, 97, 0.6, self_conditioning_passes=3
+  )
+  share = np.bincount(drawn.guesses_B, minlength=4) / len(drawn.guesses_B)
+  np.testing.assert_allclose(share, [0.4, 0.2, 0.2, 0.2], atol=0.05)
+  one = loss.draw_noise(jax.random.key(0), many, C, 97, 0.6)
+  np.testing.assert_array_equal(one.guesses_B > 0, drawn.guesses_B > 0)
+
+
+def test_without_its_weight_text_of_no_use_to_a_canvas_is_not_read(
+  model_config, params, batch
+):
+  """The denoising loss and its gradient are the same."""
+  drawn = drawn_for(batch, 2)
+  read = []
+
+  def run(ar_loss_weight, params):
+    network = make_network(model_config, params)
+
+    def prefill(tokens_BS, *args, **kwargs):
+      read.append(tokens_BS.shape[1])
+      return network.prefill(tokens_BS, *args, **kwargs)
+
+    _, metrics = loss.diffusion_loss(
+      network._replace(prefill=prefill), batch, drawn, ar_loss_weight
+    )
+    return metrics['loss_denoise']
+
+  gradient = jax.jit(jax.value_and_grad(run, argnums=1), static_argnums=0)
+  got, wanted = gradient(0.0, params), gradient(1.0, params)
+  assert read == [S - C, S]
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+    got,
+    wanted,
+  )
 
 
 def test_unknown_and_missing_batch_keys_are_errors(batch):
