@@ -1,4 +1,4 @@
-"""Kernels where there is a GPU for them, and plain JAX everywhere else."""
+"""Kernels where there is a device for them, and plain JAX everywhere else."""
 
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -10,15 +10,22 @@ import jax
 _switched_off = False
 
 
-def on_gpu(kernel: Callable, plain: Callable, *given: Any) -> Any:
-  """`kernel(*given)` where the program runs on a GPU, else `plain(*given)`,
-  which is the same; the gradient is that of `plain` in both cases."""
-  if _switched_off:
+def run(
+  plain: Callable,
+  *given: Any,
+  cuda: Callable | None = None,
+  tpu: Callable | None = None,
+) -> Any:
+  """What `plain(*given)` is, by a kernel where the program runs on a device
+  that has one; the gradient is that of `plain` everywhere."""
+  kernels = {'cuda': cuda, 'tpu': tpu}
+  kernels = {where: k for where, k in kernels.items() if k is not None}
+  if _switched_off or not kernels:
     return plain(*given)
 
   @jax.custom_vjp
   def anywhere(*given):
-    return jax.lax.platform_dependent(*given, cuda=kernel, default=plain)
+    return jax.lax.platform_dependent(*given, **kernels, default=plain)
 
   anywhere.defvjp(
     lambda *given: jax.vjp(plain, *given), lambda pullback, d: pullback(d)

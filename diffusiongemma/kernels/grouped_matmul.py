@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from diffusiongemma.kernels import activation
 from diffusiongemma.kernels import dispatch
 from diffusiongemma.kernels import grouped_matmul_gpu as gpu
+from diffusiongemma.kernels import grouped_matmul_tpu as tpu
 from diffusiongemma.kernels import quantized
 from diffusiongemma.kernels import routing_gpu
 
@@ -65,12 +66,12 @@ def make_groups(expert_R: jax.Array, num_experts: int, tile: int) -> Groups:
     tile: rows in a tile.
   """
   lay_out = functools.partial(_lay_out, num_experts=num_experts, tile=tile)
-  if not routing_gpu.suits_layout(len(expert_R), num_experts):
-    return Groups(*lay_out(expert_R), tile)
-  on_gpu = functools.partial(
-    routing_gpu.lay_out, num_experts=num_experts, tile=tile
-  )
-  return Groups(*dispatch.on_gpu(on_gpu, lay_out, expert_R), tile)
+  kernel = None
+  if routing_gpu.suits_layout(len(expert_R), num_experts):
+    kernel = functools.partial(
+      routing_gpu.lay_out, num_experts=num_experts, tile=tile
+    )
+  return Groups(*dispatch.run(lay_out, expert_R, cuda=kernel), tile)
 
 
 def _lay_out(expert_R, num_experts, tile):
@@ -184,11 +185,18 @@ def gated_matmul(
     groups: the layout of M*k rows, the k choices of each token.
     k: how many experts a token has.
   """
-  plain = functools.partial(_gate_tiles, k=k)
-  if not gpu.suits(gate_up_EFD, groups.tile, parts=2):
-    return plain(x_MD, gate_up_EFD, groups)
-  kernel = functools.partial(gpu.gate_tiles, k=k)
-  return dispatch.on_gpu(kernel, plain, x_MD, gate_up_EFD, groups)
+
+  def on_tpu(x_MD, gate_up_EFD, groups):
+    x_TD = scatter_to_tiles(x_MD, groups, k)
+    return tpu.gate_tiles(x_TD, gate_up_EFD, groups)
+
+  on_gpu = functools.partial(gpu.gate_tiles, k=k)
+  return dispatch.run(
+    functools.partial(_gate_tiles, k=k),
+    *(x_MD, gate_up_EFD, groups),
+    cuda=on_gpu if gpu.suits(gate_up_EFD, groups.tile, parts=2) else None,
+    tpu=on_tpu if tpu.suits(gate_up_EFD, groups.tile, parts=2) else None,
+  )
 
 
 def _gate_tiles(x_MD, gate_up_EFD, groups, k):
@@ -220,10 +228,16 @@ def _multiply_tiles(x_TD, weights_EFD, groups, transposed=False):
     y_TF = jnp.zeros((x_TD.shape[0], outputs), x_TD.dtype)
     return jax.lax.fori_loop(0, groups.used, tile, y_TF)
 
-  if not gpu.suits(weights_EFD, groups.tile):
-    return loop(x_TD, weights_EFD, groups)
-  kernel = functools.partial(gpu.multiply_tiles, transposed=transposed)
-  return dispatch.on_gpu(kernel, loop, x_TD, weights_EFD, groups)
+  on_gpu, on_tpu = (
+    functools.partial(kernels.multiply_tiles, transposed=transposed)
+    for kernels in (gpu, tpu)
+  )
+  suits_tpu = tpu.suits(weights_EFD, groups.tile, transposed=transposed)
+  return dispatch.run(
+    *(loop, x_TD, weights_EFD, groups),
+    cuda=on_gpu if gpu.suits(weights_EFD, groups.tile) else None,
+    tpu=on_tpu if suits_tpu else None,
+  )
 
 
 @jax.jit
@@ -241,10 +255,11 @@ def _add_tiles(d_TF, x_TD, weights_EFD, groups):
     total_EFD = jnp.zeros(weights_EFD.shape, jnp.float32)
     return jax.lax.fori_loop(0, groups.used, tile, total_EFD)
 
-  if gpu.suits(weights_EFD, groups.tile):
-    total_EFD = dispatch.on_gpu(gpu.add_tiles, loop, d_TF, x_TD, groups)
-  else:
-    total_EFD = loop(d_TF, x_TD, groups)
+  total_EFD = dispatch.run(
+    *(loop, d_TF, x_TD, groups),
+    cuda=gpu.add_tiles if gpu.suits(weights_EFD, groups.tile) else None,
+    tpu=tpu.add_tiles if tpu.suits(weights_EFD, groups.tile) else None,
+  )
   return total_EFD.astype(weights_EFD.dtype)
 
 

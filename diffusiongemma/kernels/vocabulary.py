@@ -79,7 +79,7 @@ def summarize(
   )
   sizes = _chunks(V, on_gpu.keywords['chunk'])
   if all(gpu.suits(h_RD, table_VD, size, BIN) for _, size in sizes):
-    found = dispatch.on_gpu(on_gpu, walk, *given)
+    found = dispatch.run(walk, *given, cuda=on_gpu)
   else:
     found = walk(*given)
   (max_R, sum_R, weighted_R, argmax_R, mean_RD), mass_RX = found

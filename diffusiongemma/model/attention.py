@@ -50,7 +50,7 @@ def attend(
   given = (q_BLNH, list(map(tuple, parts)), mask_BLS)
   plain = functools.partial(_attend_in_blocks, max_scores=max_scores)
   if gpu.suits(q_BLNH, parts) and not parallel.is_active():
-    return dispatch.on_gpu(gpu.attend, plain, *given)
+    return dispatch.run(plain, *given, cuda=gpu.attend)
   return plain(*given)
 
 
@@ -169,7 +169,7 @@ def project(
   x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
   if not gpu.suits_heads(x_TD, list(weights.values())):
     return plain(*given)
-  return dispatch.on_gpu(fused, plain, *given)
+  return dispatch.run(plain, *given, cuda=fused)
 
 
 class Attention(nn.Module):

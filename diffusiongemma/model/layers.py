@@ -74,7 +74,7 @@ def add_and_norm(
 
   given = (x_BLD, y_BLD, scale_D, list(scales))
   if norms_gpu.suits(x_BLD) and not parallel.is_active():
-    return dispatch.on_gpu(fused, plain, *given)
+    return dispatch.run(plain, *given, cuda=fused)
   return plain(*given)
 
 
@@ -176,7 +176,7 @@ def _few_bits(
   parts = (x_TD, values_DF, scales_XF)
   if not _suits_gpu(*parts):
     return _put_together(*parts)
-  return dispatch.on_gpu(gpu.multiply, _put_together, *parts)
+  return dispatch.run(_put_together, *parts, cuda=gpu.multiply)
 
 
 def _suits_gpu(x_TD, values_DF, scales_XF) -> bool:
@@ -206,7 +206,7 @@ def gated(x: jax.Array, gate: Any, up: Any) -> jax.Array:
     matrices = ((w.values, w.scales) for w in (gate, up))
     return gpu.gate(x_TD, *matrices)
 
-  hidden_TF = dispatch.on_gpu(fused, plain, x_TD, gate, up)
+  hidden_TF = dispatch.run(plain, x_TD, gate, up, cuda=fused)
   return hidden_TF.reshape(*x.shape[:-1], -1)
 
 

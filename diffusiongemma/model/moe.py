@@ -83,7 +83,7 @@ def choose(
   given = (logits_BLE.reshape(-1, E), scale_E)
   if gpu.suits(given[0]) and not parallel.is_active():
     kernel = functools.partial(gpu.choose, k=k)
-    chosen = dispatch.on_gpu(kernel, plain, *given)
+    chosen = dispatch.run(plain, *given, cuda=kernel)
   else:
     chosen = plain(*given)
   return tuple(x_Tk.reshape(B, L, k) for x_Tk in chosen)

@@ -1,0 +1,265 @@
+"""Matrix products on TPUs: twins of the loops in `grouped_matmul`.
+
+A step of the grid has one tile of rows and, of its expert's matrix, all inputs
+of a block of outputs. Which block that is stands in scalar memory before the
+kernel begins, so that the next one is on its way while this one is worked
+with; tiles of one expert follow each other and share it, and tiles that are not
+used name the last one again, for which nothing is moved. Few bits become the
+type of the rows in fast memory; the scales of groups are spread over their
+inputs by a product with zeros and ones, which is exact.
+"""
+
+import functools
+from typing import Any
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+
+from diffusiongemma.kernels import activation
+from diffusiongemma.kernels import quantized
+
+LANES = 128
+SMALLEST_TILE = 16  # Rows that bfloat16 comes in.
+LARGEST_BLOCK = 12 * 2**20  # Bytes of a matrix held at once, twice.
+FAST_MEMORY = 48 * 2**20  # Bytes; 64 MB is the least that TPUs have.
+CHUNK = 512  # Inputs multiplied at once.
+
+
+def suits(
+  weights_EFD: Any, tile: int, parts: int = 1, transposed: bool = False
+) -> bool:
+  """Whether the kernels can multiply with these weights, whose outputs are of
+  so many parts."""
+  is_quantized = isinstance(weights_EFD, quantized.Quantized)
+  if tile % SMALLEST_TILE or is_quantized and transposed:
+    return False
+  values, _ = quantized.parts(weights_EFD)
+  _, F, D = values.shape
+  outputs, inputs = (D, F) if transposed else (F // parts, D)
+  return _block_out(outputs, inputs, parts, values.dtype) is not None
+
+
+def multiply_tiles(
+  x_TD: jax.Array,
+  weights_EFD: jax.Array | quantized.Quantized,
+  groups: Any,
+  transposed: bool = False,
+  interpret: bool = False,
+) -> jax.Array:
+  """Each tile times its expert's matrix [F, D] transposed, or as it is: [T, F].
+
+  Rows of tiles that are not used hold anything. With `interpret` it runs on
+  any device, slowly.
+  """
+  return _call(
+    *(x_TD, weights_EFD, groups),
+    parts=1,
+    transposed=transposed,
+    interpret=interpret,
+    name='grouped_matmul',
+  )
+
+
+def gate_tiles(
+  x_TD: jax.Array,
+  gate_up_EFD: jax.Array | quantized.Quantized,
+  groups: Any,
+  interpret: bool = False,
+) -> jax.Array:
+  """The hidden layer of the experts: GeGLU of each tile, [T, F], where the
+  matrices [2F, D] have the gate first."""
+  return _call(
+    *(x_TD, gate_up_EFD, groups),
+    parts=2,
+    transposed=False,
+    interpret=interpret,
+    name='grouped_gate',
+  )
+
+
+def _call(x, weights, groups, *, parts, transposed, interpret, name):
+  values, scales = jax.tree.map(
+    lambda w: w.reshape(len(w), parts, -1, w.shape[-1]),
+    quantized.parts(weights),
+  )
+  inputs_first = transposed
+  rows, columns = values.shape[2:]
+  if columns % LANES and not rows % LANES:
+    # So they lie in memory, and turning them costs nothing.
+    values, scales = jax.tree.map(
+      lambda w: jnp.swapaxes(w, 2, 3), (values, scales)
+    )
+    inputs_first = not inputs_first
+  outputs, inputs = values.shape[2:][:: -1 if inputs_first else 1]
+  tile = groups.tile
+  block_out = _block_out(outputs, inputs, parts, values.dtype)
+
+  def used_tile(index, end_ref):
+    return jnp.minimum(index, jnp.maximum(end_ref[end_ref.shape[0] - 1] - 1, 0))
+
+  def rows_at(block, index, expert_ref, end_ref):
+    del block, expert_ref
+    return used_tile(index, end_ref), 0
+
+  def out_at(block, index, expert_ref, end_ref):
+    del expert_ref
+    return used_tile(index, end_ref), block
+
+  def matrix_at(block, index, expert_ref, end_ref):
+    expert = expert_ref[used_tile(index, end_ref)]
+    return (expert, 0, 0, block) if inputs_first else (expert, 0, block, 0)
+
+  matrices = [values] if scales is None else [values, scales]
+  in_specs = [pl.BlockSpec((tile, inputs), rows_at)]
+  for w in matrices:
+    shape = list(w.shape[1:])
+    shape[2 if inputs_first else 1] = block_out
+    in_specs.append(pl.BlockSpec((1, *shape), matrix_at))
+  return pl.pallas_call(
+    functools.partial(_multiply, inputs_first=inputs_first),
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=2,
+      grid=(outputs // block_out, len(x) // tile),
+      in_specs=in_specs,
+      out_specs=pl.BlockSpec((tile, block_out), out_at),
+    ),
+    out_shape=jax.ShapeDtypeStruct((len(x), outputs), x.dtype),
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=('parallel', 'arbitrary'),
+      vmem_limit_bytes=FAST_MEMORY,
+    ),
+    interpret=interpret,
+    name=name,
+  )(groups.expert_of_tile, groups.end_E, x, *matrices)
+
+
+def _multiply(expert_ref, end_ref, x_ref, values_ref, *refs, inputs_first):
+  del expert_ref
+  *scales_refs, out_ref = refs
+  inputs, parts = x_ref.shape[1], values_ref.shape[1]
+  chunk = _divisor(inputs, CHUNK) or inputs
+
+  @pl.when(pl.program_id(1) < end_ref[end_ref.shape[0] - 1])
+  def _():
+    def step(i, totals):
+      taken = pl.ds(i * chunk, chunk)
+      x = x_ref[:, taken]
+      return [
+        total + _dot(x, matrix(part, i, taken), 1, 0 if inputs_first else 1)
+        for part, total in enumerate(totals)
+      ]
+
+    def matrix(part, i, taken):
+      where = (taken, slice(None)) if inputs_first else (slice(None), taken)
+      w = values_ref[0, part, *where]
+      if not scales_refs:
+        return w.astype(x_ref.dtype)
+      scales = scales_refs[0][0, part]
+      spread = _spread(scales, i * chunk, chunk, inputs, inputs_first)
+      return (w.astype(jnp.float32) * spread).astype(x_ref.dtype)
+
+    totals = [jnp.zeros(out_ref.shape, jnp.float32)] * parts
+    totals = jax.lax.fori_loop(0, inputs // chunk, step, totals)
+    out = totals[0] if parts == 1 else activation.geglu(*totals)
+    out_ref[...] = out.astype(out_ref.dtype)
+
+
+def _spread(scales, first, count, inputs, inputs_first):
+  """The scales of `count` of the inputs from `first` on, in float32, from those
+  of their groups: [O, G] to [O, count], or [G, O] to [count, O]."""
+  axis = 0 if inputs_first else 1
+  G = scales.shape[axis]
+  if G == 1:
+    return scales.astype(jnp.float32)
+  shape = (count, G) if inputs_first else (G, count)
+  input_of = first + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+  group = jax.lax.broadcasted_iota(jnp.int32, shape, 1 - axis)
+  is_its = (input_of // (inputs // G) == group).astype(scales.dtype)
+  if inputs_first:
+    return _dot(is_its, scales, 1, 0)
+  return _dot(scales, is_its, 1, 0)
+
+
+def _dot(x, w, x_axis, w_axis):
+  """The product that sums over these axes, in float32."""
+  exact = x.dtype == jnp.float32
+  return jax.lax.dot_general(
+    x,
+    w,
+    (((x_axis,), (w_axis,)), ((), ())),
+    precision=jax.lax.Precision.HIGHEST if exact else None,
+    preferred_element_type=jnp.float32,
+  )
+
+
+def add_tiles(
+  d_TF: jax.Array, x_TD: jax.Array, groups: Any, interpret: bool = False
+) -> jax.Array:
+  """The sums of d^T x over the tiles of each expert: float32 [E, F, D]."""
+  E, F, D, tile = len(groups.end_E), d_TF.shape[1], x_TD.shape[1], groups.tile
+  block_F, block_D = _divisor(F, CHUNK) or F, _divisor(D, CHUNK) or D
+
+  def used_tile(index, end_ref):
+    return jnp.minimum(index, jnp.maximum(end_ref[E - 1] - 1, 0))
+
+  sums_EFD = pl.pallas_call(
+    _add,
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=2,
+      grid=(F // block_F, D // block_D, len(x_TD) // tile),
+      in_specs=[
+        pl.BlockSpec(
+          (tile, block_F), lambda f, d, t, _, end: (used_tile(t, end), f)
+        ),
+        pl.BlockSpec(
+          (tile, block_D), lambda f, d, t, _, end: (used_tile(t, end), d)
+        ),
+      ],
+      out_specs=pl.BlockSpec(
+        (1, block_F, block_D),
+        lambda f, d, t, expert, end: (expert[used_tile(t, end)], f, d),
+      ),
+    ),
+    out_shape=jax.ShapeDtypeStruct((E, F, D), jnp.float32),
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=('parallel', 'parallel', 'arbitrary'),
+      vmem_limit_bytes=FAST_MEMORY,
+    ),
+    interpret=interpret,
+    name='grouped_matmul_gradient',
+  )(groups.expert_of_tile, groups.end_E, d_TF, x_TD)
+  has_tiles_E = jnp.diff(groups.end_E, prepend=0) > 0
+  return jnp.where(has_tiles_E[:, None, None], sums_EFD, 0.0)
+
+
+def _add(expert_ref, end_ref, d_ref, x_ref, out_ref):
+  index = pl.program_id(2)
+  is_used = index < end_ref[end_ref.shape[0] - 1]
+  before = expert_ref[jnp.maximum(index - 1, 0)]
+  is_first = (index == 0) | (expert_ref[index] != before)
+
+  @pl.when(is_used & is_first)
+  def _():
+    out_ref[...] = jnp.zeros_like(out_ref)
+
+  @pl.when(is_used)
+  def _():
+    out_ref[0] += _dot(d_ref[...], x_ref[...], 0, 0)
+
+
+def _block_out(outputs, inputs, parts, dtype) -> int | None:
+  """How many outputs of each part are held at once; None where even the fewest
+  are too many."""
+  row = parts * inputs * jnp.dtype(dtype).itemsize
+  if outputs * row <= LARGEST_BLOCK:
+    return outputs
+  return _divisor(outputs, LARGEST_BLOCK // row)
+
+
+def _divisor(size: int, limit: int) -> int | None:
+  """The largest divisor up to `limit` that is whole registers wide."""
+  most = min(size, limit) // LANES
+  fitting = [n for n in range(1, most + 1) if size % (n * LANES) == 0]
+  return fitting[-1] * LANES if fitting else None
