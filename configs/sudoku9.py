@@ -40,7 +40,7 @@ def get_config() -> config.Config:
     ),
     train=replace(
       six.train,
-      steps=6000,
+      steps=5000,
       self_conditioning_probability=0.75,
       self_conditioning_passes=3,
       ar_loss_weight=0.0,

@@ -15,6 +15,8 @@ from diffusiongemma import config as configs
 from diffusiongemma import fields
 from diffusiongemma import hlo
 from diffusiongemma import plan
+from diffusiongemma.kernels import quantized
+from diffusiongemma.model import moe
 
 MICRO = pathlib.Path(__file__).parent / 'micro_config.py'
 RELEASED = MICRO.parents[1] / 'configs' / '26b_a4b.py'
@@ -59,13 +61,18 @@ def rewritten(text: str, sizes: set[int]) -> list[str]:
   return found
 
 
-def compile_loop(config, topology):
-  """(the compiled text, sizes of the matrices); skips without the plugin."""
+def make_mesh(config, topology):
+  """A mesh of one device of the topology; skips without the plugin."""
   try:
     _, devices = plan._devices(topology)
   except plan.PlanError as error:
     pytest.skip(str(error))
-  mesh = plan.sharding.make_mesh(config.mesh, devices[:1])
+  return plan.sharding.make_mesh(config.mesh, devices[:1])
+
+
+def compile_loop(config, topology):
+  """(the compiled text, sizes of the matrices)."""
+  mesh = make_mesh(config, topology)
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     lowered, _ = plan._lower_sampling(config, 1, 32, mesh)
     text = lowered.compile().as_text()
@@ -104,6 +111,41 @@ def test_no_weight_is_rewritten(config, topology):
   text, sizes = compile_loop(config, topology)
   assert ' while(' in text
   assert not rewritten(text, sizes)
+
+
+@pytest.mark.parametrize('kind', ['bfloat16', 'int8', 'int4', 'fp8'])
+def test_experts_are_two_kernels_on_a_tpu(kind):
+  """Of the released network; their matrices are read as they lie."""
+  config = configs.load_config(str(RELEASED))
+  model, tokens = config.model, config.diffusion.canvas_length
+  D, F, E, k = (
+    getattr(model, name)
+    for name in ('embed_dim', 'expert_dim', 'num_experts', 'experts_per_token')
+  )
+  mesh = make_mesh(config, 'v5e:2x2')
+
+  def array(*shape, dtype='bfloat16'):
+    by_row = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=by_row)
+
+  def matrices(*shape):
+    if kind == 'bfloat16':
+      return array(*shape)
+    scales = shape[-1] // 64 if kind == 'int4' else 1
+    values = array(*shape, dtype=quantized.KINDS[kind][0])
+    return quantized.Quantized(values, array(*shape[:-1], scales), -1)
+
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    lowered = jax.jit(moe._mix).lower(
+      array(tokens, D),
+      array(tokens, k),
+      array(tokens, k, dtype='int32'),
+      matrices(E, 2 * F, D),
+      matrices(E, D, F),
+    )
+    text = lowered.compile().as_text()
+  assert text.count('custom_call_target="tpu_custom_call"') == 2
+  assert not rewritten(text, {E * D * F, 2 * E * D * F, D * F, 2 * D * F})
 
 
 def test_a_step_starts_few_kernels():
