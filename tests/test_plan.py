@@ -48,16 +48,34 @@ def stack_flops(model, rows, keys) -> float:
   )
 
 
-def test_flops_of_training_are_those_of_the_formula(config):
+@pytest.mark.parametrize('ar_loss_weight, passes', [(1.0, 1), (0.0, 3)])
+def test_flops_of_training_are_those_of_the_formula(
+  config, ar_loss_weight, passes
+):
+  train = dataclasses.replace(
+    config.train,
+    ar_loss_weight=ar_loss_weight,
+    self_conditioning_passes=passes,
+  )
+  config = dataclasses.replace(config, train=train)
   model, (B, S) = config.model, (4, 64)
   C = config.diffusion.canvas_length
   D, V = model.embed_dim, model.vocab_size
   self_conditioning = 2.0 * B * C * 3 * D * model.mlp_dim
-  prefill = stack_flops(model, B * S, S) + 2.0 * B * S * D * V
+  if ar_loss_weight:
+    prefill = stack_flops(model, B * S, S) + 2.0 * B * S * D * V
+  else:
+    # The text of the last canvas is not read, and of the last layer no more
+    # than keys matters, two thirds of the work being for gradients.
+    S -= C
+    last = layer_flops(model, B * S, S, model.attention_pattern[-1])
+    keys = 2.0 * B * S * D * model.num_global_kv_heads * model.global_head_dim
+    prefill = stack_flops(model, B * S, S) - 2 / 3 * (last - keys)
   denoise = stack_flops(model, B * C, S + C)
   first = denoise + 2 * 2.0 * B * C * D * V  # Logits and the soft embedding.
   second = denoise + self_conditioning + 2.0 * B * C * D * V
-  expected = 3 * (prefill + second) + first
+  again = first + self_conditioning
+  expected = 3 * (prefill + second) + first + (passes - 1) * again
   counted = plan.count_flops(plan._lower_training(config, None))
   assert counted == pytest.approx(expected, rel=0.05)
 

@@ -175,6 +175,7 @@ def diffusion_loss(
   *,
   objective: str = 'ce',
   counts: Counts | None = None,
+  self_conditioning_passes: int = 1,
 ) -> tuple[jax.Array, dict]:
   """The joint loss of one batch.
 
@@ -186,6 +187,7 @@ def diffusion_loss(
     objective: 'ce', 'loo_ce' or 'ar', see the top of the file.
     counts: what sums are divided by, instead of `count` of this batch: for a
       part of a larger one.
+    self_conditioning_passes: what the noise was drawn with.
 
   Returns:
     (loss in nats a token, metrics): `loss_denoise`, `loss_ar`, both in nats a
@@ -218,7 +220,7 @@ def diffusion_loss(
     loss_denoise = accuracy = jnp.zeros(())
   else:
     denoise_BL, right_BL = denoising_losses(
-      network, cache, batch, drawn, objective
+      network, cache, batch, drawn, objective, self_conditioning_passes
     )
     valid_BL = jnp.repeat(drawn.valid_BK, C, axis=1)
     share_BL = valid_BL / jnp.maximum(valid_BL.sum(1, keepdims=True), 1)
@@ -243,11 +245,16 @@ def count(batch: dict) -> Counts:
 
 
 def denoising_losses(
-  network: Network, cache, batch: dict, drawn: Noise, objective: str
+  network: Network,
+  cache,
+  batch: dict,
+  drawn: Noise,
+  objective: str,
+  self_conditioning_passes: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
   """Cross entropy in nats and argmax hits at every canvas position."""
   C = drawn.canvas_BL.shape[1] // drawn.start_BK.shape[1]
-  h_BLD = denoise_canvases(network, cache, drawn)
+  h_BLD = denoise_canvases(network, cache, drawn, self_conditioning_passes)
   clean_BL = slice_canvases(batch['tokens_BS'], drawn.start_BK, C)
   evidence = None
   if objective == 'loo_ce':
@@ -255,7 +262,9 @@ def denoising_losses(
   return cross_entropy(network.logits, h_BLD, clean_BL, evidence)
 
 
-def denoise_canvases(network: Network, cache, drawn: Noise) -> jax.Array:
+def denoise_canvases(
+  network: Network, cache, drawn: Noise, self_conditioning_passes: int = 1
+) -> jax.Array:
   """The pass over the canvases that is learnt from, and those without
   gradients before it, where a row may see what they give.
 
@@ -275,8 +284,9 @@ def denoise_canvases(network: Network, cache, drawn: Noise) -> jax.Array:
     wanted_B11 = i < drawn.guesses_B[:, None, None]
     return jnp.where(wanted_B11, guess(sc_BLD), sc_BLD)
 
-  passes = jnp.max(drawn.guesses_B)
-  sc_BLD = jax.lax.fori_loop(1, passes, again, guess(None))
+  sc_BLD = guess(None)
+  if self_conditioning_passes > 1:
+    sc_BLD = jax.lax.fori_loop(1, self_conditioning_passes, again, sc_BLD)
   sc_BLD = jnp.where(drawn.guesses_B[:, None, None] > 0, sc_BLD, 0.0)
   return network.denoise(drawn.canvas_BL, sc_BLD, cache, *places)
 

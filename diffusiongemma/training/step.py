@@ -145,6 +145,7 @@ def compute_gradients(
       train.ar_loss_weight,
       objective=train.objective,
       counts=counts,
+      self_conditioning_passes=train.self_conditioning_passes,
     )
     metrics.update(moe.routing_statistics(metrics.pop('auxiliary')))
     return value, metrics

@@ -162,7 +162,8 @@ def test_a_guess_is_a_constant(model_config, params, batch, guesses_B):
 
   def twice(params):
     network = make_network(model_config, params)
-    return jnp.sum(loss.denoise_canvases(network, cache, drawn) ** 2)
+    h_BLD = loss.denoise_canvases(network, cache, drawn, max(guesses_B))
+    return jnp.sum(h_BLD**2)
 
   def constant(params):
     network = make_network(model_config, params)
