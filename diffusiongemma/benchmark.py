@@ -9,7 +9,9 @@ medians of several; the two programs take turns, since a machine that is shared
 has fast and slow minutes.
 """
 
+from collections.abc import Callable
 import dataclasses
+import functools
 import gc
 import importlib.util
 import math
@@ -39,6 +41,11 @@ from diffusiongemma.training import train_state
 from diffusiongemma.training import workdir as workdirs
 
 STEPS = 16
+# Ways in which `transformers` runs: name -> (whether compiled, its column).
+PEERS = {
+  'peer': (False, 'transformers'),
+  'compiled_peer': (True, 'compiled'),
+}
 # What is timed by itself: name -> the method of `Ours`.
 _PROGRAMS = {
   'prefill': 'read_prompt',
@@ -134,8 +141,8 @@ def fixed_steps(config: Config, steps: int) -> Config:
 
 
 class Transformers:
-  """The same of `transformers`, eager, in float32; its weights are random and
-  `params` has them as ours."""
+  """The same of `transformers`, eager or compiled by torch, in float32; its
+  weights are random and `params` has them as ours."""
 
   def __init__(self, config: Config):
     import torch
@@ -156,8 +163,11 @@ class Transformers:
       config.model, self.model.state_dict()
     )
 
-  def write(self, config: Config, tokens_BP: np.ndarray, steps: int) -> None:
-    """A prompt's prefill and a canvas of so many steps."""
+  def write(
+    self, config: Config, tokens_BP: np.ndarray, compiled: bool, steps: int
+  ) -> None:
+    """A prompt's prefill and a canvas of so many steps. It compiles where the
+    cache has a fixed size."""
     diffusion, module = config.diffusion, self.generation
     self.model.generate(
       self.torch.tensor(tokens_BP, dtype=self.torch.long),
@@ -172,8 +182,26 @@ class Transformers:
         confidence_threshold=1e-9,
         eos_token_id=[10**6],  # Which is never written.
         pad_token_id=diffusion.pad_token_id,
+        cache_implementation='static' if compiled else None,
       ),
     )
+
+  def writers(
+    self, config: Config, tokens_BP: np.ndarray
+  ) -> tuple[dict[str, Callable[[int], None]], str | None]:
+    """(`write` for so many steps, eager and compiled, warmed up; why it can't
+    be compiled, where it can't)."""
+    made = {}
+    for name, (compiled, _) in PEERS.items():
+      write = functools.partial(self.write, config, tokens_BP, compiled)
+      try:
+        write(1)
+      except Exception as error:  # Whatever a compiler may raise.
+        if not compiled:
+          raise
+        return made, f'{type(error).__name__}: {error}'.splitlines()[0]
+      made[name] = write
+    return made, None
 
   def learn(self, config: Config, batch: dict[str, np.ndarray]) -> float:
     """A step of training with our losses, on the first canvas of each row;
@@ -231,28 +259,28 @@ def measure(
   peer: Transformers | None = None,
 ) -> list[dict[str, Any]]:
   """Times for each (batch, context) of the grid: seconds, medians, with the
-  spread of a step, and with a `peer` its step and how much faster ours is."""
+  spread of a step, and with a `peer` its step, eager and compiled, and how much
+  faster ours is than each."""
   rows = []
   for batch, context in grid:
     ours = Ours(config, params, batch, context)
     C = config.diffusion.canvas_length
-    took = {
-      name: []
-      for name in ('prefill', 'step', 'commit', 'vocabulary', 'peer_step')
-    }
     for method in (*_PROGRAMS.values(), 'write'):
       getattr(ours, method)()  # The first call is another.
+    peers, refusal = {}, None
     if peer is not None:
-      peer.write(config, ours.tokens_BP, 1)
+      peers, refusal = peer.writers(config, ours.tokens_BP)
+    took = {name: [] for name in (*_PROGRAMS, 'step')}
+    took |= {f'{name}_step': [] for name in peers}
     for _ in range(repeats):
       for name, method in _PROGRAMS.items():
         took[name].append(seconds(getattr(ours, method)))
       took['step'].append(seconds(ours.write) / STEPS)
-      if peer is not None:
-        tokens = ours.tokens_BP
-        few = seconds(lambda t=tokens: peer.write(config, t, 1))
-        many = seconds(lambda t=tokens: peer.write(config, t, 5))
-        took['peer_step'].append((many - few) / 4)
+      for name, write in peers.items():
+        few, many = (
+          seconds(functools.partial(write, steps)) for steps in (1, 5)
+        )
+        took[f'{name}_step'].append((many - few) / 4)
     row = {
       'batch': batch,
       'context': context,
@@ -261,14 +289,17 @@ def measure(
       'array_bytes': ours.need.arrays,
     }
     for name, values in took.items():
-      if values:
-        row[f'{name}_seconds'] = statistics.median(values)
+      row[f'{name}_seconds'] = statistics.median(values)
     row['step_spread'] = [min(took['step']), max(took['step'])]
     canvas = STEPS * row['step_seconds'] + row['commit_seconds']
     row['tokens_per_second'] = batch * C / canvas
-    if peer is not None:
-      ratios = zip(took['peer_step'], took['step'], strict=True)
-      row['times_as_fast'] = statistics.median(p / o for p, o in ratios)
+    for name in peers:
+      ratios = zip(took[f'{name}_step'], took['step'], strict=True)
+      row[f'times_as_fast_as_{name}'] = statistics.median(
+        theirs / our for theirs, our in ratios
+      )
+    if refusal:
+      row['compiled_peer_refusal'] = refusal
     rows.append(row)
     del ours
     gc.collect()
@@ -377,9 +408,11 @@ def to_text(made: dict[str, Any]) -> str:
   rows, training = made['sampling'], made['training']
   head = ['batch', 'context', 'prefill', 'step', 'vocabulary', 'commit']
   head += ['tokens/s', 'peak GB', 'compile s']
-  peer = made['transformers']
-  if peer:
-    head += ['transformers', 'times as fast']
+  peers = [
+    name for name in PEERS if any(f'{name}_step_seconds' in row for row in rows)
+  ]
+  for name in peers:
+    head += [PEERS[name][1], 'times as fast']
   lines = []
   for row in rows:
     line = [str(row['batch']), str(row['context'])]
@@ -388,21 +421,24 @@ def to_text(made: dict[str, Any]) -> str:
     line.append(f'{row["tokens_per_second"]:,.1f}')
     line.append(f'{row["peak_bytes"] / 1e9:.2f}')
     line.append(f'{row["compile_seconds"]:.0f}')
-    if peer:
-      line.append(f'{1e3 * row["peer_step_seconds"]:.1f}')
-      line.append(f'{row["times_as_fast"]:.2f}')
+    for name in peers:
+      step = row.get(f'{name}_step_seconds', math.nan)
+      line.append(f'{1e3 * step:.1f}')
+      line.append(f'{row.get(f"times_as_fast_as_{name}", math.nan):.2f}')
     lines.append(line)
   widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
   text = [
     '  '.join(cell.rjust(w) for cell, w in zip(line, widths, strict=True))
     for line in (head, *lines)
   ]
+  for refusal in {row.get('compiled_peer_refusal') for row in rows} - {None}:
+    text.append(f'transformers could not be compiled: {refusal}')
   if training:
     text.append(
       f'training: {training["tokens_per_second"]:,.0f} tokens/s, a step in '
       f'{1e3 * training["step_seconds"]:.0f} ms'
     )
-    if peer:
+    if 'times_as_fast' in training:
       text.append(
         f'training with transformers: a step in '
         f'{1e3 * training["peer_step_seconds"]:.0f} ms, ours '

@@ -56,10 +56,12 @@ def test_a_run_is_a_table_and_plain_values(config):
   assert 'times as fast' not in text
 
 
-def test_the_peer_has_our_weights(config):
+def test_the_peer_has_our_weights(config, monkeypatch):
   """Its hidden states after a prompt are ours."""
   torch = pytest.importorskip('torch', reason='needs torch')
   pytest.importorskip('transformers', reason='needs transformers')
+  compiled = []  # Which would take a minute.
+  monkeypatch.setattr(torch, 'compile', lambda f, **_: compiled.append(f) or f)
   peer = benchmark.Transformers(config)
   tokens_BP = np.arange(3, 15, dtype=np.int32)[None]
   with torch.no_grad():
@@ -72,8 +74,22 @@ def test_the_peer_has_our_weights(config):
   np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
   rows = benchmark.measure(config, peer.params, [(1, 8)], 1, peer)
   # At this size the difference of two times is noise.
-  assert np.isfinite(rows[0]['peer_step_seconds'])
-  assert np.isfinite(rows[0]['times_as_fast'])
+  for name in ('peer', 'compiled_peer'):
+    assert np.isfinite(rows[0][f'{name}_step_seconds'])
+    assert np.isfinite(rows[0][f'times_as_fast_as_{name}'])
+  assert peer.model.forward in compiled
+
+  def refuse(f, **_):
+    raise RuntimeError('no compiler\nis installed')
+
+  monkeypatch.setattr(torch, 'compile', refuse)
+  peer = benchmark.Transformers(config)
+  rows = benchmark.measure(config, peer.params, [(1, 8)], 1, peer)
+  assert rows[0]['compiled_peer_refusal'] == 'RuntimeError: no compiler'
+  made = {'sampling': rows, 'training': None, 'transformers': '5'}
+  text = benchmark.to_text(made)
+  assert 'could not be compiled: RuntimeError: no compiler' in text
+  assert text.splitlines()[0].count('times as fast') == 1
 
 
 def test_the_peer_learns(config):
