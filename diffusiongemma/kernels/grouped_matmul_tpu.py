@@ -96,19 +96,16 @@ def _call(x, weights, groups, *, parts, transposed, interpret, name):
   tile = groups.tile
   block_out = _block_out(outputs, inputs, parts, values.dtype)
 
-  def used_tile(index, end_ref):
-    return jnp.minimum(index, jnp.maximum(end_ref[end_ref.shape[0] - 1] - 1, 0))
-
   def rows_at(block, index, expert_ref, end_ref):
     del block, expert_ref
-    return used_tile(index, end_ref), 0
+    return _used(index, end_ref), 0
 
   def out_at(block, index, expert_ref, end_ref):
     del expert_ref
-    return used_tile(index, end_ref), block
+    return _used(index, end_ref), block
 
   def matrix_at(block, index, expert_ref, end_ref):
-    expert = expert_ref[used_tile(index, end_ref)]
+    expert = expert_ref[_used(index, end_ref)]
     return (expert, 0, 0, block) if inputs_first else (expert, 0, block, 0)
 
   matrices = [values] if scales is None else [values, scales]
@@ -133,6 +130,11 @@ def _call(x, weights, groups, *, parts, transposed, interpret, name):
     interpret=interpret,
     name=name,
   )(groups.expert_of_tile, groups.end_E, x, *matrices)
+
+
+def _used(index, end_ref):
+  """The tile itself where it is used, else the last one that is."""
+  return jnp.minimum(index, jnp.maximum(end_ref[end_ref.shape[0] - 1] - 1, 0))
 
 
 def _multiply(expert_ref, end_ref, x_ref, values_ref, *refs, inputs_first):
@@ -200,10 +202,6 @@ def add_tiles(
   """The sums of d^T x over the tiles of each expert: float32 [E, F, D]."""
   E, F, D, tile = len(groups.end_E), d_TF.shape[1], x_TD.shape[1], groups.tile
   block_F, block_D = _divisor(F, CHUNK) or F, _divisor(D, CHUNK) or D
-
-  def used_tile(index, end_ref):
-    return jnp.minimum(index, jnp.maximum(end_ref[E - 1] - 1, 0))
-
   sums_EFD = pl.pallas_call(
     _add,
     grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -211,15 +209,15 @@ def add_tiles(
       grid=(F // block_F, D // block_D, len(x_TD) // tile),
       in_specs=[
         pl.BlockSpec(
-          (tile, block_F), lambda f, d, t, _, end: (used_tile(t, end), f)
+          (tile, block_F), lambda f, d, t, expert, end: (_used(t, end), f)
         ),
         pl.BlockSpec(
-          (tile, block_D), lambda f, d, t, _, end: (used_tile(t, end), d)
+          (tile, block_D), lambda f, d, t, expert, end: (_used(t, end), d)
         ),
       ],
       out_specs=pl.BlockSpec(
         (1, block_F, block_D),
-        lambda f, d, t, expert, end: (expert[used_tile(t, end)], f, d),
+        lambda f, d, t, expert, end: (expert[_used(t, end)], f, d),
       ),
     ),
     out_shape=jax.ShapeDtypeStruct((E, F, D), jnp.float32),
