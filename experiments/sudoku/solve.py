@@ -5,8 +5,8 @@ r"""How many puzzles a network solves: by denoising, and from left to right.
       --name=6x6
 
 gives held-out puzzles (`make_puzzles.py`) to
-  * the sampler of the run, with every budget of denoising passes up to
-    --budget, and with several seeds at that budget;
+  * the sampler of the run, with every budget of denoising passes in --budgets,
+    and with several seeds at the last;
   * the same with the givens pinned on the canvas;
   * the prefill pass of the same network, as an autoregressive model: greedily,
     a token after the other;
@@ -234,7 +234,7 @@ def measure_denoising(
   run: workdirs.Run,
   prompts: Sequence[str],
   responses: Sequence[str],
-  budget: int,
+  budgets: Sequence[int],
   batch_size: int,
   seeds: int,
 ) -> dict:
@@ -242,7 +242,7 @@ def measure_denoising(
 
   Returns:
     {'budgets': a record for each budget, with seed 0; 'free', 'pinned': what
-    `summarise` gives for the highest}.
+    `summarise` gives for the last}.
   """
   batches = split(prompts, batch_size)
   caches = [read(run, batch) for batch in batches]
@@ -261,14 +261,14 @@ def measure_denoising(
     return facts
 
   records = []
-  for passes in range(1, budget + 1):
+  for passes in budgets:
     diffusion = dataclasses.replace(
       run.config.diffusion, max_denoising_steps=passes
     )
     solver = make_solver(run, diffusion)
     records.append(record(solver, passes, 0))
-  free = [records[-1], *(record(solver, budget, s) for s in range(1, seeds))]
-  pinned = [record(solver, budget, s, pins) for s in range(seeds)]
+  free = [records[-1], *(record(solver, passes, s) for s in range(1, seeds))]
+  pinned = [record(solver, passes, s, pins) for s in range(seeds)]
   return {
     'budgets': records,
     'free': summarise(free),
@@ -432,7 +432,13 @@ def main() -> None:
   )
   parser.add_argument('--count', type=plots.positive, default=1000)
   parser.add_argument('--batch_size', type=plots.positive, default=250)
-  parser.add_argument('--budget', type=plots.positive, default=16)
+  parser.add_argument(
+    '--budgets',
+    type=plots.positive,
+    nargs='+',
+    default=range(1, 17),
+    help='of denoising passes (1 to 16)',
+  )
   parser.add_argument('--seeds', type=plots.positive, default=3)
   parser.add_argument('--output', type=pathlib.Path, default=FOLDER)
   parser.add_argument('--name', default='6x6', help='of the files written')
@@ -451,7 +457,7 @@ def main() -> None:
     'run': describe_run(run, given.workdir),
     'sampler': dataclasses.asdict(run.config.diffusion),
     'denoising': measure_denoising(
-      run, *puzzles, given.budget, given.batch_size, given.seeds
+      run, *puzzles, given.budgets, given.batch_size, given.seeds
     ),
     'ar': measure_ar(run, *puzzles, given.batch_size),
   }

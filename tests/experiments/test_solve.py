@@ -97,7 +97,12 @@ def oracle(run, monkeypatch):
 
 def test_an_oracle_gets_full_marks(oracle):
   results = solve.measure_denoising(
-    oracle(RESPONSES), PROMPTS, RESPONSES, budget=3, batch_size=2, seeds=2
+    oracle(RESPONSES),
+    PROMPTS,
+    RESPONSES,
+    budgets=[1, 2, 3],
+    batch_size=2,
+    seeds=2,
   )
   for budget, record in enumerate(results['budgets'], 1):
     assert record == {
@@ -118,7 +123,7 @@ def test_an_oracle_gets_full_marks(oracle):
 def test_pinned_givens_are_not_altered(oracle):
   """By a network that is sure of something else."""
   results = solve.measure_denoising(
-    oracle(['5555'] * 4), PROMPTS, RESPONSES, budget=1, batch_size=4, seeds=1
+    oracle(['5555'] * 4), PROMPTS, RESPONSES, budgets=[1], batch_size=4, seeds=1
   )
   assert results['free']['givens_altered']['mean'] == 6
   assert results['free']['cells_right']['mean'] == 0
@@ -247,7 +252,7 @@ def test_all_of_it(run, tmp_path, monkeypatch):
     f'--puzzles={puzzles}',
     '--workdir=runs/both',
     '--ar_workdir=runs/ar',
-    '--budget=1',
+    '--budgets=1',
     '--seeds=2',
     f'--output={tmp_path}/new',
     '--name=2x2',
