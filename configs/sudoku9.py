@@ -15,7 +15,7 @@ from diffusiongemma import config
 
 FOLDER = 'runs/sudoku9'
 CELLS = 81
-THETA = 315.0  # (9 / 2 pi)^16
+THETA = 315.0  # About (9 / 2 pi)^16.
 
 
 def get_config() -> config.Config:
@@ -26,8 +26,8 @@ def get_config() -> config.Config:
     model=replace(
       six.model,
       vocab_size=14,
-      # The second pair of features turns once in 9 cells, the fifth in 27: what
-      # is in one column or band looks alike.
+      # The second pair of features turns once in about 9 cells, and in local
+      # layers the fifth in about 27: what is in one column or band looks alike.
       local_rope_theta=THETA,
       global_rope_theta=THETA,
     ),
