@@ -125,8 +125,8 @@ def test_experts_are_two_kernels_on_a_tpu(kind):
   mesh = make_mesh(config, 'v5e:2x2')
 
   def array(*shape, dtype='bfloat16'):
-    by_row = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=by_row)
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
 
   def matrices(*shape):
     if kind == 'bfloat16':
