@@ -16,10 +16,12 @@ from diffusiongemma import fields
 from diffusiongemma import hlo
 from diffusiongemma import plan
 from diffusiongemma.kernels import quantized
+from diffusiongemma.model import layers
 from diffusiongemma.model import moe
 
 MICRO = pathlib.Path(__file__).parent / 'micro_config.py'
 RELEASED = MICRO.parents[1] / 'configs' / '26b_a4b.py'
+TPU_KERNEL = 'custom_call_target="tpu_custom_call"'
 REWRITES = ('copy', 'transpose', 'convert', 'concatenate', 'pad')
 INSTRUCTION = re.compile(
   r'\s*(?:ROOT )?%?[\w.\-]+ = \w+\[([\d,]+)\]\S* ([\w\-]+)\('
@@ -113,8 +115,33 @@ def test_no_weight_is_rewritten(config, topology):
   assert not rewritten(text, sizes)
 
 
+@pytest.fixture(scope='module')
+def tpu_mesh():
+  return make_mesh(configs.load_config(str(RELEASED)), 'v5e:2x2')
+
+
+def compile_for(mesh, function, *given):
+  """The compiled text of a function of arrays that are whole on each device."""
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  given = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), given
+  )
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    return jax.jit(function).lower(*given).compile().as_text()
+
+
+def matrix(shape, kind, axis):
+  """bfloat16, or in few bits: of 4, groups of 64 along the axis."""
+  if kind == 'bfloat16':
+    return jax.ShapeDtypeStruct(shape, kind)
+  return jax.eval_shape(
+    lambda w: quantized.quantize(w, kind, axis, 64 if kind == 'int4' else None),
+    jax.ShapeDtypeStruct(shape, 'bfloat16'),
+  )
+
+
 @pytest.mark.parametrize('kind', ['bfloat16', 'int8', 'int4', 'fp8'])
-def test_experts_are_two_kernels_on_a_tpu(kind):
+def test_experts_are_two_kernels_on_a_tpu(tpu_mesh, kind):
   """Of the released network; their matrices are read as they lie."""
   config = configs.load_config(str(RELEASED))
   model, tokens = config.model, config.diffusion.canvas_length
@@ -122,30 +149,26 @@ def test_experts_are_two_kernels_on_a_tpu(kind):
     getattr(model, name)
     for name in ('embed_dim', 'expert_dim', 'num_experts', 'experts_per_token')
   )
-  mesh = make_mesh(config, 'v5e:2x2')
-
-  def array(*shape, dtype='bfloat16'):
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
-
-  def matrices(*shape):
-    if kind == 'bfloat16':
-      return array(*shape)
-    scales = shape[-1] // 64 if kind == 'int4' else 1
-    values = array(*shape, dtype=quantized.KINDS[kind][0])
-    return quantized.Quantized(values, array(*shape[:-1], scales), -1)
-
-  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    lowered = jax.jit(moe._mix).lower(
-      array(tokens, D),
-      array(tokens, k),
-      array(tokens, k, dtype='int32'),
-      matrices(E, 2 * F, D),
-      matrices(E, D, F),
-    )
-    text = lowered.compile().as_text()
-  assert text.count('custom_call_target="tpu_custom_call"') == 2
+  text = compile_for(
+    *(tpu_mesh, moe._mix),
+    jax.ShapeDtypeStruct((tokens, D), 'bfloat16'),
+    jax.ShapeDtypeStruct((tokens, k), 'bfloat16'),
+    jax.ShapeDtypeStruct((tokens, k), 'int32'),
+    matrix((E, 2 * F, D), kind, -1),
+    matrix((E, D, F), kind, -1),
+  )
+  assert text.count(TPU_KERNEL) == 2
   assert not rewritten(text, {E * D * F, 2 * E * D * F, D * F, 2 * D * F})
+
+
+@pytest.mark.parametrize('kind', ['int8', 'int4', 'fp8'])
+@pytest.mark.parametrize('D, F', [(2816, 4096), (2816, 2112), (2112, 2816)])
+def test_a_quantised_linear_is_one_kernel_on_a_tpu(tpu_mesh, kind, D, F):
+  """Queries, and both ways of the shared MLP, of the released network."""
+  x_LD = jax.ShapeDtypeStruct((256, D), 'bfloat16')
+  text = compile_for(tpu_mesh, layers.linear, x_LD, matrix((D, F), kind, -2))
+  assert text.count(TPU_KERNEL) == 1
+  assert not rewritten(text, {D * F})
 
 
 def test_a_step_starts_few_kernels():

@@ -1,15 +1,18 @@
-"""Matrix products on TPUs: twins of the loops in `grouped_matmul`.
+"""Matrix products on TPUs: twins of the loops in `grouped_matmul`, and products
+with one quantised matrix.
 
 A step of the grid has one tile of rows and, of its expert's matrix, all inputs
 of a block of outputs. Which block that is stands in scalar memory before the
 kernel begins, so that the next one is on its way while this one is worked
 with; tiles of one expert follow each other and share it, and tiles that are not
 used name the last one again, for which nothing is moved. Few bits become the
-type of the rows in fast memory; the scales of groups are spread over their
-inputs by a product with zeros and ones, which is exact.
+type of the rows in fast memory; a scale for all inputs is applied to the
+product, and those of groups are spread over their inputs by a product with
+zeros and ones, which is exact.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -23,6 +26,8 @@ from diffusiongemma.kernels import quantized
 LANES = 128
 SMALLEST_TILE = 16  # Rows that bfloat16 comes in.
 LARGEST_BLOCK = 12 * 2**20  # Bytes of a matrix held at once, twice.
+ONE_BLOCK = 2 * 2**20  # The same of an only matrix, whose blocks follow.
+MOST_ROWS = 256  # Of a tile where all meet the same matrix.
 FAST_MEMORY = 48 * 2**20  # Bytes; 64 MB is the least that TPUs have.
 CHUNK = 512  # Inputs multiplied at once.
 
@@ -38,7 +43,15 @@ def suits(
   values, _ = quantized.parts(weights_EFD)
   _, F, D = values.shape
   outputs, inputs = (D, F) if transposed else (F // parts, D)
-  return _block_out(outputs, inputs, parts, values.dtype) is not None
+  row = parts * inputs * values.dtype.itemsize
+  return _block_out(outputs, row, LARGEST_BLOCK) is not None
+
+
+def suits_one(x_TD: jax.Array, values_DF: jax.Array) -> bool:
+  """Whether `multiply` can."""
+  D, F = values_DF.shape
+  block_out = _block_out(F, D * values_DF.dtype.itemsize, ONE_BLOCK)
+  return _tile(len(x_TD)) % SMALLEST_TILE == 0 and block_out is not None
 
 
 def multiply_tiles(
@@ -53,7 +66,7 @@ def multiply_tiles(
   Rows of tiles that are not used hold anything. With `interpret` it runs on
   any device, slowly.
   """
-  return _call(
+  return _call_grouped(
     *(x_TD, weights_EFD, groups),
     parts=1,
     transposed=transposed,
@@ -70,7 +83,7 @@ def gate_tiles(
 ) -> jax.Array:
   """The hidden layer of the experts: GeGLU of each tile, [T, F], where the
   matrices [2F, D] have the gate first."""
-  return _call(
+  return _call_grouped(
     *(x_TD, gate_up_EFD, groups),
     parts=2,
     transposed=False,
@@ -79,22 +92,80 @@ def gate_tiles(
   )
 
 
-def _call(x, weights, groups, *, parts, transposed, interpret, name):
+def multiply(
+  x_TD: jax.Array,
+  values_DF: jax.Array,
+  scales_XF: jax.Array,
+  interpret: bool = False,
+) -> jax.Array:
+  """x W, [T, F], with the values and the scales of a quantised W [D, F]."""
+  tiles = len(x_TD) // _tile(len(x_TD))
+  return _call(
+    *(x_TD, values_DF[None, None], scales_XF[None, None]),
+    *(jnp.zeros((tiles,), jnp.int32), jnp.full((1,), tiles, jnp.int32)),
+    inputs_first=True,
+    largest_block=ONE_BLOCK,
+    interpret=interpret,
+    name='quantized_matmul',
+  )
+
+
+def _tile(rows: int) -> int:
+  """Rows of a tile where all meet the same matrix."""
+  return math.gcd(rows, MOST_ROWS)
+
+
+def _call_grouped(x, weights, groups, *, parts, transposed, interpret, name):
   values, scales = jax.tree.map(
     lambda w: w.reshape(len(w), parts, -1, w.shape[-1]),
     quantized.parts(weights),
   )
-  inputs_first = transposed
+  if scales is not None:
+    # So they lie in memory: the outputs are many and the groups few.
+    scales = jnp.swapaxes(scales, 2, 3)
+  return _call(
+    *(x, values, scales, groups.expert_of_tile, groups.end_E),
+    inputs_first=transposed,
+    largest_block=LARGEST_BLOCK,
+    interpret=interpret,
+    name=name,
+  )
+
+
+def _call(
+  x,
+  values,
+  scales,
+  expert_of_tile,
+  end_E,
+  *,
+  inputs_first,
+  largest_block,
+  interpret,
+  name,
+):
+  """Each tile times its expert's matrix, or GeGLU of it with two.
+
+  Args:
+    x: [T, inputs].
+    values: [E, parts, outputs, inputs], with one or two parts.
+    scales: [E, parts, groups, outputs], or None.
+    expert_of_tile: int32 [T / tile].
+    end_E: int32, where each expert's tiles end.
+    inputs_first: values are [E, parts, inputs, outputs].
+    largest_block: bytes of a matrix that are held at once.
+    interpret: runs on any device.
+    name: of the kernel.
+  """
   rows, columns = values.shape[2:]
   if columns % LANES and not rows % LANES:
     # So they lie in memory, and turning them costs nothing.
-    values, scales = jax.tree.map(
-      lambda w: jnp.swapaxes(w, 2, 3), (values, scales)
-    )
-    inputs_first = not inputs_first
+    values, inputs_first = jnp.swapaxes(values, 2, 3), not inputs_first
+  parts = values.shape[1]
   outputs, inputs = values.shape[2:][:: -1 if inputs_first else 1]
-  tile = groups.tile
-  block_out = _block_out(outputs, inputs, parts, values.dtype)
+  tile = len(x) // len(expert_of_tile)
+  row = parts * inputs * values.dtype.itemsize
+  block_out = _block_out(outputs, row, largest_block)
 
   def rows_at(block, index, expert_ref, end_ref):
     del block, expert_ref
@@ -104,21 +175,27 @@ def _call(x, weights, groups, *, parts, transposed, interpret, name):
     del expert_ref
     return _used(index, end_ref), block
 
-  def matrix_at(block, index, expert_ref, end_ref):
-    expert = expert_ref[_used(index, end_ref)]
-    return (expert, 0, 0, block) if inputs_first else (expert, 0, block, 0)
+  def columns_at(block, index, expert_ref, end_ref):
+    return expert_ref[_used(index, end_ref)], 0, 0, block
 
-  matrices = [values] if scales is None else [values, scales]
-  in_specs = [pl.BlockSpec((tile, inputs), rows_at)]
-  for w in matrices:
-    shape = list(w.shape[1:])
-    shape[2 if inputs_first else 1] = block_out
-    in_specs.append(pl.BlockSpec((1, *shape), matrix_at))
+  def matrix_at(block, index, expert_ref, end_ref):
+    return expert_ref[_used(index, end_ref)], 0, block, 0
+
+  if inputs_first:
+    matrix = pl.BlockSpec((1, parts, inputs, block_out), columns_at)
+  else:
+    matrix = pl.BlockSpec((1, parts, block_out, inputs), matrix_at)
+  given = [x, values]
+  in_specs = [pl.BlockSpec((tile, inputs), rows_at), matrix]
+  if scales is not None:
+    shape = (1, parts, scales.shape[2], block_out)
+    given.append(scales)
+    in_specs.append(pl.BlockSpec(shape, columns_at))
   return pl.pallas_call(
     functools.partial(_multiply, inputs_first=inputs_first),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=2,
-      grid=(outputs // block_out, len(x) // tile),
+      grid=(pl.cdiv(outputs, block_out), len(x) // tile),
       in_specs=in_specs,
       out_specs=pl.BlockSpec((tile, block_out), out_at),
     ),
@@ -129,7 +206,7 @@ def _call(x, weights, groups, *, parts, transposed, interpret, name):
     ),
     interpret=interpret,
     name=name,
-  )(groups.expert_of_tile, groups.end_E, x, *matrices)
+  )(expert_of_tile, end_E, *given)
 
 
 def _used(index, end_ref):
@@ -142,6 +219,7 @@ def _multiply(expert_ref, end_ref, x_ref, values_ref, *refs, inputs_first):
   *scales_refs, out_ref = refs
   inputs, parts = x_ref.shape[1], values_ref.shape[1]
   chunk = _divisor(inputs, CHUNK) or inputs
+  has_groups = bool(scales_refs) and scales_refs[0].shape[2] > 1
 
   @pl.when(pl.program_id(1) < end_ref[end_ref.shape[0] - 1])
   def _():
@@ -156,7 +234,7 @@ def _multiply(expert_ref, end_ref, x_ref, values_ref, *refs, inputs_first):
     def matrix(part, i, taken):
       where = (taken, slice(None)) if inputs_first else (slice(None), taken)
       w = values_ref[0, part, *where]
-      if not scales_refs:
+      if not has_groups:
         return w.astype(x_ref.dtype)
       scales = scales_refs[0][0, part]
       spread = _spread(scales, i * chunk, chunk, inputs, inputs_first)
@@ -164,24 +242,24 @@ def _multiply(expert_ref, end_ref, x_ref, values_ref, *refs, inputs_first):
 
     totals = [jnp.zeros(out_ref.shape, jnp.float32)] * parts
     totals = jax.lax.fori_loop(0, inputs // chunk, step, totals)
+    if scales_refs and not has_groups:
+      totals = [
+        total * scales_refs[0][0, part].astype(jnp.float32)
+        for part, total in enumerate(totals)
+      ]
     out = totals[0] if parts == 1 else activation.geglu(*totals)
     out_ref[...] = out.astype(out_ref.dtype)
 
 
-def _spread(scales, first, count, inputs, inputs_first):
+def _spread(scales_GO, first, count, inputs, inputs_first):
   """The scales of `count` of the inputs from `first` on, in float32, from those
-  of their groups: [O, G] to [O, count], or [G, O] to [count, O]."""
-  axis = 0 if inputs_first else 1
-  G = scales.shape[axis]
-  if G == 1:
-    return scales.astype(jnp.float32)
-  shape = (count, G) if inputs_first else (G, count)
-  input_of = first + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
-  group = jax.lax.broadcasted_iota(jnp.int32, shape, 1 - axis)
-  is_its = (input_of // (inputs // G) == group).astype(scales.dtype)
-  if inputs_first:
-    return _dot(is_its, scales, 1, 0)
-  return _dot(scales, is_its, 1, 0)
+  of their groups: [O, count], or [count, O]."""
+  shape = (len(scales_GO), count)
+  group_size = inputs // len(scales_GO)
+  input_of = first + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+  group = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+  is_its = (input_of // group_size == group).astype(scales_GO.dtype)
+  return _dot(*(is_its, scales_GO)[:: 1 if inputs_first else -1], 0, 0)
 
 
 def _dot(x, w, x_axis, w_axis):
@@ -247,13 +325,15 @@ def _add(expert_ref, end_ref, d_ref, x_ref, out_ref):
     out_ref[0] += _dot(d_ref[...], x_ref[...], 0, 0)
 
 
-def _block_out(outputs, inputs, parts, dtype) -> int | None:
-  """How many outputs of each part are held at once; None where even the fewest
-  are too many."""
-  row = parts * inputs * jnp.dtype(dtype).itemsize
-  if outputs * row <= LARGEST_BLOCK:
+def _block_out(outputs: int, row: int, largest_block: int) -> int | None:
+  """How many outputs, of so many bytes each, are held at once, in blocks of
+  about one size; None where even the fewest are too many."""
+  if outputs * row <= largest_block:
     return outputs
-  return _divisor(outputs, LARGEST_BLOCK // row)
+  most = largest_block // row // LANES * LANES
+  if not most:
+    return None
+  return pl.cdiv(pl.cdiv(outputs, pl.cdiv(outputs, most)), LANES) * LANES
 
 
 def _divisor(size: int, limit: int) -> int | None:

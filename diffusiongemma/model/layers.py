@@ -18,6 +18,7 @@ import numpy as np
 from diffusiongemma.kernels import activation
 from diffusiongemma.kernels import dispatch
 from diffusiongemma.kernels import grouped_matmul_gpu as gpu
+from diffusiongemma.kernels import grouped_matmul_tpu as tpu
 from diffusiongemma.kernels import norms_gpu
 from diffusiongemma.kernels import quantized
 from diffusiongemma.model import parallel
@@ -170,13 +171,15 @@ def linear(
 def _few_bits(
   x_TD: jax.Array, values_DF: jax.Array, scales_XF: jax.Array
 ) -> jax.Array:
-  """Rows times a quantised matrix, which on one GPU is never put together; on
-  a mesh, where the compiler could not divide the kernel, it is."""
-
+  """Rows times a quantised matrix, which on one GPU or TPU is never put
+  together; on a mesh, where the compiler could not divide the kernel, it is."""
   parts = (x_TD, values_DF, scales_XF)
-  if not _suits_gpu(*parts):
-    return _put_together(*parts)
-  return dispatch.run(_put_together, *parts, cuda=gpu.multiply)
+  suits_tpu = tpu.suits_one(x_TD, values_DF) and not parallel.is_active()
+  return dispatch.run(
+    *(_put_together, *parts),
+    cuda=gpu.multiply if _suits_gpu(*parts) else None,
+    tpu=tpu.multiply if suits_tpu else None,
+  )
 
 
 def _suits_gpu(x_TD, values_DF, scales_XF) -> bool:

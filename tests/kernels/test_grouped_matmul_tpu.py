@@ -72,6 +72,21 @@ def test_products_are_those_of_the_loop(groups, blocks, kind, inputs):
   check(found, grouped.grouped_matmul(x_TD, w_EFD, groups), groups)
 
 
+@pytest.mark.parametrize('kind', ['int8', 'int4', 'fp8'])
+@pytest.mark.parametrize('rows, outputs', [(48, 300), (512, NARROW)])
+def test_products_with_one_matrix(monkeypatch, kind, rows, outputs):
+  """Of 300 outputs the last block has but 44."""
+  monkeypatch.setattr(tpu, 'ONE_BLOCK', 128 * WIDE)
+  x_TD = jax.random.normal(jax.random.key(0), (rows, WIDE))
+  w_DF = jax.random.normal(jax.random.key(1), (WIDE, outputs)) * WIDE**-0.5
+  few_bits = quantized.quantize(w_DF, kind, -2, 32 if kind == 'int4' else None)
+  assert tpu.suits_one(x_TD, few_bits.values)
+  parts = quantized.parts(few_bits)
+  found = tpu.multiply(x_TD, *parts, interpret=True)
+  expected = x_TD @ few_bits.astype(x_TD.dtype)
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize('kind', [None, 'int4'])
 def test_hidden_layer_of_the_experts(groups, blocks, kind):
   """Two matrices in one, and GeGLU."""
@@ -104,5 +119,5 @@ def test_what_the_kernels_are_not_for():
   assert not tpu.suits(w_EFD, 8), 'few rows'
   few_bits = matrices('int8', WIDE, NARROW)
   assert not tpu.suits(few_bits, TILE, transposed=True), 'no gradients'
-  large = jax.ShapeDtypeStruct((E, 4000, 4000), jnp.float32)
+  large = jax.ShapeDtypeStruct((E, 256, 40000), jnp.float32)
   assert not tpu.suits(large, TILE), 'too much for fast memory'
