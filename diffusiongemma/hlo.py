@@ -40,11 +40,16 @@ class Collective(NamedTuple):
 
 def collectives(text: str) -> dict[str, Collective]:
   """The collectives of an optimised HLO module, by kind."""
-  found = collections.defaultdict(list)
+  found, chains = collections.defaultdict(list), set()
   pattern = re.compile(
-    r'= (.+?) (' + '|'.join(_COLLECTIVES) + r')(-start)?\(', re.MULTILINE
+    r'= (.+?) (' + '|'.join(_COLLECTIVES) + r')(-start)?\('
+    r'(?:.*chain_id="(\d+)")?'
   )
-  for result, kind, started in pattern.findall(text):
+  for result, kind, started, chain in pattern.findall(text):
+    # On a TPU one that runs beside several other things stands in each.
+    if chain in chains:
+      continue
+    chains.update([chain] if chain else [])
     shapes = re.findall(r'(\w+)\[([\d,]*)\]', result)
     # What starts and ends later has its operands beside its results.
     if started and kind == 'all-gather':

@@ -112,9 +112,11 @@ def test_collectives_are_found_by_kind_and_size():
     %e = f32[2]{0} fusion(%all-reduce.3)
     %f = (f32[2]{0}, f32[3]{0}) all-reduce-start(%x, %y), channel_id=2
     %g = (f32[5]{0}, f32[5]{0}, u32[], u32[]) collective-permute-start(%x)
+    %h = bf16[16]{0} all-gather(%y), attributes={chain_id="7"}
+    %i = bf16[16]{0} all-gather(%z), attributes={chain_id="7"}
   """
   assert hlo.collectives(text) == {
-    'all-gather': (2, 64, 32),
+    'all-gather': (3, 96, 32),
     'all-reduce': (2, 148, 128),
     'collective-permute': (1, 20, 20),
   }

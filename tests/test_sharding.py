@@ -101,6 +101,8 @@ for sizes in MESHES:
     text = compute.lower(placed, *given).compile().as_text()
     parts = sizes[1] * sizes[2]
     whole = [f'f32[{V // n},24]' for n in (1, 2, 4) if n < parts]
+    # Nor logits, probabilities or their gradients.
+    whole += [f',{V // n}]' for n in (1, 2, 4, 8) if n <= parts]
     E, F = model.num_experts, model.expert_dim
     if sizes[3] > 1:
       whole += [f'f32[{E},{2 * F},24]', f'f32[{E},24,{F}]']

@@ -205,20 +205,28 @@ class Attention(nn.Module):
     self, x_BLD: jax.Array, positions_BL: jax.Array
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """q [B,L,N,H], k and v [B,L,K,H], normed and rotated."""
-    weights = {'q': self.q_proj, 'k': self.k_proj}
+    matrices = {'q': self.q_proj, 'k': self.k_proj}
     if self.kind == 'local':
-      weights['v'] = self.v_proj
+      matrices['v'] = self.v_proj
+    kv_heads = f'{self.kind}_kv_heads'
+    weights = {
+      name: layers.in_use(
+        *(w, x_BLD.dtype),
+        *(None, 'q_heads' if name == 'q' else kv_heads, None),
+      )
+      for name, w in matrices.items()
+    }
     norms = {'q': self.q_norm.scale, 'k': self.k_norm.scale}
     turns = layers.turns(positions_BL, self.frequencies)
     heads = project(x_BLD, weights, norms, turns, self.config.norm_epsilon)
     q, k, v = heads['q'], heads['k'], heads['v']
-    kv_axes = ('batch', None, f'{self.kind}_kv_heads', None)
     return (
       parallel.constrain(q, 'batch', 'length', 'q_heads', None),
-      parallel.constrain(k, *kv_axes),
-      parallel.constrain(v, *kv_axes),
+      parallel.constrain(k, 'batch', None, kv_heads, None),
+      parallel.constrain(v, 'batch', None, kv_heads, None),
     )
 
   def output(self, out_BLNH: jax.Array) -> jax.Array:
     """Back to the residual width: [B, L, D]."""
-    return layers.linear(out_BLNH, self.o_proj, axes=2)
+    o_proj = layers.in_use(self.o_proj, out_BLNH.dtype, 'q_heads', None, None)
+    return layers.linear(out_BLNH, o_proj, axes=2)

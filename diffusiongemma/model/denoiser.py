@@ -312,14 +312,16 @@ class Denoiser(nn.Module):
 
   def logits(self, h: jax.Array) -> jax.Array:
     """Softcapped logits of hidden states, [..., V] in float32."""
+    rest = (None,) * (h.ndim - 2)
+    # From where it was computed to where the vocabulary is; back, its gradient.
+    h = parallel.constrain(h, 'batch', *rest, None)
     logits = jnp.einsum(
       '...d,vd->...v',
-      h,
+      parallel.constrain(h, 'rows', *rest, None),
       self.embedding.astype(h.dtype),
       preferred_element_type=jnp.float32,
     )
-    rows = ('rows',) + (None,) * (h.ndim - 2)
-    logits = parallel.constrain(logits, *rows, 'vocab')
+    logits = parallel.constrain(logits, 'rows', *rest, 'vocab')
     cap = self.config.logit_softcap
     return cap * jnp.tanh(logits / cap) if cap else logits
 
@@ -329,7 +331,10 @@ class Denoiser(nn.Module):
     factor = jnp.asarray(self.config.embed_dim**0.5, dtype)
     table_VD = self.embedding.astype(dtype)
     soft = (probabilities.astype(dtype) @ table_VD) * factor
-    return parallel.constrain(soft, 'batch', *(None,) * (soft.ndim - 1))
+    rest = (None,) * (soft.ndim - 1)
+    # First as the rows of the probabilities lie, which else were gathered.
+    soft = parallel.constrain(soft, 'rows', *rest)
+    return parallel.constrain(soft, 'batch', *rest)
 
   def summarize(
     self, h_RD: jax.Array, temperature: jax.Array, uniforms_R2: jax.Array

@@ -149,6 +149,16 @@ class LowRank:
   scale: float = flax.struct.field(pytree_node=False)
 
 
+def in_use(w: Any, dtype: jnp.dtype, *axes: str | None) -> Any:
+  """A matrix as a product takes it on a mesh: with these logical axes, and put
+  together along the one that it is only kept apart on, in this type."""
+  if isinstance(w, LowRank):
+    return w.replace(weight=in_use(w.weight, dtype, *axes))
+  if isinstance(w, quantized.Quantized) or not parallel.is_active():
+    return w
+  return parallel.constrain(w.astype(dtype), *axes)
+
+
 def linear(
   x: jax.Array, w: jax.Array | LowRank | quantized.Quantized, axes: int = 1
 ) -> jax.Array:
@@ -235,4 +245,6 @@ class GatedMLP(nn.Module):
     self.down = self.param('down', init, shape[::-1], dtype)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return linear(gated(x, self.gate, self.up), self.down)
+    gate, up = (in_use(w, x.dtype, None, 'mlp') for w in (self.gate, self.up))
+    down = in_use(self.down, x.dtype, 'mlp', None)
+    return linear(gated(x, gate, up), down)
