@@ -231,11 +231,16 @@ def linear_init(in_axis, out_axis, batch_axis=()):
 
 
 class GatedMLP(nn.Module):
-  """GeGLU with tanh-gelu, [..., D] -> [..., D]."""
+  """GeGLU with tanh-gelu, [..., D] -> [..., D].
+
+  On a mesh hidden features lie along the logical axis `features`; None is for
+  one that every device has whole.
+  """
 
   embed_dim: int
   mlp_dim: int
   param_dtype: str
+  features: str | None = 'mlp'
 
   def setup(self):
     shape, init = (self.embed_dim, self.mlp_dim), linear_init(0, 1)
@@ -245,6 +250,8 @@ class GatedMLP(nn.Module):
     self.down = self.param('down', init, shape[::-1], dtype)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    gate, up = (in_use(w, x.dtype, None, 'mlp') for w in (self.gate, self.up))
-    down = in_use(self.down, x.dtype, 'mlp', None)
+    gate, up = (
+      in_use(w, x.dtype, None, self.features) for w in (self.gate, self.up)
+    )
+    down = in_use(self.down, x.dtype, self.features, None)
     return linear(gated(x, gate, up), down)

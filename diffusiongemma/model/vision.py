@@ -117,7 +117,7 @@ class Layer(nn.Module):
     self.norm_post_attn = norm()
     self.norm_pre_ffw = norm()
     self.mlp = layers.GatedMLP(
-      cfg.embed_dim, cfg.mlp_dim, self.config.param_dtype
+      cfg.embed_dim, cfg.mlp_dim, self.config.param_dtype, features=None
     )
     self.norm_post_ffw = norm()
 
