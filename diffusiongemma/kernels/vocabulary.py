@@ -21,7 +21,7 @@ from diffusiongemma.kernels import quantized
 from diffusiongemma.kernels import vocabulary_gpu as gpu
 
 BIN = 32  # Neighbouring tokens that a draw chooses between at its end.
-_CHUNK_ELEMENTS = 2**23  # Of logits that exist at a time: 32 MB.
+_CHUNK_ELEMENTS = 2**20  # Of logits that exist at a time: 4 MB, a cache full.
 _DRAWN_TOGETHER = 256  # Rows, each of which reads a bin of the table again.
 
 
@@ -64,7 +64,7 @@ def summarize(
     uniforms_R2: float32 in [0, 1).
     softcap: c of c tanh(x / c); 0 is none.
     chunk: rows of E that are looked at at a time, a multiple of `BIN`; None is
-      as many as keep the logits at 32 MB.
+      as many as keep the logits at 4 MB.
   """
   R, V = len(h_RD), table_VD.shape[0]
   given = (h_RD, table_VD, temperature)
