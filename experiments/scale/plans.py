@@ -10,8 +10,6 @@ without names, all that are not in the file yet. TPU plans need libtpu
 import argparse
 import json
 import os
-import subprocess
-import sys
 
 from experiments import machine
 
@@ -70,23 +68,6 @@ PLANS = {
 }
 
 
-def make(name: str) -> dict:
-  """One plan as `--mode=plan --format=json` prints it."""
-  command = [
-    *(sys.executable, '-m', 'diffusiongemma.main', '--mode=plan'),
-    *PLANS[name],
-    '--format=json',
-  ]
-  done = subprocess.run(command, capture_output=True, text=True, check=False)
-  if done.returncode:
-    raise SystemExit(f'{name}: {done.stderr[-3000:]}')
-  return {
-    'command': ' '.join(['python', *command[1:]]),
-    **json.loads(done.stdout.splitlines()[-1]),
-    **machine.describe(),
-  }
-
-
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--out', required=True, help='JSON file to add to')
@@ -97,17 +78,14 @@ def main() -> None:
     with open(given.out) as stream:
       results = json.load(stream)
   for name in given.names or [n for n in PLANS if n not in results]:
-    results[name] = make(name)
-    made = results[name]
+    made = machine.run_main('--mode=plan', *PLANS[name])
+    results[name] = made
     print(
       f'{name}: peak {made["peak_bytes"] / 1e9:.1f} GB, fits: {made["fits"]}, '
       f'compiled in {made["compile_seconds"]} s',
       flush=True,
     )
-    with open(given.out + '.tmp', 'w') as stream:
-      json.dump(results, stream, indent=1)
-      stream.write('\n')
-    os.replace(given.out + '.tmp', given.out)
+    machine.write(results, given.out)
 
 
 if __name__ == '__main__':
