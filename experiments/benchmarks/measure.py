@@ -66,8 +66,8 @@ def draw(results: dict, path: pathlib.Path) -> None:
         label=program,
       )
     axis.set_xlabel(f'{label}, {fixed} {least}')
-    axis.set_ylim(bottom=0)
     plots.tidy(axis)
+  axes[0].set_ylim(bottom=0)
   axes[0].set_ylabel('seconds a denoising step')
   figure.legend(
     *axes[0].get_legend_handles_labels(),
