@@ -285,11 +285,12 @@ def test_padding_and_other_images_change_nothing():
 
 def test_every_patch_reaches_every_soft_token_of_its_image():
   config = make_config()
+  params = random_params(config)
   patches_IMX, positions_IM2 = make_images(config)
   reach_ITMX = jax.jit(
     jax.jacobian(
       lambda patches: jnp.sum(
-        jnp.sin(encode(config, random_params(config), patches, positions_IM2)),
+        jnp.sin(encode(config, params, patches, positions_IM2)),
         axis=(0, 2),
       )
     )
