@@ -47,9 +47,9 @@ def collectives(text: str) -> dict[str, Collective]:
   )
   for result, kind, started, chain in pattern.findall(text):
     # On a TPU one that runs beside several other things stands in each.
-    if chain in chains:
+    if chain and chain in chains:
       continue
-    chains.update([chain] if chain else [])
+    chains.add(chain)
     shapes = re.findall(r'(\w+)\[([\d,]*)\]', result)
     # What starts and ends later has its operands beside its results.
     if started and kind == 'all-gather':

@@ -72,7 +72,7 @@ def run_main(*flags: str) -> dict:
   }
 
 
-def write(results: dict, path: str) -> None:
+def write(results: dict, path: str | os.PathLike) -> None:
   """Writes a results file as a whole or not at all."""
   with open(f'{path}.tmp', 'w') as stream:
     json.dump(results, stream, indent=1)

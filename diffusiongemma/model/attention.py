@@ -209,11 +209,9 @@ class Attention(nn.Module):
     if self.kind == 'local':
       matrices['v'] = self.v_proj
     kv_heads = f'{self.kind}_kv_heads'
+    heads_of = {'q': 'q_heads', 'k': kv_heads, 'v': kv_heads}
     weights = {
-      name: layers.in_use(
-        *(w, x_BLD.dtype),
-        *(None, 'q_heads' if name == 'q' else kv_heads, None),
-      )
+      name: layers.in_use(w, x_BLD.dtype, None, heads_of[name], None)
       for name, w in matrices.items()
     }
     norms = {'q': self.q_norm.scale, 'k': self.k_norm.scale}

@@ -184,17 +184,14 @@ def _few_bits(
   """Rows times a quantised matrix, which on one GPU or TPU is never put
   together; on a mesh, where the compiler could not divide the kernel, it is."""
   parts = (x_TD, values_DF, scales_XF)
-  suits_tpu = tpu.suits_one(x_TD, values_DF) and not parallel.is_active()
+  if parallel.is_active():
+    return _put_together(*parts)
+  suits_gpu = gpu.suits_one(x_TD, values_DF, len(scales_XF))
   return dispatch.run(
     *(_put_together, *parts),
-    cuda=gpu.multiply if _suits_gpu(*parts) else None,
-    tpu=tpu.multiply if suits_tpu else None,
+    cuda=gpu.multiply if suits_gpu else None,
+    tpu=tpu.multiply if tpu.suits_one(x_TD, values_DF) else None,
   )
-
-
-def _suits_gpu(x_TD, values_DF, scales_XF) -> bool:
-  suits = gpu.suits_one(x_TD, values_DF, len(scales_XF))
-  return suits and not parallel.is_active()
 
 
 def _put_together(x_TD, values_DF, scales_XF) -> jax.Array:
@@ -209,10 +206,11 @@ def gated(x: jax.Array, gate: Any, up: Any) -> jax.Array:
   def plain(x, gate, up):
     return activation.geglu(linear(x, gate), linear(x, up))
 
-  if not all(isinstance(w, quantized.Quantized) for w in (gate, up)):
+  few_bits = all(isinstance(w, quantized.Quantized) for w in (gate, up))
+  if not few_bits or parallel.is_active():
     return plain(x, gate, up)
   x_TD = x.reshape(-1, x.shape[-1])
-  if not _suits_gpu(x_TD, gate.values, gate.scales):
+  if not gpu.suits_one(x_TD, gate.values, len(gate.scales)):
     return plain(x, gate, up)
 
   def fused(x_TD, gate, up):

@@ -258,9 +258,7 @@ def main() -> None:
     'fit_of_linears': fit_linears(T, config.model.embed_dim),
     **machine.describe(),
   }
-  with open(given.out, 'w') as stream:
-    json.dump(results, stream, indent=1)
-    stream.write('\n')
+  machine.write(results, given.out)
 
 
 if __name__ == '__main__':

@@ -60,7 +60,7 @@ def draw(results: dict, path: pathlib.Path) -> None:
     for name, (program, colour, marker) in PROGRAMS.items():
       axis.plot(
         [row[grows] for row in along],
-        [row[name] or math.nan for row in along],
+        [row.get(name) or math.nan for row in along],
         color=colour,
         marker=marker,
         label=program,

@@ -8,7 +8,6 @@ an error is |few bits - float32| / |float32| in the Euclidean norm.
 """
 
 import argparse
-import json
 
 import jax
 import jax.numpy as jnp
@@ -119,9 +118,7 @@ def main() -> None:
       'ar_nats_per_token': evaluate.ar_nats_per_token(config, params, windows),
     }
     print(name, made[name], flush=True)
-  with open(given.out, 'w') as stream:
-    json.dump(made, stream, indent=1)
-    stream.write('\n')
+  machine.write(made, given.out)
 
 
 if __name__ == '__main__':

@@ -233,9 +233,8 @@ def main() -> None:
     'seed': given.seed,
     **machine.describe(),
   }
-  text = json.dumps(results, indent=1) + '\n'
-  (FOLDER / 'results.json').write_text(text)
-  print(text)
+  machine.write(results, FOLDER / 'results.json')
+  print(json.dumps(results, indent=1))
 
 
 if __name__ == '__main__':

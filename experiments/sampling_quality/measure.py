@@ -125,9 +125,7 @@ def main() -> None:
     'records': records,
   }
   given.output.mkdir(parents=True, exist_ok=True)
-  (given.output / 'results.json').write_text(
-    json.dumps(results, indent=1) + '\n'
-  )
+  machine.write(results, given.output / 'results.json')
   title = f'{len(prompts)} unseen puzzles, a network after {run.step} steps'
   draw(records, title, given.output / 'curves.png')
 

@@ -127,10 +127,9 @@ def main() -> None:
     'command': machine.command('experiments.shakespeare.compare'),
     **machine.describe(),
   }
-  text = json.dumps(results, indent=1) + '\n'
-  (FOLDER / 'comparison.json').write_text(text)
+  machine.write(results, FOLDER / 'comparison.json')
   draw(results, FOLDER / 'comparison.png')
-  print(text)
+  print(json.dumps(results, indent=1))
 
 
 if __name__ == '__main__':

@@ -470,7 +470,7 @@ def main() -> None:
     'command': machine.command('experiments.sudoku.solve'),
   }
   path = given.output / f'{given.name}.json'
-  path.write_text(json.dumps(results, indent=1) + '\n')
+  machine.write(results, path)
   draw(results, path.with_suffix('.png'))
 
 

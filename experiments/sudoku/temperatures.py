@@ -81,8 +81,7 @@ def main() -> None:
     **machine.describe(),
     'command': machine.command('experiments.sudoku.temperatures'),
   }
-  text = json.dumps(results, indent=1) + '\n'
-  (FOLDER / f'temperatures_{given.name}.json').write_text(text)
+  machine.write(results, FOLDER / f'temperatures_{given.name}.json')
 
 
 if __name__ == '__main__':
