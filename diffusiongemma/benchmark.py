@@ -67,14 +67,15 @@ def random_params(config: Config, key: jax.Array) -> dict:
       w = jnp.ones(leaf.shape, leaf.dtype)
     else:
       axes = -1 if path[-1] in ('embedding', 'gate_up', 'down') else 0
-      scale = leaf.shape[axes] ** -0.5
-      w = _normal(jax.random.fold_in(key, index), leaf.shape, dtype) * scale
+      scale = jnp.float32(leaf.shape[axes] ** -0.5)
+      w = _normal(jax.random.fold_in(key, index), leaf.shape, dtype, scale)
     params[path] = quantize.quantize_array(config.quantization, path, w)
   return traverse_util.unflatten_dict(params)
 
 
-def _normal(key, shape, dtype):
-  return jax.jit(lambda key: jax.random.normal(key, shape, dtype))(key)
+@jax.jit(static_argnums=(1, 2))
+def _normal(key, shape, dtype, scale):
+  return jax.random.normal(key, shape, dtype) * scale.astype(dtype)
 
 
 class Ours:

@@ -2,16 +2,22 @@
 
 attend: a program has some queries of the heads that share a key, walks over
 blocks of keys, of one part after the other, and rescales what it has summed as
-the maximum grows, so that scores exist in registers alone.
+the maximum grows, so that scores exist in registers alone. Where there are too
+few queries to keep a GPU busy, programs share the keys of a query, and what
+they found is put together.
 
 project: a program has some rows of one head of q, k or v, which it multiplies
 out of few bits, norms and turns before it writes them.
+
+Sizes of blocks, warps and stages are the fastest that were measured on an H200
+(`experiments/benchmarks/NOTES.md`).
 """
 
 from collections.abc import Sequence
 import functools
 import math
 from typing import Any
+from typing import NamedTuple
 
 import jax
 from jax.experimental import pallas as pl
@@ -20,9 +26,30 @@ import jax.numpy as jnp
 
 from diffusiongemma.kernels import grouped_matmul_gpu as products
 
-_ROWS = 32
-_KEYS = 64
 _LONGEST_HEAD = 512
+_MOST_SPLITS = 4
+_PROGRAMS = 256  # About as many keep a GPU busy.
+
+
+class _Blocks(NamedTuple):
+  """How the work is divided for heads of some length.
+
+  Attributes:
+    rows: queries of a program of `attend`, times the heads that share a key.
+    keys: that it looks at together.
+    head_rows: rows of a program of `project`.
+    head_warps: its warps.
+  """
+
+  rows: int
+  keys: int
+  head_rows: int
+  head_warps: int
+
+
+def _blocks(head_dim: int) -> _Blocks:
+  """Of longer heads fewer queries fit into registers."""
+  return _Blocks(64, 32, 64, 4) if head_dim <= 256 else _Blocks(32, 64, 64, 8)
 
 
 def suits(
@@ -33,13 +60,15 @@ def suits(
   group = N // parts[0][0].shape[2]
   lengths = [k_BSKH.shape[1] for k_BSKH, _ in parts if k_BSKH.shape[1]]
   return (
-    pl.next_power_of_2(H) == H
+    pl.next_power_of_2(H) == H <= _LONGEST_HEAD
     and pl.next_power_of_2(group) == group
-    and min(H, *lengths) >= products.SMALLEST
-    and H <= _LONGEST_HEAD
-    and group <= _ROWS
-    and L % (_ROWS // group) == 0
+    and min(H, group * _queries(L, H, group), *lengths) >= products.SMALLEST
   )
+
+
+def _queries(length: int, head_dim: int, group: int) -> int:
+  """How many a program has, where as many heads share a key."""
+  return math.gcd(length, max(1, _blocks(head_dim).rows // group))
 
 
 def attend(
@@ -51,47 +80,78 @@ def attend(
   """See `attention.attend`; with `interpret` on any device, slowly."""
   B, L, N, H = q_BLNH.shape
   K = parts[0][0].shape[2]
-  queries = _ROWS * K // N
-  kernel = functools.partial(_attend, queries=queries, group=N // K)
-  return pl.pallas_call(
+  parts = [part for part in parts if part[0].shape[1]]
+  queries, most = _queries(L, H, N // K), _blocks(H).keys
+  keys = [min(most, 1 << (k.shape[1].bit_length() - 1)) for k, _ in parts]
+  programs = L // queries * K * B
+  splits = max(1, min(_MOST_SPLITS, _PROGRAMS // programs))
+  blocks = (k.shape[1] // n for (k, _), n in zip(parts, keys, strict=True))
+  splits = min(splits, sum(blocks))
+  kernel = functools.partial(
+    _attend, queries=queries, group=N // K, keys=keys, splits=splits
+  )
+  array = jax.ShapeDtypeStruct
+  out_SBLNH, top_SBLN, total_SBLN = pl.pallas_call(
     kernel,
-    grid=(L // queries, K, B),
-    out_shape=jax.ShapeDtypeStruct(q_BLNH.shape, q_BLNH.dtype),
+    grid=(L // queries, K, B * splits),
+    out_shape=(
+      array((splits, B, L, N, H), jnp.float32 if splits > 1 else q_BLNH.dtype),
+      *[array((splits, B, L, N), jnp.float32)] * 2,
+    ),
     compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
     interpret=interpret,
     name='attention',
-  )(
-    q_BLNH,
-    [part for part in parts if part[0].shape[1]],
-    mask_BLS.astype(jnp.int8),
-  )
+  )(q_BLNH, parts, mask_BLS.astype(jnp.int8))
+  if splits == 1:
+    return out_SBLNH[0]
+  weights_SBLN = total_SBLN * jnp.exp(top_SBLN - jnp.max(top_SBLN, axis=0))
+  out_BLNH = jnp.sum(out_SBLNH * weights_SBLN[..., None], axis=0)
+  out_BLNH /= jnp.sum(weights_SBLN, axis=0)[..., None]
+  return out_BLNH.astype(q_BLNH.dtype)
 
 
-def _attend(q_ref, parts_ref, mask_ref, out_ref, *, queries, group):
+def _attend(
+  q_ref,
+  parts_ref,
+  mask_ref,
+  out_ref,
+  top_ref,
+  total_ref,
+  *,
+  queries,
+  group,
+  keys,
+  splits,
+):
   first = pl.program_id(0) * queries
-  kv_head, row = pl.program_id(1), pl.program_id(2)
+  kv_head = pl.program_id(1)
+  row, split = pl.program_id(2) // splits, pl.program_id(2) % splits
   where = (row, pl.ds(first, queries), pl.ds(kv_head * group, group))
   rows, H = queries * group, q_ref.shape[3]
   q = q_ref[*where, :].reshape(rows, H)
   same_for_all = mask_ref.shape[1] == 1
   lowest = jnp.finfo(jnp.float32).min
-  start = 0
   state = (
-    jnp.full((rows,), lowest),
+    jnp.full((rows,), -jnp.inf),
     jnp.zeros((rows,), jnp.float32),
     jnp.zeros((rows, H), jnp.float32),
   )
-  for k_ref, v_ref in parts_ref:
+  counts = [
+    pl.cdiv(k.shape[1], n) for (k, _), n in zip(parts_ref, keys, strict=True)
+  ]
+  # Blocks of all parts are numbered; these are this program's.
+  mine = [(split + i) * sum(counts) // splits for i in (0, 1)]
+  start = before = 0
+  for (k_ref, v_ref), size, count in zip(parts_ref, keys, counts, strict=True):
     S = k_ref.shape[1]
-    size = min(_KEYS, 1 << (S.bit_length() - 1))
 
     def step(i, state, k_ref=k_ref, v_ref=v_ref, S=S, size=size, start=start):
       top, total, out = state
       # The last block may begin within the one before, and says so.
       begin = jnp.minimum(i * size, S - size)
-      keys = pl.ds(begin, size)
+      here = pl.ds(begin, size)
       scores = jnp.dot(
-        q, k_ref[row, keys, kv_head, :].T, preferred_element_type=jnp.float32
+        q, k_ref[row, here, kv_head, :].T, preferred_element_type=jnp.float32
       )
       looked = pl.ds(0, 1) if same_for_all else pl.ds(first, queries)
       seen = mask_ref[row, looked, pl.ds(start + begin, size)] != 0
@@ -99,23 +159,27 @@ def _attend(q_ref, parts_ref, mask_ref, out_ref, *, queries, group):
       if same_for_all:
         seen = jnp.broadcast_to(seen, (queries, group, size))
       scores = jnp.where(seen.reshape(rows, size), scores, lowest)
-      place = begin + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-      scores = jnp.where(place >= i * size, scores, -jnp.inf)
+      if S % size:
+        place = begin + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+        scores = jnp.where(place >= i * size, scores, -jnp.inf)
       new_top = jnp.maximum(top, jnp.max(scores, axis=1))
       shrink = jnp.exp(top - new_top)
       weights = jnp.exp(scores - new_top[:, None])
-      values = v_ref[row, keys, kv_head, :]
+      values = v_ref[row, here, kv_head, :]
       part = jnp.dot(
         weights.astype(values.dtype), values, preferred_element_type=jnp.float32
       )
       total = total * shrink + jnp.sum(weights, axis=1)
       return new_top, total, out * shrink[:, None] + part
 
-    state = jax.lax.fori_loop(0, -(-S // size), step, state)
-    start += S
-  _, total, out = state
+    begin, end = (jnp.clip(block - before, 0, count) for block in mine)
+    state = jax.lax.fori_loop(begin, end, step, state)
+    start, before = start + S, before + count
+  top, total, out = state
   out = (out / total[:, None]).astype(out_ref.dtype)
-  out_ref[*where, :] = out.reshape(queries, group, H)
+  out_ref[split, *where, :] = out.reshape(queries, group, H)
+  top_ref[split, *where] = top.reshape(queries, group)
+  total_ref[split, *where] = total.reshape(queries, group)
 
 
 def suits_heads(x_TD: jax.Array, weights: Sequence[Any]) -> bool:
@@ -127,7 +191,8 @@ def suits_heads(x_TD: jax.Array, weights: Sequence[Any]) -> bool:
     len(groups) == 1
     and pl.next_power_of_2(H) == H
     and 2 * products.SMALLEST <= H <= _LONGEST_HEAD
-    and min(math.gcd(len(x_TD), _ROWS), inputs) >= products.SMALLEST
+    and min(math.gcd(len(x_TD), _blocks(H).head_rows), inputs)
+    >= products.SMALLEST
   )
 
 
@@ -152,7 +217,8 @@ def project(
     interpret: runs on any device, slowly.
   """
   (T, D), H = x_TD.shape, weights['q'].shape[2]
-  rows = math.gcd(T, _ROWS)
+  *_, head_rows, warps = _blocks(H)
+  rows = math.gcd(T, head_rows)
   matrices, made, names, heads = [], [], [], 0
   for name, w in weights.items():
     count = w.shape[1]
@@ -169,10 +235,11 @@ def project(
       rows=rows,
       block_in=products.block(D // weights['q'].scales.shape[0]),
       epsilon=epsilon,
+      interpret=interpret,
     ),
     grid=(heads, T // rows),
     out_shape=made,
-    compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+    compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=3),
     interpret=interpret,
     name='heads',
   )(x_TD, matrices, turns_TF)
@@ -180,7 +247,7 @@ def project(
 
 
 def _project(
-  x_ref, matrices_ref, turns_ref, *made_refs, rows, block_in, epsilon
+  x_ref, matrices_ref, turns_ref, *made_refs, rows, block_in, epsilon, interpret
 ):
   which = pl.ds(pl.program_id(1) * rows, rows)
   start = 0
@@ -196,8 +263,9 @@ def _project(
         *(x_ref, which, 0, [(*parts, half) for half in halves]),
         shape=(rows, H // 2),
         block_in=block_in,
-        group_size=x_ref.shape[1] // parts[1].shape[1],
+        dtype=x_ref.dtype,
         transposed=True,
+        interpret=interpret,
       )
       squares = sum(jnp.sum(half * half, axis=1) for half in made)
       factor = jax.lax.rsqrt(squares / H + epsilon)[:, None]

@@ -3,9 +3,12 @@ with one quantised matrix.
 
 A program of the kernel has one tile of rows and one block of outputs, walks
 over the inputs and multiplies with what it reads of the expert's matrix, bf16
-or few bits, which become bf16 in registers; the scale of a group is applied to
-the group's partial sum. For the gradient of the matrices a program has a block
-of one of them and walks over the expert's tiles.
+or few bits, which become bf16 in registers (`few_bits_gpu`); the scale of a
+group is applied to the group's partial sum. For the gradient of the matrices a
+program has a block of one of them and walks over the expert's tiles.
+
+Sizes of blocks, warps and stages are the fastest that were measured on an H200
+(`experiments/benchmarks/NOTES.md`).
 """
 
 import functools
@@ -18,20 +21,24 @@ from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
 from diffusiongemma.kernels import activation
+from diffusiongemma.kernels import few_bits_gpu as few_bits
 from diffusiongemma.kernels import quantized
 
 SMALLEST = 16  # Triton multiplies no smaller blocks.
 BLOCK = 64
+_MOST_INPUTS = 128
 
 
 def suits(weights_EFD: Any, tile: int, parts: int = 1) -> bool:
   """Whether the kernels can multiply with these weights, whose outputs are of
   so many parts."""
   _, F, D = weights_EFD.shape
-  inputs = D
+  inputs, smallest = D, SMALLEST
   if isinstance(weights_EFD, quantized.Quantized):
     inputs = D // weights_EFD.scales.shape[-1]
-  return min(tile, block(F // parts), block(inputs)) >= SMALLEST
+    if weights_EFD.values.dtype == jnp.int4:
+      smallest *= 2  # The halves of its pairs are multiplied apart.
+  return min(tile, block(F // parts)) >= SMALLEST and block(inputs) >= smallest
 
 
 def multiply_tiles(
@@ -47,12 +54,8 @@ def multiply_tiles(
   any device, slowly.
   """
   return _call(
-    *(
-      x_TD,
-      [quantized.parts(weights_EFD)],
-      groups.expert_of_tile,
-      groups.end_E,
-    ),
+    *(x_TD, [_outputs_last(weights_EFD)]),
+    *(groups.expert_of_tile, groups.end_E),
     transposed=transposed,
     interpret=interpret,
     name='grouped_matmul',
@@ -69,7 +72,7 @@ def gate_tiles(
   """The hidden layer of the experts: [T, F], where the matrices [2F, D] have
   the gate first. Tokens x are fetched where they lie, k of whose choices follow
   each other in `groups`."""
-  parts, F = quantized.parts(gate_up_EFD), gate_up_EFD.shape[1] // 2
+  parts, F = _outputs_last(gate_up_EFD), gate_up_EFD.shape[1] // 2
   return _call(
     *(x_MD, [parts, parts], groups.expert_of_tile, groups.end_E),
     row_T=groups.row_T,
@@ -119,6 +122,12 @@ def suits_one(x_TD: jax.Array, values_DF: jax.Array, num_groups: int) -> bool:
   return min(_tile(len(x_TD)), block(F), block(D // num_groups)) >= SMALLEST
 
 
+def _outputs_last(w_EFD: Any) -> tuple[jax.Array, jax.Array | None]:
+  """(values, scales [E, groups, outputs]), where outputs are neighbours."""
+  values, scales = quantized.parts(w_EFD)
+  return values, None if scales is None else jnp.swapaxes(scales, 1, 2)
+
+
 def _one_group(x_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
   """The expert of each tile, and the end of its tiles, if there is but one."""
   tiles = len(x_TD) // _tile(len(x_TD))
@@ -142,7 +151,8 @@ def _call(
 
   Args:
     x: [T, inputs]; with `row_T`, tokens [M, inputs].
-    matrices: one or two of (values, scales or None), [E, outputs, inputs].
+    matrices: one or two of (values [E, outputs, inputs], scales [E, groups,
+      outputs] or None).
     expert_of_tile: int32 [T / tile].
     end_E: int32, where each expert's tiles end.
     row_T: int32, which of all choices of all tokens, `rows_per_token` each,
@@ -150,7 +160,7 @@ def _call(
     rows_per_token: see above.
     offsets: where the outputs of the two begin that are made; they may be
       parts of the same matrix.
-    transposed: matrices are [E, inputs, outputs].
+    transposed: values are [E, inputs, outputs].
     interpret: runs on any device.
     name: of the kernel.
   """
@@ -160,25 +170,31 @@ def _call(
   outputs = values.shape[2 if transposed else 1]
   if offsets is not None:
     outputs -= offsets[-1]
-  group_size = inputs
-  if scales is not None:
-    group_size //= scales.shape[1 if transposed else 2]
+  groups = 1 if scales is None else scales.shape[1]
   block_out = block(outputs)
+  is_paired = values.dtype == jnp.int4 and not transposed
+  is_paired &= x.dtype == jnp.bfloat16
   kernel = functools.partial(
     _multiply,
     tile=tile,
-    block_in=block(group_size),
+    block_in=block_of_inputs(inputs, groups),
     block_out=block_out,
     rows_per_token=rows_per_token,
     offsets=offsets or (0,) * len(matrices),
-    group_size=group_size,
     transposed=transposed,
+    interpret=interpret,
   )
+  out_shape = jax.ShapeDtypeStruct((T, outputs), x.dtype)
+  if is_paired:
+    x = few_bits.in_pairs(x)
+    matrices = [(few_bits.in_pairs(v), scales) for v, scales in matrices]
   return pl.pallas_call(
     kernel,
     grid=(outputs // block_out, T // tile),
-    out_shape=jax.ShapeDtypeStruct((T, outputs), x.dtype),
-    compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=4),
+    out_shape=out_shape,
+    compiler_params=plgpu.CompilerParams(
+      num_warps=max(1, min(4, tile // (16 if is_paired else 8))), num_stages=3
+    ),
     interpret=interpret,
     name=name,
   )(expert_of_tile, end_E, row_T, x, matrices)
@@ -197,8 +213,8 @@ def _multiply(
   block_out,
   rows_per_token,
   offsets,
-  group_size,
   transposed,
+  interpret,
 ):
   index = pl.program_id(1)
   rows, first = pl.ds(index * tile, tile), pl.program_id(0) * block_out
@@ -217,8 +233,9 @@ def _multiply(
       ],
       shape=(tile, block_out),
       block_in=block_in,
-      group_size=group_size,
+      dtype=out_ref.dtype,
       transposed=transposed,
+      interpret=interpret,
     )
     total = made[0] if len(made) == 1 else activation.geglu(*made)
     out_ref[rows, pl.ds(first, block_out)] = total.astype(out_ref.dtype)
@@ -232,45 +249,71 @@ def block_products(
   *,
   shape: tuple[int, int],
   block_in: int,
-  group_size: int,
+  dtype: jnp.dtype,
   transposed: bool = False,
+  interpret: bool,
 ) -> list[jax.Array]:
   """Some rows times some outputs of one or more matrices, in float32. For
   kernels.
 
   Args:
-    x_ref: [T, inputs].
+    x_ref: [T, inputs], or pairs of them.
     rows: which of T.
     expert: index of the matrix.
-    parts: for each product, a reference to the values [E, outputs, inputs],
-      one to the scales of their groups or None, and which outputs.
+    parts: for each product, a reference to the values [E, outputs, inputs], or
+      pairs of these, one to the scales [E, groups, outputs] or None, and which
+      outputs. All have as many groups.
     shape: how many rows and outputs there are.
-    block_in: inputs that are multiplied at a time; divides `group_size`.
-    group_size: inputs that share a scale.
+    block_in: inputs that are multiplied at a time, of one group.
+    dtype: of what is multiplied.
     transposed: matrices are [E, inputs, outputs].
+    interpret: whether it runs on any device.
   """
+  width = block_in if x_ref.dtype == dtype else block_in // 2
+  steps = x_ref.shape[1] // width
+  groups = 1 if parts[0][1] is None else parts[0][1].shape[1]
 
-  def step(i, totals):
-    inputs = pl.ds(i * block_in, block_in)
-    x = x_ref[rows, inputs]
-    added = []
-    for total, (weights_ref, scales_ref, outputs) in zip(
-      totals, parts, strict=True
-    ):
+  def scales(i):
+    """Those of a block of inputs, for each product."""
+    group = jnp.minimum(i, steps - 1) * groups // steps
+    return [
+      scales_ref[expert, group, outputs] for _, scales_ref, outputs in parts
+    ]
+
+  def step(i, state):
+    totals, factors = state
+    inputs = pl.ds(i * width, width)
+    x = few_bits.rows(x_ref[rows, inputs], interpret)
+    found = []
+    for index, (weights_ref, _, outputs) in enumerate(parts):
       where = (inputs, outputs) if transposed else (outputs, inputs)
-      w = weights_ref[expert, *where].astype(x.dtype)
-      product = jnp.dot(
-        x, w if transposed else w.T, preferred_element_type=jnp.float32
+      w = few_bits.weights(weights_ref[expert, *where], dtype, interpret)
+      product = sum(
+        jnp.dot(
+          half,
+          of_w if transposed else of_w.T,
+          preferred_element_type=jnp.float32,
+        )
+        for half, of_w in zip(x, w, strict=True)
       )
-      if scales_ref is not None:
-        group = i * block_in // group_size
-        where = (group, outputs) if transposed else (outputs, group)
-        product *= scales_ref[expert, *where].astype(jnp.float32)[None, :]
-      added.append(total + product)
-    return added
+      total = totals[index]
+      if groups > 1:
+        factor = factors[index].astype(jnp.float32)[None, :]
+        found.append(few_bits.add_product(total, product, factor, interpret))
+      else:
+        found.append(total + product)
+    # Read a step ahead: the compiler fetches only what is multiplied early.
+    return found, scales(i + 1) if groups > 1 else []
 
-  totals = [jnp.zeros(shape, jnp.float32) for _ in parts]
-  return jax.lax.fori_loop(0, x_ref.shape[1] // block_in, step, totals)
+  zeros = [jnp.zeros(shape, jnp.float32) for _ in parts]
+  start = (zeros, scales(0) if groups > 1 else [])
+  totals, _ = jax.lax.fori_loop(0, steps, step, start)
+  if groups > 1 or parts[0][1] is None:
+    return totals
+  return [
+    total * factor.astype(jnp.float32)[None, :]
+    for total, factor in zip(totals, scales(0), strict=True)
+  ]
 
 
 def add_tiles(
@@ -314,3 +357,8 @@ def _tile(rows: int) -> int:
 def block(size: int) -> int:
   """The largest power of two up to `BLOCK` that divides `size`."""
   return math.gcd(size, BLOCK)
+
+
+def block_of_inputs(inputs: int, groups: int) -> int:
+  """How many are multiplied at a time."""
+  return math.gcd(inputs // groups, _MOST_INPUTS)

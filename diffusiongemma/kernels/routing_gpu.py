@@ -1,8 +1,10 @@
 """What is between router and experts on GPUs: twins of `moe.choose` and
 `grouped_matmul.make_groups`.
 
-Few numbers and many small steps, which here are one kernel each. Programs of
-the layout don't wait for each other: each counts all rows for itself.
+Few numbers and many small steps, which here are few kernels. The layout takes
+two: programs can't wait for each other, and where a row lies depends on how
+many rows of each expert all of them have. Counts are products with zeros and
+ones, which matrix units do exactly.
 """
 
 import functools
@@ -14,7 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
 _ROWS = 16
-_COUNTED = 128  # Rows that a program of the layout has, and looks at at a time.
+_COUNTED = 128  # Rows that a program of the layout has.
 
 
 def suits(logits_TE: jax.Array) -> bool:
@@ -67,9 +69,15 @@ def _choose(logits_ref, scale_ref, weights_ref, experts_ref, *, k):
 
 
 def suits_layout(num_rows: int, num_experts: int) -> bool:
-  """Whether `lay_out` can be used. Each row meets all others."""
+  """Whether `lay_out` can be used. A program sees the counts of all others."""
   is_power = pl.next_power_of_2(num_experts) == num_experts
-  return is_power and num_rows % _COUNTED == 0 and num_rows <= 2**14
+  num_blocks = num_rows // _COUNTED
+  return (
+    is_power
+    and num_experts >= 16  # What is multiplied is no smaller.
+    and num_rows % _COUNTED == 0
+    and pl.next_power_of_2(num_blocks) == num_blocks <= _COUNTED
+  )
 
 
 def lay_out(
@@ -77,56 +85,92 @@ def lay_out(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """(slot_R, row_T, expert_of_tile, end_E) of `grouped_matmul.Groups`; with
   `interpret` on any device, slowly."""
-  R = len(expert_R)
-  num_tiles = -(-R // tile) + num_experts
+  (R,), E = expert_R.shape, num_experts
+  num_tiles, num_blocks = -(-R // tile) + E, R // _COUNTED
   numbers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-  padding_T = jnp.full((num_tiles * tile,), R, jnp.int32)
-  slot_R, row_T, expert_of_tile, end_E = pl.pallas_call(
-    functools.partial(_lay_out, tile=tile),
-    grid=(R // _COUNTED,),
-    out_shape=(
-      numbers(R),
-      numbers(num_tiles * tile),
-      numbers(num_tiles),
-      numbers(num_experts),
-    ),
-    input_output_aliases={1: 1},
-    compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+  call = functools.partial(
+    pl.pallas_call,
+    grid=(num_blocks,),
+    compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=1),
     interpret=interpret,
-    name='lay_out_experts',
-  )(expert_R, padding_T)
-  return slot_R, row_T, expert_of_tile, end_E
+  )
+  rank_R, count_bE, padding_T = call(
+    _count,
+    out_shape=(numbers(R), numbers(num_blocks, E), numbers(num_tiles * tile)),
+    name='count_experts',
+  )(expert_R)
+  return tuple(
+    call(
+      functools.partial(_lay_out, tile=tile),
+      out_shape=(
+        numbers(R),
+        numbers(num_tiles * tile),
+        numbers(num_tiles),
+        numbers(E),
+      ),
+      input_output_aliases={3: 1},
+      name='lay_out_experts',
+    )(expert_R, rank_R, count_bE, padding_T)
+  )
+
+
+def _count(expert_ref, rank_ref, count_ref, row_ref):
+  """How many rows of a block each expert has, and how many before each row; and
+  tiles that have no rows yet."""
+  (num_blocks, E), (T,) = count_ref.shape, row_ref.shape
+  program = pl.program_id(0)
+
+  def clear(i, carry):
+    block = program + i * num_blocks
+    where = pl.ds(block * _COUNTED, _COUNTED)
+    padding = jnp.full((_COUNTED,), expert_ref.shape[0], jnp.int32)
+    inside = block * _COUNTED + _iota(_COUNTED) < T
+    plgpu.store(row_ref.at[where], padding, mask=inside)
+    return carry
+
+  jax.lax.fori_loop(0, pl.cdiv(T, _COUNTED * num_blocks), clear, 0)
+  mine = pl.ds(program * _COUNTED, _COUNTED)
+  is_mine_mE = expert_ref[mine][:, None] == _iota(E)[None, :]
+  is_before_mm = _iota(_COUNTED)[None, :] < _iota(_COUNTED)[:, None]
+  before_mE = jnp.dot(
+    is_before_mm.astype(jnp.bfloat16),
+    is_mine_mE.astype(jnp.bfloat16),
+    preferred_element_type=jnp.float32,
+  )
+  rank_m = jnp.sum(jnp.where(is_mine_mE, before_mE, 0.0), axis=1)
+  rank_ref[mine] = rank_m.astype(jnp.int32)
+  count_ref[program, :] = jnp.sum(is_mine_mE.astype(jnp.int32), axis=0)
 
 
 def _lay_out(
-  expert_ref, _, slot_ref, row_ref, expert_of_tile_ref, end_ref, *, tile
+  expert_ref,
+  rank_ref,
+  count_ref,
+  _,
+  slot_ref,
+  row_ref,
+  expert_of_tile_ref,
+  end_ref,
+  *,
+  tile,
 ):
-  (R,), (E,), (T,) = expert_ref.shape, end_ref.shape, row_ref.shape
-  program = pl.program_id(0)
+  (num_blocks, E), (T,) = count_ref.shape, row_ref.shape
+  program, num_tiles = pl.program_id(0), expert_of_tile_ref.shape[0]
   mine = pl.ds(program * _COUNTED, _COUNTED)
-  expert_m, row_m = expert_ref[mine], program * _COUNTED + _iota(_COUNTED)
-  expert_E = _iota(E)
-
-  def count(i, state):
-    count_E, rank_m = state
-    expert_c = expert_ref[pl.ds(i * _COUNTED, _COUNTED)]
-    row_c = i * _COUNTED + _iota(_COUNTED)
-    count_E += _sum(expert_E[:, None] == expert_c[None, :])
-    before_mc = row_c[None, :] < row_m[:, None]
-    rank_m += _sum((expert_m[:, None] == expert_c[None, :]) & before_mc)
-    return count_E, rank_m
-
-  zeros = jnp.zeros((E,), jnp.int32), jnp.zeros((_COUNTED,), jnp.int32)
-  count_E, rank_m = jax.lax.fori_loop(0, R // _COUNTED, count, zeros)
-  tiles_E = (count_E + tile - 1) // tile
-  is_before_EE = expert_E[None, :] <= expert_E[:, None]
-  end_E = jnp.sum(jnp.where(is_before_EE, tiles_E[None, :], 0), axis=1)
-  start_E = (end_E - tiles_E) * tile
-  is_mine_mE = expert_m[:, None] == expert_E[None, :]
+  expert_m = expert_ref[mine]
+  count_bE = count_ref[:, :]
+  is_before_b = _iota(num_blocks) < program
+  before_E = jnp.sum(jnp.where(is_before_b[:, None], count_bE, 0), axis=0)
+  tiles_E = (jnp.sum(count_bE, axis=0) + tile - 1) // tile
+  is_before_EE = _iota(E)[:, None] <= _iota(E)[None, :]
+  end_E = jnp.sum(jnp.where(is_before_EE, tiles_E[:, None], 0), axis=0)
+  start_E = (end_E - tiles_E) * tile + before_E
+  is_mine_mE = expert_m[:, None] == _iota(E)[None, :]
   start_m = jnp.sum(jnp.where(is_mine_mE, start_E[None, :], 0), axis=1)
   # The rows of no expert go nowhere.
-  slot_m = jnp.where(expert_m < E, start_m + rank_m, T)
+  slot_m = jnp.where(expert_m < E, start_m + rank_ref[mine], T)
   slot_ref[mine] = slot_m
+  row_m = program * _COUNTED + _iota(_COUNTED)
   plgpu.store(row_ref.at[slot_m], row_m, mask=slot_m < T)
 
   @pl.when(program == 0)
@@ -135,19 +179,18 @@ def _lay_out(
 
     def name_tiles(i, carry):
       index_t = i * _COUNTED + _iota(_COUNTED)
+      is_past_tE = index_t[:, None] >= end_E[None, :]
+      expert_t = jnp.sum(is_past_tE.astype(jnp.int32), axis=1)
       # Tiles past the last group are padding; they may meet any expert.
-      expert_t = jnp.minimum(_sum(index_t[:, None] >= end_E[None, :]), E - 1)
-      where = expert_of_tile_ref.at[pl.ds(i * _COUNTED, _COUNTED)]
-      plgpu.store(where, expert_t, mask=index_t < T // tile)
+      plgpu.store(
+        expert_of_tile_ref.at[pl.ds(i * _COUNTED, _COUNTED)],
+        jnp.minimum(expert_t, E - 1),
+        mask=index_t < num_tiles,
+      )
       return carry
 
-    jax.lax.fori_loop(0, pl.cdiv(T // tile, _COUNTED), name_tiles, 0)
+    jax.lax.fori_loop(0, pl.cdiv(num_tiles, _COUNTED), name_tiles, 0)
 
 
 def _iota(size: int) -> jax.Array:
   return jax.lax.broadcasted_iota(jnp.int32, (size,), 0)
-
-
-def _sum(seen: jax.Array) -> jax.Array:
-  """How many of each row."""
-  return jnp.sum(seen.astype(jnp.int32), axis=1)

@@ -3,9 +3,13 @@
 A program of the first kernel multiplies a block of rows with a block of the
 table and, while the logits are in registers, takes softcap, temperature,
 maximum, exponentials and sums. It writes the exponentials in the type of the
-rows, for the second kernel to multiply with the same part of the table; logits
-in float32 are never written. Programs don't wait for each other, so that each
-block of columns has a maximum of its own.
+rows; logits in float32 are never written. Programs don't wait for each other,
+so that each block of columns has a maximum of its own. Between the kernels all
+are brought to the maximum of their row; the second multiplies them with the
+same part of the table.
+
+Sizes of blocks, warps and stages are the fastest that were measured on an H200
+(`experiments/benchmarks/NOTES.md`).
 """
 
 import functools
@@ -17,20 +21,27 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
+from diffusiongemma.kernels import few_bits_gpu as few_bits
 from diffusiongemma.kernels import grouped_matmul_gpu as products
 from diffusiongemma.kernels import quantized
 
 # Exponentials that exist at a time, 128 MB of bfloat16. What the cache could
 # hold would spare reading the table twice, but be walked in a hundred launches.
 CHUNK_ELEMENTS = 2**26
-_ROWS = 128
+_ROWS = _COLUMNS = _WIDTH = 128
+_SPLITS = 8  # Of the columns that are summed over, to have enough programs.
 
 
 def suits(h_RD: jax.Array, table_VD: Any, size: int, bin_size: int) -> bool:
   """Whether the kernels can look at `size` rows of the table at a time."""
-  columns = products.block(size)
-  smallest = min(math.gcd(len(h_RD), _ROWS), columns, _block_in(table_VD))
-  return smallest >= products.SMALLEST and columns % bin_size == 0
+  D = table_VD.shape[1]
+  groups = 1
+  if isinstance(table_VD, quantized.Quantized):
+    groups = table_VD.scales.shape[1]
+  columns = math.gcd(size, _COLUMNS)
+  blocks = (math.gcd(len(h_RD), _ROWS), columns, math.gcd(D, _WIDTH))
+  is_large = min(blocks) >= products.SMALLEST
+  return is_large and columns % bin_size == 0 and groups == 1
 
 
 def look_at(
@@ -74,9 +85,9 @@ def _statistics(
 ):
   """(exp(x - max) [R, size], and for each block of columns: max, the sum of
   x exp(x - max), the place of the maximum, sums of bins [R, b, bins])."""
-  R, columns = len(h_RD), products.block(size)
+  R, columns = len(h_RD), math.gcd(size, _COLUMNS)
   rows, blocks = math.gcd(R, _ROWS), size // columns
-  values, scales = _parts(table_VD)
+  values, scales_V = _parts(table_VD)
   of_block = lambda *more, dtype=jnp.float32: jax.ShapeDtypeStruct(
     (R, blocks, *more), dtype
   )
@@ -84,9 +95,9 @@ def _statistics(
     _look,
     rows=rows,
     columns=columns,
-    block_in=_block_in(table_VD),
     softcap=softcap,
     bin_size=bin_size,
+    interpret=interpret,
   )
   return pl.pallas_call(
     kernel,
@@ -99,10 +110,13 @@ def _statistics(
       of_block(dtype=jnp.int32),
       of_block(columns // bin_size),
     ),
-    compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=3),
+    compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=5),
     interpret=interpret,
     name='vocabulary_statistics',
-  )(start[None], temperature[None], h_RD, values, scales)
+  )(
+    *(start[None], temperature[None], h_RD, values[None]),
+    None if scales_V is None else scales_V[None, None],
+  )
 
 
 def _look(
@@ -119,20 +133,20 @@ def _look(
   *,
   rows,
   columns,
-  block_in,
   softcap,
   bin_size,
+  interpret,
 ):
   block = pl.program_id(1)
   which = pl.ds(pl.program_id(0) * rows, rows)
   first = block * columns
-  groups = 1 if scales_ref is None else scales_ref.shape[2]
   (x,) = products.block_products(
     *(h_ref, which, 0),
     [(table_ref, scales_ref, pl.ds(start_ref[0] + first, columns))],
     shape=(rows, columns),
-    block_in=block_in,
-    group_size=h_ref.shape[1] // groups,
+    block_in=products.block(h_ref.shape[1]),
+    dtype=h_ref.dtype,
+    interpret=interpret,
   )
   if softcap:
     x = softcap * jnp.tanh(x / softcap)
@@ -153,62 +167,49 @@ def _mean(p_Rc, shrink_Rb, table_VD, start, *, interpret) -> jax.Array:
   """The exponentials, rescaled, times the part of the table that starts at
   `start`: float32 [R, D]."""
   (R, size), (_, D) = p_Rc.shape, table_VD.shape
-  rows = math.gcd(R, products.BLOCK)
-  values, scales = _parts(table_VD)
-  width = _block_in(table_VD)
+  values, scales_V = _parts(table_VD)
+  p_Rbc = p_Rc.reshape(*shrink_Rb.shape, -1) * shrink_Rb[:, :, None]
+  if scales_V is not None:
+    scales_c = jax.lax.dynamic_slice_in_dim(scales_V, start, size)
+    p_Rbc *= scales_c.reshape(*p_Rbc.shape[1:]).astype(jnp.float32)
+  p_Rc = p_Rbc.astype(p_Rc.dtype).reshape(R, size)
+  rows, width = math.gcd(R, _ROWS), math.gcd(D, _WIDTH)
+  columns = products.block(size)
+  splits = math.gcd(size // columns, _SPLITS)
   kernel = functools.partial(
-    _add_up, rows=rows, columns=size // shrink_Rb.shape[1], width=width
+    _add_up, rows=rows, columns=columns, width=width, interpret=interpret
   )
-  return pl.pallas_call(
+  parts_SRD = pl.pallas_call(
     kernel,
-    grid=(R // rows, D // width),
-    out_shape=jax.ShapeDtypeStruct((R, D), jnp.float32),
-    compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=4),
+    grid=(R // rows, D // width, splits),
+    out_shape=jax.ShapeDtypeStruct((splits, R, D), jnp.float32),
+    compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=4),
     interpret=interpret,
     name='vocabulary_mean',
-  )(start[None], p_Rc, shrink_Rb, values, scales)
+  )(start[None], p_Rc, values)
+  return jnp.sum(parts_SRD, axis=0)
 
 
 def _add_up(
-  start_ref,
-  p_ref,
-  shrink_ref,
-  table_ref,
-  scales_ref,
-  out_ref,
-  *,
-  rows,
-  columns,
-  width,
+  start_ref, p_ref, table_ref, out_ref, *, rows, columns, width, interpret
 ):
   which = pl.ds(pl.program_id(0) * rows, rows)
-  column = pl.program_id(1) * width
-  inputs = pl.ds(column, width)
+  inputs = pl.ds(pl.program_id(1) * width, width)
+  split, splits = pl.program_id(2), out_ref.shape[0]
+  blocks = p_ref.shape[1] // columns // splits
 
-  def step(block, total):
-    p = p_ref[which, pl.ds(block * columns, columns)]
-    p = (p * shrink_ref[which, block][:, None]).astype(p.dtype)
-    tokens = pl.ds(start_ref[0] + block * columns, columns)
-    part = table_ref[0, tokens, inputs]
-    if scales_ref is not None:
-      group = column * scales_ref.shape[2] // out_ref.shape[1]
-      scale = scales_ref[0, tokens, group].astype(jnp.float32)
-      part = part.astype(jnp.float32) * scale[:, None]
-    part = part.astype(p.dtype)
+  def step(i, total):
+    first = (split * blocks + i) * columns
+    p = p_ref[which, pl.ds(first, columns)]
+    tokens = pl.ds(start_ref[0] + first, columns)
+    (part,) = few_bits.weights(table_ref[tokens, inputs], p.dtype, interpret)
     return total + jnp.dot(p, part, preferred_element_type=jnp.float32)
 
   total = jnp.zeros((rows, width), jnp.float32)
-  total = jax.lax.fori_loop(0, p_ref.shape[1] // columns, step, total)
-  out_ref[which, inputs] = total
+  out_ref[split, which, inputs] = jax.lax.fori_loop(0, blocks, step, total)
 
 
 def _parts(table_VD: Any) -> tuple[jax.Array, jax.Array | None]:
-  """Values and scales as those of the only matrix of several."""
-  return jax.tree.map(lambda x: x[None], quantized.parts(table_VD))
-
-
-def _block_in(table_VD: Any) -> int:
-  """Inputs that are looked at together: they share a scale."""
-  _, D = table_VD.shape
-  _, scales = _parts(table_VD)
-  return products.block(D if scales is None else D // scales.shape[2])
+  """(values, the scale of each row or None)."""
+  values, scales = quantized.parts(table_VD)
+  return values, None if scales is None else scales[:, 0]

@@ -80,7 +80,7 @@ def make_cases(
     )
     return jax.jit(make)(normal(*shape) * shape[axis] ** -0.5)
 
-  int4 = functools.partial(few_bits, kind='int4', axis=-1, group_size=32)
+  int4 = functools.partial(few_bits, kind='int4', axis=-1, group_size=64)
   int8 = functools.partial(few_bits, kind='int8')
   ones_D = jnp.ones((D,))
 
