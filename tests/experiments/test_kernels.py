@@ -39,9 +39,9 @@ def cases():
     head_dim=32,
     global_head_dim=64,
     mlp_dim=64,
-    num_experts=4,
+    num_experts=16,
     experts_per_token=2,
-    expert_dim=32,
+    expert_dim=64,
     vocab_size=128,
     sliding_window=32,
   )

@@ -16,8 +16,13 @@ B, K, H = 2, 2, 16
 @pytest.mark.parametrize('group', [1, 2, 8])
 @pytest.mark.parametrize('same_for_all', [True, False])
 @pytest.mark.parametrize('lengths', [(64,), (100, 32), (0, 128), (33, 90)])
-def test_the_same_as_all_scores_at_once(group, same_for_all, lengths):
-  """Parts of whole blocks, of a last one that overlaps, and of nothing."""
+@pytest.mark.parametrize('programs', [1, 256])
+def test_the_same_as_all_scores_at_once(
+  group, same_for_all, lengths, programs, monkeypatch
+):
+  """Parts of whole blocks, of a last one that overlaps, and of nothing; keys of
+  a query looked at by one program, and by several."""
+  monkeypatch.setattr(gpu, '_PROGRAMS', programs)
   L, N, S = 32, K * group, sum(lengths)
   keys = jax.random.split(jax.random.key(0), 2 + 2 * len(lengths))
   q_BLNH = jax.random.normal(keys[0], (B, L, N, H))
@@ -31,7 +36,7 @@ def test_the_same_as_all_scores_at_once(group, same_for_all, lengths):
   rows = 1 if same_for_all else L
   mask_BLS = jax.random.bernoulli(keys[1], 0.4, (B, rows, S))
   # Nothing is seen of the first block, and by the last row nothing at all.
-  mask_BLS = mask_BLS.at[:, :, :16].set(False).at[1, -1].set(False)
+  mask_BLS = mask_BLS.at[:, :, :32].set(False).at[1, -1].set(False)
   assert gpu.suits(q_BLNH, parts)
   found = gpu.attend(q_BLNH, parts, mask_BLS, interpret=True)
   expected = attention.attend(q_BLNH, parts, mask_BLS)

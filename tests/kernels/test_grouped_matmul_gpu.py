@@ -48,6 +48,25 @@ def test_products_are_those_of_the_loop(layout, kind):
   )
 
 
+@pytest.mark.parametrize('group_size', [32, 64])
+def test_pairs_of_int4(layout, group_size):
+  """In bfloat16, values of four bits are read two at a time."""
+  groups, x_TD, _ = layout
+  w_EFD = jax.random.normal(jax.random.key(3), (E, F, D))
+  w_EFD = quantized.quantize(w_EFD, 'int4', -1, group_size)
+  x_TD = x_TD.astype(jnp.bfloat16)
+  found = gpu.multiply_tiles(x_TD, w_EFD, groups, interpret=True)
+  exact = grouped.grouped_matmul(x_TD.astype(jnp.float32), w_EFD, groups)
+  assert found.dtype == jnp.bfloat16
+  # The result alone is rounded.
+  np.testing.assert_allclose(
+    used(found.astype(jnp.float32), groups),
+    used(exact, groups),
+    rtol=2.0**-8,
+    atol=1e-4,
+  )
+
+
 @pytest.mark.parametrize('kind', [None, 'int4'])
 def test_hidden_layer_of_the_experts(kind):
   """Tokens are fetched, two matrices in one meet them, and GeGLU."""
@@ -121,5 +140,8 @@ def test_what_is_too_small_for_the_kernels():
   w_EFD = jnp.zeros((E, F, D))
   assert not gpu.suits(w_EFD, 8)
   assert not gpu.suits(w_EFD[:, :24], TILE)
-  assert not gpu.suits(quantized.quantize(w_EFD, 'int4', -1, 8), TILE)
+  for group_size in (8, 16):
+    assert not gpu.suits(
+      quantized.quantize(w_EFD, 'int4', -1, group_size), TILE
+    )
   assert not gpu.suits_one(jnp.zeros((7, D)), jnp.zeros((D, F)), 1)
