@@ -1,24 +1,27 @@
 #!/bin/sh
-# The 26B-A4B on one GPU: speed in bf16, 8 and 4 bits, random weights, and each
-# kernel beside its floor.
+# The 26B-A4B on one GPU: speed in bf16, 8 and 4 bits, random weights, where the
+# time of a step goes, and each kernel beside its floor.
 #
 #   sh experiments/benchmarks/gpu.sh FOLDER
 #
-# writes FOLDER/{int4,int8,bf16,kernels}.json. Needs `pip install '.[cuda13]'`;
-# bf16 takes 52 GB, the others 28 and 16 GB. Not run yet: no GPU was at hand.
+# writes FOLDER/{int4,canvas,int8,bf16,kernels}.json. Needs `pip install
+# '.[cuda13]'`; bf16 takes 52 GB, the others 28 and 18 GB. PYTHON says which
+# Python. Not run as a whole yet.
 set -eu
 folder=${1:?say where to write: sh experiments/benchmarks/gpu.sh FOLDER}
+python=${PYTHON:-python}
 mkdir -p "$folder"
 measure() {
   name=$1 grid=$2
   shift 2
-  python -m diffusiongemma.main --mode=benchmark --config=configs/26b_a4b.py \
-    --grid="$grid" --nopeer --format=json "$@" > "$folder/$name.tmp"
+  "$python" -m diffusiongemma.main --mode=benchmark \
+    --config=configs/26b_a4b.py --grid="$grid" --nopeer --format=json "$@" \
+    > "$folder/$name.tmp"
   mv "$folder/$name.tmp" "$folder/$name.json"
 }
-measure int4 1x1024,8x1024,1x8192,1x32768 \
-  --config.quantization.experts=int4 --config.quantization.linears=int8
-measure int8 1x1024 \
-  --config.quantization.experts=int8 --config.quantization.linears=int8
+measure int4 1x1024,8x1024,1x8192,1x32768 --config.quantization.experts=int4
+"$python" -m experiments.benchmarks.canvas --out="$folder/canvas.json" \
+  --config.quantization.experts=int4
+measure int8 1x1024 --config.quantization.experts=int8
 measure bf16 1x1024
-python -m experiments.benchmarks.kernels --out="$folder/kernels.json"
+"$python" -m experiments.benchmarks.kernels --out="$folder/kernels.json"

@@ -11,7 +11,7 @@ all others of int8, a canvas of 256 tokens, and writes for each kernel
             largest value
 
 and the fit  seconds = start + bytes / bandwidth  over linears of several sizes.
-Only a GPU has the kernels. Not run yet: no GPU was at hand.
+Only a GPU has the kernels. Not run as a whole yet.
 """
 
 import argparse
