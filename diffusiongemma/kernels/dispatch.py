@@ -7,6 +7,9 @@ from typing import Any
 
 import jax
 
+# Bytes of shared memory that a kernel's program takes at most; an A100 has them,
+# an H100 and newer ones of their kind.
+SHARED_MEMORY = 160 * 1024
 _switched_off = False
 
 
@@ -17,8 +20,10 @@ def run(
   tpu: Callable | None = None,
 ) -> Any:
   """What `plain(*given)` is, by a kernel where the program runs on a device
-  that has one; the gradient is that of `plain` everywhere."""
+  that has one, and room for it; the gradient is that of `plain` everywhere."""
   kernels = {'cuda': cuda, 'tpu': tpu}
+  if cuda is not None and _has_small_gpu():
+    del kernels['cuda']
   kernels = {where: k for where, k in kernels.items() if k is not None}
   if _switched_off or not kernels:
     return plain(*given)
@@ -31,6 +36,15 @@ def run(
     lambda *given: jax.vjp(plain, *given), lambda pullback, d: pullback(d)
   )
   return anywhere(*given)
+
+
+def _has_small_gpu() -> bool:
+  """Whether a GPU here could not run the kernels."""
+  return any(
+    getattr(device, 'shared_memory_per_block_optin', SHARED_MEMORY)
+    < SHARED_MEMORY
+    for device in jax.local_devices()
+  )
 
 
 @contextlib.contextmanager

@@ -14,29 +14,33 @@ import jax
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
-# Seven bits and the sign apart: 128 + bits, less 128 or 256.
+# Seven bits and the sign apart: 128 + bits, and -128 or -256. (0x3F80 is 1: GPUs
+# before the H100 have no addition of pairs without a product.)
 FROM_INT8 = """{
-.reg .b32 bits, sign, more0, more1, less0, less1;
+.reg .b32 bits, sign, one, more0, more1, less0, less1;
+mov.b32 one, 0x3F803F80;
 and.b32 bits, $2, 0x7F7F7F7F;
 and.b32 sign, $2, 0x80808080;
 prmt.b32 more0, bits, 0x43434343, 0x4140;
 prmt.b32 more1, bits, 0x43434343, 0x4342;
-prmt.b32 less0, sign, 0x43434343, 0x4140;
-prmt.b32 less1, sign, 0x43434343, 0x4342;
-sub.rn.bf16x2 $0, more0, less0;
-sub.rn.bf16x2 $1, more1, less1;
+prmt.b32 less0, sign, 0xC3C3C3C3, 0x4140;
+prmt.b32 less1, sign, 0xC3C3C3C3, 0x4342;
+fma.rn.bf16x2 $0, more0, one, less0;
+fma.rn.bf16x2 $1, more1, one, less1;
 }"""
-# With its sign bit turned, a value of four bits is 8 more: 128 + 8 + value.
+# With its sign bit turned, a value of four bits is 8 more: 128 + 8 + value, and
+# -136.
 _FROM_INT4 = """{
-.reg .b32 bits, more0, more1, less;
-mov.b32 less, 0x43084308;
+.reg .b32 bits, one, more0, more1, less;
+mov.b32 one, 0x3F803F80;
+mov.b32 less, 0xC308C308;
 shr.u32 bits, $2, SHIFT;
 and.b32 bits, bits, 0x0F0F0F0F;
 xor.b32 bits, bits, 0x08080808;
 prmt.b32 more0, bits, 0x43434343, 0x4140;
 prmt.b32 more1, bits, 0x43434343, 0x4342;
-sub.rn.bf16x2 $0, more0, less;
-sub.rn.bf16x2 $1, more1, less;
+fma.rn.bf16x2 $0, more0, one, less;
+fma.rn.bf16x2 $1, more1, one, less;
 }"""
 FROM_INT4 = tuple(_FROM_INT4.replace('SHIFT', shift) for shift in '04')
 # The first values, and the second ones, of two pairs of 16 bits.

@@ -110,7 +110,7 @@ def _statistics(
       of_block(dtype=jnp.int32),
       of_block(columns // bin_size),
     ),
-    compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=5),
+    compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=4),
     interpret=interpret,
     name='vocabulary_statistics',
   )(

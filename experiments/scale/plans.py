@@ -21,10 +21,8 @@ TRAIN = (
   '--config.train.remat=full',
   '--config.data.sequence_length=4096',
 )
-FEW_BITS = (
-  '--config.quantization.experts=int4',
-  '--config.quantization.linears=int8',
-)
+INT4_EXPERTS = ('--config.quantization.experts=int4',)
+FEW_BITS = (*INT4_EXPERTS, '--config.quantization.linears=int8')
 PLANS = {
   'h100-2b': ('--config=configs/2b.py', '--topology=h100'),
   'h100-26b-sample': (BIG, '--topology=h100', '--program=sample'),
@@ -39,6 +37,12 @@ PLANS = {
     '--topology=h200',
     '--program=sample',
     *FEW_BITS,
+  ),
+  'h200-26b-sample-int4-experts': (
+    BIG,
+    '--topology=h200',
+    '--program=sample',
+    *INT4_EXPERTS,
   ),
   'h200-26b-sample': (BIG, '--topology=h200', '--program=sample'),
   'v5p-26b-finetune': (

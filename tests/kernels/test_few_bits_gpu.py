@@ -35,12 +35,14 @@ def permute_bytes(a, b, which):
   return np.stack(picked, -1).copy().view('<u4')[..., 0]
 
 
-def subtract(a, b):
-  a, b = (
-    np.ascontiguousarray(x, '<u4')[..., None].view(ml_dtypes.bfloat16)
-    for x in np.broadcast_arrays(a, b)
+def multiply_and_add(*operands):
+  a, b, c = (
+    np.ascontiguousarray(x, '<u4')[..., None]
+    .view(ml_dtypes.bfloat16)
+    .astype(np.float32)
+    for x in np.broadcast_arrays(*operands)
   )
-  return (a - b).astype(ml_dtypes.bfloat16).view('<u4')[..., 0]
+  return (a * b + c).astype(ml_dtypes.bfloat16).view('<u4')[..., 0]
 
 
 STEPS = {
@@ -49,7 +51,7 @@ STEPS = {
   'xor.b32': lambda a, b: a ^ b,
   'shr.u32': lambda a, b: a >> b,
   'prmt.b32': permute_bytes,
-  'sub.rn.bf16x2': subtract,
+  'fma.rn.bf16x2': multiply_and_add,
 }
 
 

@@ -1,0 +1,35 @@
+"""Where kernels are in a program, and where not."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from diffusiongemma.kernels import dispatch
+
+
+def has_kernel() -> bool:
+  """Whether a function's program for GPUs has it."""
+  jax.clear_caches()
+  return 'sin' in str(
+    jax.make_jaxpr(lambda x: dispatch.run(jnp.cos, x, cuda=jnp.sin))(1.0)
+  )
+
+
+@pytest.mark.parametrize(
+  'memory, expected', [(99 * 1024, False), (163 * 1024, True), (None, True)]
+)
+def test_a_small_gpu_has_no_kernels(monkeypatch, memory, expected):
+  """Their blocks would not fit. Other devices say nothing of such memory."""
+  device = types.SimpleNamespace()
+  if memory:
+    device.shared_memory_per_block_optin = memory
+  monkeypatch.setattr(jax, 'local_devices', lambda: [device])
+  assert has_kernel() == expected
+
+
+def test_kernels_can_be_switched_off():
+  assert has_kernel()
+  with dispatch.switched_off():
+    assert not has_kernel()
