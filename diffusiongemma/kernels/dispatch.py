@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
-# Bytes of shared memory that a kernel's program takes at most; an A100 has them,
-# an H100 and newer ones of their kind.
+# Bytes of shared memory that a kernel's program takes at most. An A100 has
+# them, an H100, and newer ones of their kind.
 SHARED_MEMORY = 160 * 1024
 _switched_off = False
 

@@ -14,8 +14,8 @@ import jax
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
-# Seven bits and the sign apart: 128 + bits, and -128 or -256. (0x3F80 is 1: GPUs
-# before the H100 have no addition of pairs without a product.)
+# Seven bits and the sign apart: 128 + bits, and -128 or -256. (0x3F80 is one:
+# before the H100 GPUs had no addition of pairs without a product.)
 FROM_INT8 = """{
 .reg .b32 bits, sign, one, more0, more1, less0, less1;
 mov.b32 one, 0x3F803F80;
