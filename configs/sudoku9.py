@@ -4,8 +4,9 @@ Hardware: 2 CPU cores.
 Command:  python experiments/sudoku/make_puzzles.py --size=9 \
               --folder=runs/sudoku9
           python -m diffusiongemma.main --config=configs/sudoku9.py
-Expected: 88 % of unseen puzzles in 48 passes, after three hours; see
-          experiments/sudoku/.
+Expected: 89 % of unseen puzzles in 48 passes, 91 % with the better of two
+          answers, after five hours; see experiments/sudoku/. The run there had
+          three schedules, the last one alone with guesses after 1 to 8 passes.
 """
 
 import dataclasses
@@ -48,9 +49,9 @@ def get_config() -> config.Config:
     ),
     train=replace(
       six.train,
-      steps=9500,
+      steps=14000,
       self_conditioning_probability=0.75,
-      self_conditioning_passes=3,
+      self_conditioning_passes=8,
       ar_loss_weight=0.0,
       sample_prompt='..2.9.1..1..48.9....5.....4...9.....2...'
       '.....9....75.162.1.98.5.1.2.6.49.7.84...6',
