@@ -73,8 +73,10 @@ def main() -> None:
     sys.exit(f'Only GPUs are seen here; this is {jax.devices()[0]}.')
   config = configs.load_config(str(CONFIG))
   for override in overrides:
-    name, _, value = override.removeprefix('--config.').partition('=')
-    config = fields.override(config, name, value)
+    name, _, value = override.partition('=')
+    if not name.startswith('--config.'):
+      parser.error(f'{override} is not known.')
+    config = fields.override(config, name.removeprefix('--config.'), value)
   text = dataclasses.replace(config.model, vision=None)
   config = dataclasses.replace(config, model=text)
   params = benchmark.random_params(config, jax.random.key(0))

@@ -13,12 +13,10 @@ The answer with the largest sum so far is kept. Neither the rules nor the
 solution is asked. Writes NAME.json beside this file (--output).
 """
 
-import argparse
 from collections.abc import Callable
 import dataclasses
 import json
 import pathlib
-import sys
 import time
 
 import jax
@@ -26,7 +24,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import diffusiongemma as dg
-from diffusiongemma.checkpoints import CheckpointError
 from diffusiongemma.training import workdir as workdirs
 from experiments import machine
 from experiments import plots
@@ -94,22 +91,13 @@ def measure(
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-  parser.add_argument('--workdir', required=True)
-  parser.add_argument('--puzzles', required=True)
+  parser = solve.make_parser(__doc__)
   parser.add_argument('--tries', type=plots.positive, default=3)
-  parser.add_argument('--count', type=plots.positive, default=1000)
-  parser.add_argument('--batch_size', type=plots.positive, default=250)
   parser.add_argument('--output', type=pathlib.Path, default=solve.FOLDER)
   parser.add_argument('--name', required=True, help='of the file written')
   given = parser.parse_args()
   started = time.time()
-  try:
-    given.output.mkdir(parents=True, exist_ok=True)
-    prompts, responses = solve.read_puzzles(given.puzzles, given.count)
-    run = solve.load(given.workdir, prompts)
-  except (OSError, ValueError, CheckpointError) as error:
-    sys.exit(str(error))
+  run, prompts, responses = solve.open_run(given)
   results = {
     'puzzles': len(prompts),
     'run': solve.describe_run(run, given.workdir),
@@ -119,6 +107,7 @@ def main() -> None:
     'seconds': round(time.time() - started),
     'command': machine.command('experiments.sudoku.best_of'),
   }
+  given.output.mkdir(parents=True, exist_ok=True)
   machine.write(results, given.output / f'{given.name}.json')
 
 

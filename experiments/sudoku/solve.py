@@ -423,15 +423,32 @@ def load(workdir: str, prompts: Sequence[str]) -> workdirs.Run:
   return run
 
 
-def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+def make_parser(doc: str) -> argparse.ArgumentParser:
+  """What all that measure a run on puzzles ask for."""
+  parser = argparse.ArgumentParser(description=doc.split('\n')[0])
   parser.add_argument('--workdir', required=True)
   parser.add_argument('--puzzles', required=True)
+  parser.add_argument('--count', type=plots.positive, default=1000)
+  parser.add_argument('--batch_size', type=plots.positive, default=250)
+  return parser
+
+
+def open_run(
+  given: argparse.Namespace,
+) -> tuple[workdirs.Run, list[str], list[str]]:
+  """(run, prompts, responses); what is wrong with them ends the program."""
+  try:
+    prompts, responses = read_puzzles(given.puzzles, given.count)
+    return load(given.workdir, prompts), prompts, responses
+  except (OSError, ValueError, CheckpointError) as error:
+    sys.exit(str(error))
+
+
+def main() -> None:
+  parser = make_parser(__doc__)
   parser.add_argument(
     '--ar_workdir', help='of a run with config.train.objective=ar'
   )
-  parser.add_argument('--count', type=plots.positive, default=1000)
-  parser.add_argument('--batch_size', type=plots.positive, default=250)
   parser.add_argument(
     '--budgets',
     type=plots.positive,
@@ -444,14 +461,13 @@ def main() -> None:
   parser.add_argument('--name', default='6x6', help='of the files written')
   given = parser.parse_args()
   started = time.time()
+  run, *puzzles = open_run(given)
+  prompts, _ = puzzles
   try:
     given.output.mkdir(parents=True, exist_ok=True)
-    prompts, responses = read_puzzles(given.puzzles, given.count)
-    run = load(given.workdir, prompts)
     ar_run = load(given.ar_workdir, prompts) if given.ar_workdir else None
   except (OSError, ValueError, CheckpointError) as error:
     sys.exit(str(error))
-  puzzles = prompts, responses
   results = {
     'puzzles': len(prompts),
     'run': describe_run(run, given.workdir),

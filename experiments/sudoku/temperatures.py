@@ -12,17 +12,13 @@ Puzzles must be others than those that a result is reported on. Writes
 temperatures_NAME.json beside this file.
 """
 
-import argparse
 import dataclasses
 import json
 import pathlib
-import sys
 
 import numpy as np
 
-from diffusiongemma.checkpoints import CheckpointError
 from experiments import machine
-from experiments import plots
 from experiments.sudoku import solve
 
 FOLDER = pathlib.Path(__file__).parent
@@ -41,18 +37,10 @@ TEMPERATURES = (
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-  parser.add_argument('--workdir', required=True)
-  parser.add_argument('--puzzles', required=True)
-  parser.add_argument('--count', type=plots.positive, default=1000)
-  parser.add_argument('--batch_size', type=plots.positive, default=250)
+  parser = solve.make_parser(__doc__)
   parser.add_argument('--name', default='6x6', help='of the file written')
   given = parser.parse_args()
-  try:
-    prompts, responses = solve.read_puzzles(given.puzzles, given.count)
-    run = solve.load(given.workdir, prompts)
-  except (OSError, ValueError, CheckpointError) as error:
-    sys.exit(str(error))
+  run, prompts, responses = solve.open_run(given)
   caches = [
     solve.read(run, batch) for batch in solve.split(prompts, given.batch_size)
   ]
