@@ -23,6 +23,7 @@ from collections.abc import Callable
 import fnmatch
 import math
 from typing import Any
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -196,24 +197,37 @@ def _parts(mesh: Mesh, names: str | tuple[str, ...] | None) -> int:
   return math.prod(mesh.shape[name] for name in names)
 
 
-def check_processes(mesh: Mesh) -> None:
-  """Raises `ConfigError` unless each process reads rows of its own, and as many
-  as the others: no part of the batch may lie on devices of two processes."""
-  count = jax.process_count()
+class Share(NamedTuple):
+  """Which part of every batch a process reads, and of how many."""
+
+  index: int
+  count: int
+
+
+WHOLE_BATCH = Share(0, 1)
+
+
+def share_of_batch(mesh: Mesh) -> Share:
+  """The share of this process. Processes whose devices hold the same rows have
+  the same one, and each reads it for itself.
+
+  Raises:
+    ConfigError: some rows of a process, and not all, are another's too.
+  """
   parts = math.prod(mesh.shape[axis] for axis in RULES['batch'])
-  if count == 1:
-    return
   places = batch_sharding(mesh).devices_indices_map((parts,))
-  of_process = [set() for _ in range(count)]
+  of_process = {device.process_index: set() for device in places}
   for device, (rows,) in places.items():
     of_process[device.process_index].add(rows.indices(parts)[0])
-  sizes = set(map(len, of_process))
-  if len(sizes) > 1 or sum(map(len, of_process)) != parts:
+  shares = sorted({tuple(sorted(rows)) for rows in of_process.values()})
+  if len(set(map(len, shares))) > 1 or sum(map(len, shares)) != parts:
     raise configs.ConfigError(
-      f'With this config.mesh, {count} processes share parts of the batch, '
-      'which is not supported: make config.mesh.tensor divide the devices of a '
-      'process, so that each has parts of its own.'
+      f'With this config.mesh, the {len(of_process)} processes share parts of '
+      'the batch in part, which is not supported: make config.mesh.tensor '
+      'divide the devices of a process, or be a multiple of them.'
     )
+  own = tuple(sorted(of_process[jax.process_index()]))
+  return Share(shares.index(own), len(shares))
 
 
 def with_sharding(abstract: Any, mesh: Mesh) -> Any:

@@ -15,6 +15,14 @@ from diffusiongemma.text import tokenizer as tokenizers
 from diffusiongemma.training import workdir
 
 
+@pytest.fixture(scope='module', autouse=True)
+def forget_programs():
+  """What a module has compiled goes with it: every program is mapped into
+  memory in several pieces, of which Linux allows a process 65,530."""
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture(scope='session')
 def model_config() -> configs.ModelConfig:
   """Two kinds of layers, experts, grouped heads; compiles in a second."""

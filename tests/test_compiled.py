@@ -150,7 +150,7 @@ def test_experts_are_two_kernels_on_a_tpu(tpu_mesh, kind):
     for name in ('embed_dim', 'expert_dim', 'num_experts', 'experts_per_token')
   )
   text = compile_for(
-    *(tpu_mesh, moe._mix),
+    *(tpu_mesh, moe.mix),
     jax.ShapeDtypeStruct((tokens, D), 'bfloat16'),
     jax.ShapeDtypeStruct((tokens, k), 'bfloat16'),
     jax.ShapeDtypeStruct((tokens, k), 'int32'),

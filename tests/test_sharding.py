@@ -231,9 +231,38 @@ def test_slices_are_apart_along_data_alone():
     sharding.make_mesh(configs.MeshConfig(1, 8), devices_of_two)
 
 
-def test_processes_that_share_rows_are_refused(monkeypatch):
-  mesh = sharding.make_mesh(configs.MeshConfig())
-  sharding.check_processes(mesh)
-  monkeypatch.setattr(jax, 'process_count', lambda: 2)
-  with pytest.raises(configs.ConfigError, match='2 processes share'):
-    sharding.check_processes(mesh)
+def shares_of(mesh_config, processes, monkeypatch):
+  """What each process reads, on eight devices that are spread like this."""
+  spread = [Device(i, 0, process) for i, process in enumerate(processes)]
+  mesh = sharding.make_mesh(mesh_config, spread)
+  shares = []
+  for process in sorted(set(processes)):
+    monkeypatch.setattr(jax, 'process_index', lambda process=process: process)
+    shares.append(tuple(sharding.share_of_batch(mesh)))
+  return shares
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'processes', 'shares'),
+  [
+    ((8, 1, 1, 1), (0,) * 8, [(0, 1)]),
+    ((8, 1, 1, 1), (0, 0, 0, 0, 1, 1, 1, 1), [(0, 2), (1, 2)]),
+    ((2, 1, 2, 2), (1, 1, 1, 1, 0, 0, 0, 0), [(1, 2), (0, 2)]),
+    # Heads over both: the same rows.
+    ((1, 1, 8, 1), (0, 0, 0, 0, 1, 1, 1, 1), [(0, 1), (0, 1)]),
+    ((2, 1, 4, 1), (0, 0, 1, 1, 2, 2, 3, 3), [(0, 2), (0, 2), (1, 2), (1, 2)]),
+    ((1, 1, 4, 2), (0, 1) * 4, [(0, 2), (1, 2)]),
+  ],
+)
+def test_processes_of_the_same_rows_read_the_same(
+  sizes, processes, shares, monkeypatch
+):
+  config = configs.MeshConfig(*sizes)
+  assert shares_of(config, processes, monkeypatch) == shares
+
+
+@pytest.mark.parametrize('processes', [(0, 0, 0, 1, 1, 1, 1, 1), (0, 1, 2) * 2])
+def test_rows_shared_in_part_are_refused(processes, monkeypatch):
+  spread = len(processes)
+  with pytest.raises(configs.ConfigError, match='in part'):
+    shares_of(configs.MeshConfig(spread // 2, 1, 2), processes, monkeypatch)

@@ -166,13 +166,13 @@ def _apply_experts(
     first = jax.lax.axis_index(shared_by) * E
     experts_Mk = gather(experts_Mk) - first
     experts_Mk = jnp.where((experts_Mk >= 0) & (experts_Mk < E), experts_Mk, E)
-  y_MD = _mix(x_MD, weights_Mk, experts_Mk, gate_up_EFD, down_EDF)
+  y_MD = mix(x_MD, weights_Mk, experts_Mk, gate_up_EFD, down_EDF)
   if tokens is not None:
     y_MD = parallel.sum_and_scatter(y_MD, shared_by, spread)
   return y_MD.reshape(B, L, D)
 
 
-def _mix(x_MD, weights_Mk, experts_Mk, gate_up_EFD, down_EDF) -> jax.Array:
+def mix(x_MD, weights_Mk, experts_Mk, gate_up_EFD, down_EDF) -> jax.Array:
   """[M, D]: the experts that are here on the tokens that chose them; of those
   that are not, the number is E."""
   E, k = len(_leaf(down_EDF)), experts_Mk.shape[1]

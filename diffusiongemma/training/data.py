@@ -2,7 +2,7 @@
 
   documents -> windows, each with a random split into prompt and canvases
   prompts with a response -> one piece each
-  pieces -> global shuffle -> this process's share -> rows -> batches
+  pieces -> global shuffle -> this process's share of it -> rows -> batches
 
 A row is a piece, or, with `packing`, as many pieces as fit, which don't see
 each other. Everything random follows from `DataConfig.seed` and the place in
@@ -16,6 +16,7 @@ import grain
 import jax
 import numpy as np
 
+from diffusiongemma import sharding
 from diffusiongemma.config import DataConfig
 from diffusiongemma.text import tokenizer as tokenizers
 from diffusiongemma.training.corpus import DataError
@@ -115,27 +116,26 @@ def make_dataset(
   data: DataConfig,
   canvas_length: int,
   tokenizer: tokenizers.Tokenizer,
-  process_index: int = 0,
-  process_count: int = 1,
+  share: sharding.Share = sharding.WHOLE_BATCH,
 ) -> grain.IterDataset:
   """An endless dataset of batches (see `diffusion.loss.check_batch`).
 
   Every epoch visits each window of a document once, with its own offset and
   its own split into prompt and canvases, and each prompt with a response once;
-  in its own order. The processes of a job take turns over one global order.
+  in its own order. The shares take turns over one global order.
 
   Args:
     examples: what to learn from.
     data: `batch_size` is that of the whole job.
     canvas_length: C; without packing, every row has room for one at least.
     tokenizer: for its special ids.
-    process_index: which share to yield.
-    process_count: among how many; must divide the batch.
+    share: of each batch, what to yield; the number of shares must divide the
+      batch.
   """
-  if data.batch_size % process_count:
+  if data.batch_size % share.count:
     raise DataError(
       f'config.data.batch_size = {data.batch_size} must be a multiple of the '
-      f'{process_count} processes.'
+      f'{share.count} shares in which it is read.'
     )
   length = data.sequence_length
   places = []
@@ -150,10 +150,10 @@ def make_dataset(
     .shuffle()
     .repeat()
     .random_map(_Pieces(examples, length, canvas_length, tokenizer.bos_id))
-  )[process_index::process_count]
+  )[share.index :: share.count]
   row = _Row(length, canvas_length, tokenizer.pad_id)
   options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-  size = data.batch_size // process_count
+  size = data.batch_size // share.count
   if not data.packing:
     return pieces.map(row).batch(size).to_iter_dataset(options)
   packed = grain.experimental.FirstFitPackIterDataset(

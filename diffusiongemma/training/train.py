@@ -89,13 +89,13 @@ def train(
   """
   mesh = sharding.make_mesh(config.mesh)
   sharding.validate(config, tuple(mesh.shape.values()))
-  sharding.check_processes(mesh)
+  share = sharding.share_of_batch(mesh)
   with jax.set_mesh(mesh):
-    return _train_on(mesh, config, workdir, load_base)
+    return _train_on(mesh, share, config, workdir, load_base)
 
 
-def _train_on(mesh, config, workdir, load_base) -> int:
-  """`train` on a mesh."""
+def _train_on(mesh, share, config, workdir, load_base) -> int:
+  """`train` on a mesh, with this process's share of each batch."""
   start = config.train.init_from
   if start and load_base is None:
     raise ValueError('load_base must give the parameters in init_from.')
@@ -134,7 +134,7 @@ def _train_on(mesh, config, workdir, load_base) -> int:
       base = train_state.with_configured_types(config, base)
       load_base = lambda: base
     state, iterator = start_or_resume(
-      config, manager, corpus, tokenizer, abstract, load_base
+      config, manager, corpus, tokenizer, abstract, share, load_base
     )
     step = int(state.step)
     with (
@@ -158,6 +158,7 @@ def _train_on(mesh, config, workdir, load_base) -> int:
         watch,
         state,
         iterator,
+        share,
         manager,
         writer,
         progress,
@@ -191,6 +192,7 @@ def start_or_resume(
   corpus: corpora.Corpus,
   tokenizer: Tokenizer,
   abstract: train_state.TrainState,
+  share: sharding.Share,
   load_base: Callable[[], dict],
 ) -> tuple[train_state.TrainState, grain.DatasetIterator]:
   """The first state and iterator, or those of the newest whole checkpoint."""
@@ -199,8 +201,7 @@ def start_or_resume(
     config.data,
     config.diffusion.canvas_length,
     tokenizer,
-    jax.process_index(),
-    jax.process_count(),
+    share,
   )
   iterator = iter(dataset)
   restored = native.restore_newest(manager, *train_state.to_items(abstract))
@@ -213,7 +214,7 @@ def start_or_resume(
       donate_argnums=() if config.lora.rank else 0,
     )
     return init(params), iterator
-  iterator.set_state(_own_place(restored))
+  iterator.set_state(_own_place(restored, share))
   native.set_aside_after(manager, restored.step)
   state = train_state.from_items(
     restored.step, restored.params, restored.opt_state
@@ -222,19 +223,21 @@ def start_or_resume(
   return jax.device_put(state, where), iterator
 
 
-def _own_place(restored: native.Restored) -> dict:
-  """This process's place in the data.
+def _own_place(restored: native.Restored, share: sharding.Share) -> dict:
+  """The place in the data of this share of the batch.
 
   Raises:
-    CheckpointError: there were as many places as processes, and now there is
+    CheckpointError: there were as many places as shares, and now there is
       another number of them.
   """
-  places, count = restored.data['processes'], jax.process_count()
-  if len(places) == count:
-    return places[jax.process_index()]
+  places = restored.data['shares']
+  if len(places) == share.count:
+    return places[share.index]
   raise CheckpointError(
-    f'Step {restored.step} was saved by {len(places)} processes, each with its '
-    f'own place in the data; go on with as many, not with {count}.'
+    f'Step {restored.step} was saved by a job whose batches were read in '
+    f'{len(places)} shares, each with its own place in the data; now there are '
+    f'{share.count}. Go on with as many processes, or with a config.mesh that '
+    'divides the batch among as many.'
   )
 
 
@@ -244,6 +247,7 @@ def run_steps(
   watch: metrics_lib.Stopwatch,
   state: train_state.TrainState,
   iterator: grain.DatasetIterator,
+  share: sharding.Share,
   manager,
   writer: metrics_lib.MetricsWriter,
   progress: metrics_lib.Progress,
@@ -302,9 +306,11 @@ def run_steps(
   def save():
     """Saves the state after `step` steps; a failure is told, not fatal."""
     try:
-      place = {'processes': processes.gather_json(iterator.get_state())}
+      own = (share.index, iterator.get_state())
+      places = dict(processes.gather_json(own))
+      places = {'shares': [places[i] for i in range(share.count)]}
       items = train_state.to_items(state)
-      native.save(manager, step, *items, place, config)
+      native.save(manager, step, *items, places, config)
     except native.LeftAloneError:
       raise
     except native.CheckpointError as error:

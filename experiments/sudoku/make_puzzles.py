@@ -21,6 +21,7 @@ import json
 import os
 import sys
 import time
+from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -122,21 +123,38 @@ def make_puzzle(
         puzzle[cell] = digit
 
 
-def vary(
-  rules: Rules, pair: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
-  """Another puzzle and its solution, [2, N, N], by the symmetries of Sudoku:
+class Symmetry(NamedTuple):
+  """What makes another puzzle of one, and another solution of its solution:
   digits are renamed; bands, stacks, rows in a band and columns in a stack
-  change places; where boxes are square, rows and columns do."""
+  change places; where boxes are square, rows and columns do.
+
+  Attributes:
+    digits: [N + 1], the new name of each; 0, of an empty cell, stays.
+    cells: [N * N], the cell that comes to each place.
+  """
+
+  digits: np.ndarray
+  cells: np.ndarray
+
+  def apply(self, grid: np.ndarray) -> np.ndarray:
+    """Of grids as rows of cells, [..., N * N]."""
+    return self.digits[grid[..., self.cells]]
+
+
+def no_symmetry(rules: Rules) -> Symmetry:
+  """The one that changes nothing."""
+  return Symmetry(np.arange(rules.size + 1), np.arange(rules.size**2))
+
+
+def draw_symmetry(rules: Rules, rng: np.random.Generator) -> Symmetry:
+  """One of all, at random."""
   size, (rows, columns) = rules.size, BOX[rules.size]
-  digits = np.array([0, *(1 + rng.permutation(size))], pair.dtype)
-  pair = digits[pair]
-  pair = pair[:, _shuffled(size, rows, rng)][
-    :, :, _shuffled(size, columns, rng)
-  ]
+  digits = np.array([0, *(1 + rng.permutation(size))])
+  cells = np.arange(size**2).reshape(size, size)
+  cells = cells[_shuffled(size, rows, rng)][:, _shuffled(size, columns, rng)]
   if rows == columns and rng.integers(2):
-    pair = pair.transpose(0, 2, 1)
-  return pair
+    cells = cells.T
+  return Symmetry(digits, cells.reshape(-1))
 
 
 def _shuffled(size: int, group: int, rng: np.random.Generator) -> np.ndarray:
@@ -167,13 +185,15 @@ def make_puzzles(
   vary_rng = np.random.default_rng(vary_seed)
   train, told = {}, time.monotonic()
   while len(train) < num_train:
-    base = np.array(make_puzzle(rules, base_rng), np.uint8)
-    pairs = [base.reshape(2, size, size)]
-    pairs += [vary(rules, pairs[0], vary_rng) for _ in range(variants - 1)]
+    base = np.array(make_puzzle(rules, base_rng))
+    pairs = [base]
+    pairs += [
+      draw_symmetry(rules, vary_rng).apply(base) for _ in range(variants - 1)
+    ]
     for puzzle, solution in pairs:
-      puzzle = puzzle.tobytes()
+      puzzle = bytes(puzzle.tolist())
       if renamed(puzzle) not in heldout and len(train) < num_train:
-        train.setdefault(puzzle, solution.tobytes())
+        train.setdefault(puzzle, bytes(solution.tolist()))
     if time.monotonic() > told + 20:
       told = time.monotonic()
       print(f'{len(train)} of {num_train} puzzles', file=sys.stderr)

@@ -82,19 +82,23 @@ def test_puzzles_have_one_solution(size):
 @pytest.mark.parametrize('size', [6, 9])
 def test_variants_are_puzzles_of_their_own(size):
   rng = np.random.default_rng(1)
-  base = np.array(puzzles.make_puzzle(RULES[size], rng), np.uint8)
-  base = base.reshape(2, size, size)
+  base = np.array(puzzles.make_puzzle(RULES[size], rng))
   seen, transposed = set(), 0
   for _ in range(30):
-    puzzle, solution = puzzles.vary(RULES[size], base, rng)
+    symmetry = puzzles.draw_symmetry(RULES[size], rng)
+    puzzle, solution = symmetry.apply(base)
     seen.add(puzzle.tobytes())
-    assert is_solution(size, solution.ravel())
-    found = puzzles.solutions(RULES[size], puzzle.ravel().tolist())
-    assert found == [solution.ravel().tolist()]
-    counts = np.sort((puzzle > 0).sum(axis=1))
-    transposed += (counts != np.sort((base[0] > 0).sum(axis=1))).any()
+    assert is_solution(size, solution)
+    found = puzzles.solutions(RULES[size], puzzle.tolist())
+    assert found == [solution.tolist()]
+    rows, base_rows = (
+      np.sort((grid > 0).reshape(size, size).sum(axis=1))
+      for grid in (puzzle, base[0])
+    )
+    transposed += (rows != base_rows).any()
   assert len(seen) > 25
   assert (transposed > 0) == (size == 9), 'only square boxes can be turned'
+  assert (puzzles.no_symmetry(RULES[size]).apply(base) == base).all()
 
 
 def test_nothing_held_out_is_trained_on():

@@ -7,6 +7,7 @@ import lzma
 import numpy as np
 import pytest
 
+from diffusiongemma import sharding
 from diffusiongemma.config import DataConfig
 from diffusiongemma.text import tokenizer as tokenizers
 from diffusiongemma.training import corpus
@@ -22,10 +23,8 @@ DOCUMENTS = [
 CONFIG = DataConfig(sequence_length=32, batch_size=4)
 
 
-def batches(count, config=CONFIG, process=0, processes=1):
-  dataset = data.make_dataset(
-    DOCUMENTS, config, C, TOKENIZER, process, processes
-  )
+def batches(count, config=CONFIG, share=sharding.WHOLE_BATCH):
+  dataset = data.make_dataset(DOCUMENTS, config, C, TOKENIZER, share)
   return list(itertools.islice(iter(dataset), count))
 
 
@@ -71,16 +70,16 @@ def test_order_follows_the_seed():
 
 
 def test_processes_share_out_one_global_order():
-  shares = [batches(6, process=p, processes=2) for p in (0, 1)]
+  shares = [batches(6, share=sharding.Share(i, 2)) for i in (0, 1)]
   for whole, left, right in zip(batches(6), *shares, strict=True):
     merged = np.empty_like(whole['tokens_BS'])
     merged[0::2], merged[1::2] = left['tokens_BS'], right['tokens_BS']
     np.testing.assert_array_equal(merged, whole['tokens_BS'])
 
 
-def test_batch_that_processes_cannot_share():
-  with pytest.raises(corpus.DataError, match='multiple of the 3 processes'):
-    batches(1, processes=3)
+def test_batch_that_cannot_be_shared_out():
+  with pytest.raises(corpus.DataError, match='multiple of the 3 shares'):
+    batches(1, share=sharding.Share(0, 3))
 
 
 @pytest.mark.parametrize('length', [9, 32, 700])

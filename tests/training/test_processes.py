@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -168,7 +169,29 @@ def test_a_save_that_fails_in_one_process_ends_both(tmp_path):
 def test_as_many_processes_as_there_were(straight):
   """Each has its own place in the data."""
   (output,) = finish([start(straight, 8, '--config.train.steps=8')], 1)
-  assert 'saved by 2 processes' in output
+  assert 'read in 2 shares' in output
+
+
+# Heads, features and experts for eight devices.
+WIDE = (
+  '--config.mesh.fsdp=1',
+  '--config.mesh.tensor=8',
+  '--config.model.num_heads=8',
+  '--config.model.num_experts=8',
+  '--config.train.steps=4',
+  '--config.train.log_every=1',
+)
+
+
+def test_heads_may_lie_in_two_processes(tmp_path):
+  """Then both read the same rows: those that one process reads, which goes on
+  with what they have saved."""
+  finish(start_two(tmp_path, *WIDE), 0, 0)
+  two = read_losses(tmp_path)
+  assert len(two) == 4
+  shutil.rmtree(tmp_path / 'checkpoints' / '4')
+  finish([start(tmp_path, 8, *WIDE)], 0)
+  np.testing.assert_allclose(read_losses(tmp_path)[-2:], two[2:], rtol=1e-5)
 
 
 # Ten steps on one mesh, stopped, and ten on another.
