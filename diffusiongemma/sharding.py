@@ -181,10 +181,12 @@ def parameter_sharding(
 
   def place_quantized(path, shape):
     """As what it stands for, but that groups are not divided."""
-    spec = place(path[:-1], shape).spec
+    parts = list(place(path[:-1], shape).spec)
+    if path[-1] == 'scales' and 'experts' in path:
+      parts = [parts[0], None, parts[1]]  # They are turned.
     parts = [
       None if shape[i] % _parts(mesh, names) else names
-      for i, names in enumerate(spec)
+      for i, names in enumerate(parts)
     ]
     return NamedSharding(mesh, PartitionSpec(*parts))
 

@@ -134,8 +134,9 @@ def matrix(shape, kind, axis):
   """bfloat16, or in few bits: of 4, groups of 64 along the axis."""
   if kind == 'bfloat16':
     return jax.ShapeDtypeStruct(shape, kind)
+  group_size, turned = 64 if kind == 'int4' else None, len(shape) == 3
   return jax.eval_shape(
-    lambda w: quantized.quantize(w, kind, axis, 64 if kind == 'int4' else None),
+    lambda w: quantized.quantize(w, kind, axis, group_size, turned),
     jax.ShapeDtypeStruct(shape, 'bfloat16'),
   )
 

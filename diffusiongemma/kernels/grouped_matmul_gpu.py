@@ -35,7 +35,9 @@ def suits(weights_EFD: Any, tile: int, parts: int = 1) -> bool:
   _, F, D = weights_EFD.shape
   inputs, smallest = D, SMALLEST
   if isinstance(weights_EFD, quantized.Quantized):
-    inputs = D // weights_EFD.scales.shape[-1]
+    if not weights_EFD.turned:
+      return False
+    inputs = D // weights_EFD.num_groups
     if weights_EFD.values.dtype == jnp.int4:
       smallest *= 2  # The halves of its pairs are multiplied apart.
   return min(tile, block(F // parts)) >= SMALLEST and block(inputs) >= smallest
@@ -54,7 +56,7 @@ def multiply_tiles(
   any device, slowly.
   """
   return _call(
-    *(x_TD, [_outputs_last(weights_EFD)]),
+    *(x_TD, [quantized.parts(weights_EFD)]),
     *(groups.expert_of_tile, groups.end_E),
     transposed=transposed,
     interpret=interpret,
@@ -72,7 +74,7 @@ def gate_tiles(
   """The hidden layer of the experts: [T, F], where the matrices [2F, D] have
   the gate first. Tokens x are fetched where they lie, k of whose choices follow
   each other in `groups`."""
-  parts, F = _outputs_last(gate_up_EFD), gate_up_EFD.shape[1] // 2
+  parts, F = quantized.parts(gate_up_EFD), gate_up_EFD.shape[1] // 2
   return _call(
     *(x_MD, [parts, parts], groups.expert_of_tile, groups.end_E),
     row_T=groups.row_T,
@@ -120,12 +122,6 @@ def suits_one(x_TD: jax.Array, values_DF: jax.Array, num_groups: int) -> bool:
   """Whether `multiply` and `gate` can."""
   D, F = values_DF.shape
   return min(_tile(len(x_TD)), block(F), block(D // num_groups)) >= SMALLEST
-
-
-def _outputs_last(w_EFD: Any) -> tuple[jax.Array, jax.Array | None]:
-  """(values, scales [E, groups, outputs]), where outputs are neighbours."""
-  values, scales = quantized.parts(w_EFD)
-  return values, None if scales is None else jnp.swapaxes(scales, 1, 2)
 
 
 def _one_group(x_TD: jax.Array) -> tuple[jax.Array, jax.Array]:

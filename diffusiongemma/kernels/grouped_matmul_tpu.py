@@ -38,7 +38,9 @@ def suits(
   """Whether the kernels can multiply with these weights, whose outputs are of
   so many parts."""
   is_quantized = isinstance(weights_EFD, quantized.Quantized)
-  if tile % SMALLEST_TILE or is_quantized and transposed:
+  if tile % SMALLEST_TILE:
+    return False
+  if is_quantized and (transposed or not weights_EFD.turned):
     return False
   values, _ = quantized.parts(weights_EFD)
   _, F, D = values.shape
@@ -116,13 +118,12 @@ def _tile(rows: int) -> int:
 
 
 def _call_grouped(x, weights, groups, *, parts, transposed, interpret, name):
-  values, scales = jax.tree.map(
-    lambda w: w.reshape(len(w), parts, -1, w.shape[-1]),
-    quantized.parts(weights),
-  )
+  values, scales = quantized.parts(weights)
+  E, outputs, inputs = values.shape
+  values = values.reshape(E, parts, outputs // parts, inputs)
   if scales is not None:
-    # So they lie in memory: the outputs are many and the groups few.
-    scales = jnp.swapaxes(scales, 2, 3)
+    scales = scales.reshape(E, -1, parts, outputs // parts)
+    scales = jnp.swapaxes(scales, 1, 2)
   return _call(
     *(x, values, scales, groups.expert_of_tile, groups.end_E),
     inputs_first=transposed,

@@ -31,11 +31,14 @@ class Quantized:
     values: int8, int4 or float8_e4m3fn.
     scales: bfloat16, as `values` but for the number of groups along `axis`.
     axis: the axis with the groups, counted from the end.
+    turned: whether the last two axes of `scales` have changed places: groups of
+      inputs that are neighbours, with scales whose outputs are.
   """
 
   values: jax.Array
   scales: jax.Array
   axis: int = flax.struct.field(pytree_node=False)
+  turned: bool = flax.struct.field(pytree_node=False, default=False)
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -45,6 +48,10 @@ class Quantized:
   def ndim(self) -> int:
     return self.values.ndim
 
+  @property
+  def num_groups(self) -> int:
+    return self.scales.shape[-3 - self.axis if self.turned else self.axis]
+
   def __len__(self) -> int:
     return len(self.values)
 
@@ -53,17 +60,21 @@ class Quantized:
 
   def astype(self, dtype: jnp.dtype) -> jax.Array:
     """The array it stands for, computed in float32."""
-    axis = self.ndim + self.axis
-    groups = self.scales.shape[axis]
+    axis, groups = self.ndim + self.axis, self.num_groups
     split = list(self.shape)
     split[axis : axis + 1] = [groups, self.shape[axis] // groups]
     values = self.values.astype(jnp.float32).reshape(split)
-    scales = jnp.expand_dims(self.scales.astype(jnp.float32), axis + 1)
+    scales = _turn(self.scales, self.turned).astype(jnp.float32)
+    scales = jnp.expand_dims(scales, axis + 1)
     return (values * scales).reshape(self.shape).astype(dtype)
 
 
 def quantize(
-  w: jax.Array, kind: str, axis: int, group_size: int | None = None
+  w: jax.Array,
+  kind: str,
+  axis: int,
+  group_size: int | None = None,
+  turned: bool = False,
 ) -> Quantized:
   """`w` in few bits.
 
@@ -72,6 +83,7 @@ def quantize(
     kind: 'int8', 'int4' or 'fp8' (e4m3).
     axis: the axis that products sum over, counted from the end.
     group_size: how many neighbours share a scale; None is all of the axis.
+    turned: how the scales are kept, see `Quantized`.
 
   Raises:
     ValueError: the axis has no whole number of groups.
@@ -94,8 +106,15 @@ def quantize(
   if jnp.issubdtype(dtype, jnp.integer):
     values = jnp.round(values)
   return Quantized(
-    values.reshape(w.shape).astype(dtype), scales.squeeze(place + 1), axis
+    values.reshape(w.shape).astype(dtype),
+    _turn(scales.squeeze(place + 1), turned),
+    axis,
+    turned,
   )
+
+
+def _turn(scales: Any, turned: bool) -> Any:
+  return jnp.swapaxes(scales, -1, -2) if turned else scales
 
 
 def rows(table: Any, start: jax.Array, size: int) -> Any:

@@ -124,12 +124,11 @@ class Experts(nn.Module):
 
 def _specs(w: Any, axes: tuple) -> Any:
   """Where the matrices of experts lie, with their adapters if they have any."""
-  spec = parallel.spec(*axes)
+  spec, (experts, out, into) = parallel.spec(*axes), axes
   if isinstance(w, quantized.Quantized):
-    return w.replace(values=spec, scales=parallel.spec(*axes[:-1], None))
+    return w.replace(values=spec, scales=parallel.spec(experts, None, out))
   if not isinstance(w, layers.LowRank):
     return spec
-  experts, out, into = axes
   return w.replace(
     weight=spec,
     a=parallel.spec(experts, None, into),
@@ -200,8 +199,8 @@ def _whole(w: Any, axis: int, dtype) -> Any:
   names = parallel.mesh_axes('embed')
   if isinstance(w, quantized.Quantized):
     values, scales = parallel.gather(w.values, names, axis), w.scales
-    if axis != w.ndim + w.axis:
-      scales = parallel.gather(scales, names, axis)
+    if axis == 1:  # The outputs, which come last in scales.
+      scales = parallel.gather(scales, names, 2)
     return w.replace(values=values, scales=scales)
   if not isinstance(w, layers.LowRank):
     return parallel.gather(w.astype(dtype), names, axis)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import fnmatch
 import functools
 from typing import Any
+from typing import NamedTuple
 
 from flax import traverse_util
 import jax
@@ -18,14 +19,23 @@ from diffusiongemma import config as configs
 from diffusiongemma.config import QuantizationConfig
 from diffusiongemma.kernels import quantized
 
-# path -> (the field of the config, the axis that products sum over)
+
+class _Rule(NamedTuple):
+  """The field of the config, the axis that products sum over, and whether the
+  scales are turned."""
+
+  field: str
+  axis: int
+  turned: bool = False
+
+
 _RULES = {
-  'layer_*/attention/[qkv]_proj': ('linears', -3),
-  'layer_*/attention/o_proj': ('linears', -2),
-  'layer_*/shared_mlp/*': ('linears', -2),
-  'self_conditioning/mlp/*': ('linears', -2),
-  'layer_*/experts/*': ('experts', -1),
-  'embedding': ('embedding', -1),
+  'layer_*/attention/[qkv]_proj': _Rule('linears', -3),
+  'layer_*/attention/o_proj': _Rule('linears', -2),
+  'layer_*/shared_mlp/*': _Rule('linears', -2),
+  'self_conditioning/mlp/*': _Rule('linears', -2),
+  'layer_*/experts/*': _Rule('experts', -1, turned=True),
+  'embedding': _Rule('embedding', -1),
 }
 
 
@@ -33,26 +43,26 @@ def by_part(params: dict) -> dict[str, dict]:
   """The parameters in the parts that a `QuantizationConfig` knows."""
   parts = {'experts': {}, 'linears': {}, 'embedding': {}, 'other': {}}
   for path, w in traverse_util.flatten_dict(params).items():
-    field, _ = _part_of(path) or ('other', None)
-    parts[field]['/'.join(path)] = w
+    rule = _rule_at(path)
+    parts[rule.field if rule else 'other']['/'.join(path)] = w
   return {f'parameters: {part}': tree for part, tree in parts.items() if tree}
 
 
-def _part_of(path: tuple[str, ...]) -> tuple[str, int] | None:
-  """(field of the config, axis) of the parameter at `path`."""
-  for pattern, part in _RULES.items():
+def _rule_at(path: tuple[str, ...]) -> _Rule | None:
+  for pattern, rule in _RULES.items():
     if fnmatch.fnmatchcase('/'.join(path), pattern):
-      return part
+      return rule
   return None
 
 
 def rule_of(
   config: QuantizationConfig, path: tuple[str, ...]
-) -> tuple[str, int] | None:
-  """(kind, axis) of the parameter at `path`; None if it stays as it is."""
-  field, axis = _part_of(path) or (None, None)
-  kind = getattr(config, field) if field else 'none'
-  return None if kind == 'none' else (kind, axis)
+) -> tuple[str, int, bool] | None:
+  """(kind, axis, turned) of the parameter at `path`, see
+  `quantized.Quantized`; None if it stays as it is."""
+  rule = _rule_at(path)
+  kind = getattr(config, rule.field) if rule else 'none'
+  return None if kind == 'none' else (kind, rule.axis, rule.turned)
 
 
 def quantize_array(
@@ -66,19 +76,17 @@ def quantize_array(
   rule = rule_of(config, path)
   if rule is None:
     return w
-  kind, axis = rule
+  kind, axis, turned = rule
   group_size = config.group_size if kind == 'int4' else None
   if group_size and w.shape[axis] % group_size:
     raise configs.ConfigError(
       f'config.quantization.group_size = {group_size} does not divide the '
       f'{w.shape[axis]} inputs of {"/".join(path)}.'
     )
-  return _quantize(w, kind, axis, group_size)
+  return _quantize(w, kind, axis, group_size, turned)
 
 
-_quantize = jax.jit(
-  quantized.quantize, static_argnames=('kind', 'axis', 'group_size')
-)
+_quantize = jax.jit(quantized.quantize, static_argnums=(1, 2, 3, 4))
 
 
 def quantize_params(config: QuantizationConfig, params: dict) -> dict:
@@ -117,7 +125,7 @@ def from_stored(config: QuantizationConfig, stored: dict) -> dict:
       found[path] = x
     else:
       parts = (flat[(*path[:-1], name)] for name in ('values', 'scales'))
-      found[path[:-1]] = quantized.Quantized(*parts, rule[1])
+      found[path[:-1]] = quantized.Quantized(*parts, *rule[1:])
   return traverse_util.unflatten_dict(found)
 
 

@@ -74,13 +74,14 @@ def make_cases(
     key = jax.random.fold_in(jax.random.key(0), next(counter))
     return jax.jit(lambda: jax.random.normal(key, shape, dtype))()
 
-  def few_bits(*shape, kind, axis, group_size=None):
-    make = functools.partial(
-      quantized.quantize, kind=kind, axis=axis, group_size=group_size
-    )
+  def few_bits(*shape, **how):
+    axis = how['axis']
+    make = functools.partial(quantized.quantize, **how)
     return jax.jit(make)(normal(*shape) * shape[axis] ** -0.5)
 
-  int4 = functools.partial(few_bits, kind='int4', axis=-1, group_size=64)
+  int4 = functools.partial(
+    few_bits, kind='int4', axis=-1, group_size=64, turned=True
+  )
   int8 = functools.partial(few_bits, kind='int8')
   ones_D = jnp.ones((D,))
 

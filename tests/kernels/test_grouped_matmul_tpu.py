@@ -36,7 +36,8 @@ def matrices(kind, F, D):
   w_EFD = jax.random.normal(jax.random.key(3), (E, F, D)) * D**-0.5
   if not kind:
     return w_EFD
-  return quantized.quantize(w_EFD, kind, -1, 32 if kind == 'int4' else None)
+  group_size = 32 if kind == 'int4' else None
+  return quantized.quantize(w_EFD, kind, -1, group_size, turned=True)
 
 
 def check(found, expected, groups):

@@ -55,6 +55,15 @@ def test_any_axis(axis):
     found.astype(jnp.float32), jnp.moveaxis(expected, -1, axis)
   )
   assert found.scales.size == w.size // 8
+  if axis != -3:
+    turned = quantized.quantize(w, 'int4', axis, 8, turned=True)
+    assert turned.num_groups == found.num_groups == w.shape[axis] // 8
+    np.testing.assert_array_equal(
+      turned.scales, jnp.swapaxes(found.scales, 1, 2)
+    )
+    np.testing.assert_array_equal(
+      turned[2:4].astype(jnp.float32), found[2:4].astype(jnp.float32)
+    )
 
 
 def test_what_groups_do_not_divide_is_refused():
@@ -79,7 +88,8 @@ def test_experts_of_few_bits(kind):
   """The grouped product is that of the matrices that they stand for."""
   E, D, F, M = 5, 16, 24, 40
   keys = jax.random.split(jax.random.key(3), 3)
-  w = quantized.quantize(jax.random.normal(keys[0], (E, F, D)), kind, -1, 8)
+  w = jax.random.normal(keys[0], (E, F, D))
+  w = quantized.quantize(w, kind, -1, 8, turned=True)
   expert_M = jax.random.randint(keys[1], (M,), 0, E)
   x_MD = jax.random.normal(keys[2], (M, D))
   groups = grouped.make_groups(expert_M, E, 8)
