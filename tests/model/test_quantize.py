@@ -147,8 +147,14 @@ where = jax.tree.map(
   lambda x: x.sharding, sharding.with_sharding(abstract, mesh)
 )
 placed = jax.device_put(params, where)
-values = placed['layer_00']['experts']['gate_up'].values
-assert not values.sharding.is_fully_replicated
+# As what they stand for lies; the scales of experts are turned.
+shapes = {
+  name: [x.addressable_shards[0].data.shape for x in (w.values, w.scales)]
+  for name, w in placed['layer_00']['experts'].items()
+}
+assert shapes == {
+  'gate_up': [(1, 16, 8), (1, 1, 16)], 'down': [(1, 8, 8), (1, 1, 8)]
+}, shapes
 with jax.set_mesh(mesh):
   together = generate.generate(config, placed, prompts, key, 8).rows
 assert [r.tokens for r in alone] == [r.tokens for r in together]
