@@ -12,6 +12,7 @@ from diffusiongemma import fields
 from diffusiongemma import hlo
 from diffusiongemma import memory
 from diffusiongemma import plan
+from diffusiongemma import sharding
 from diffusiongemma.kernels import grouped_matmul
 
 
@@ -170,17 +171,33 @@ def test_a_chip_gives_a_limit_and_an_estimate(config, monkeypatch):
 
 def test_what_would_fit_is_compiled(config, monkeypatch):
   """The first of the changes whose program needs no more than there is."""
+  config = fields.override(config, 'train.remat', 'dots')
   remat = fields.override(config, 'train.remat', 'full')
   half = fields.override(remat, 'data.batch_size', '2')
-  needs = [plan.plan(c, 'local').need.peak for c in (remat, half)]
+  of_config = {c: plan.plan(c, 'local') for c in (remat, half)}
+  needs = [made.need.peak for made in of_config.values()]
   assert needs[1] < needs[0]
-  chip = plan.Chip(sum(needs) / 2, 1e9, 1e9, 1e9)
-  monkeypatch.setitem(plan.CHIPS, 'local', chip)
-  assert (
-    plan.nearest_fit(config, 'local', 'train') == 'config.data.batch_size=2'
-  )
-  monkeypatch.setitem(plan.CHIPS, 'local', chip._replace(memory=1.0))
-  assert plan.nearest_fit(config, 'local', 'train') is None
+  # More devices than there are, which it finds out, stand between the two.
+  changes = [what for what, _ in plan.smaller(config, 'train')]
+  assert changes == [
+    'config.train.remat=full',
+    'config.mesh.fsdp=2',
+    'config.data.batch_size=2',
+  ]
+
+  def limited_to(memory):
+    """`nearest_fit` where a device has so much, with what was compiled."""
+
+    def again(config, topology, program):
+      sharding.make_mesh(config.mesh)
+      return of_config[config]._replace(limit=memory)
+
+    monkeypatch.setattr(plan, 'plan', again)
+    return plan.nearest_fit(config, 'local', 'train')
+
+  assert limited_to(sum(needs) / 2) == 'config.data.batch_size=2'
+  assert limited_to(max(needs)) == 'config.train.remat=full'
+  assert limited_to(1.0) is None
 
 
 @pytest.mark.parametrize('topology', ['h1000', 'v9:2x2', 'v5p', 'h100x12'])

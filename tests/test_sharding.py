@@ -94,11 +94,12 @@ for sizes in MESHES:
   with jax.set_mesh(mesh):
     rows = sharding.batch_sharding(mesh)
     given = jax.device_put((batch, drawn), rows)
-    compare(compute(placed, *given), expected, sizes)
+    program = compute.lower(placed, *given).compile()
+    compare(program(placed, *given), expected, sizes)
     assert write(placed, prompts) == tokens, sizes
     if sizes[2] > 1:
       assert write(placed, prompts[:1]) == single, sizes
-    text = compute.lower(placed, *given).compile().as_text()
+    text = program.as_text()
     parts = sizes[1] * sizes[2]
     whole = [f'f32[{V // n},24]' for n in (1, 2, 4) if n < parts]
     # Nor logits, probabilities or their gradients.

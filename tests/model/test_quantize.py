@@ -153,7 +153,7 @@ shapes = {
   for name, w in placed['layer_00']['experts'].items()
 }
 assert shapes == {
-  'gate_up': [(1, 16, 8), (1, 1, 16)], 'down': [(1, 8, 8), (1, 1, 8)]
+  'gate_up': [(1, 16, 8), (1, 2, 16)], 'down': [(1, 8, 8), (1, 1, 8)]
 }, shapes
 with jax.set_mesh(mesh):
   together = generate.generate(config, placed, prompts, key, 8).rows
