@@ -182,6 +182,7 @@ def parameter_sharding(
   def place_quantized(path, shape):
     """As what it stands for, but that groups are not divided."""
     parts = list(place(path[:-1], shape).spec)
+    parts += [None] * (len(shape) - len(parts))
     if path[-1] == 'scales' and 'experts' in path:
       parts = [parts[0], None, parts[1]]  # They are turned.
     parts = [
@@ -224,9 +225,9 @@ def share_of_batch(mesh: Mesh) -> Share:
   shares = sorted({tuple(sorted(rows)) for rows in of_process.values()})
   if len(set(map(len, shares))) > 1 or sum(map(len, shares)) != parts:
     raise configs.ConfigError(
-      f'With this config.mesh, the {len(of_process)} processes share parts of '
-      'the batch in part, which is not supported: make config.mesh.tensor '
-      'divide the devices of a process, or be a multiple of them.'
+      f'With this config.mesh, some of the {len(of_process)} processes hold '
+      'some of the same rows and not all, which is not supported: make '
+      'config.mesh.tensor x config.mesh.expert divide the devices of a process.'
     )
   own = tuple(sorted(of_process[jax.process_index()]))
   return Share(shares.index(own), len(shares))

@@ -265,5 +265,5 @@ def test_processes_of_the_same_rows_read_the_same(
 @pytest.mark.parametrize('processes', [(0, 0, 0, 1, 1, 1, 1, 1), (0, 1, 2) * 2])
 def test_rows_shared_in_part_are_refused(processes, monkeypatch):
   spread = len(processes)
-  with pytest.raises(configs.ConfigError, match='in part'):
+  with pytest.raises(configs.ConfigError, match='and not all'):
     shares_of(configs.MeshConfig(spread // 2, 1, 2), processes, monkeypatch)

@@ -31,8 +31,8 @@ class Quantized:
     values: int8, int4 or float8_e4m3fn.
     scales: bfloat16, as `values` but for the number of groups along `axis`.
     axis: the axis with the groups, counted from the end.
-    turned: whether the last two axes of `scales` have changed places: groups of
-      inputs that are neighbours, with scales whose outputs are.
+    turned: whether the last two axes of `scales` have changed places: those of
+      [E, F, D] are then [E, groups, F] instead of [E, F, groups].
   """
 
   values: jax.Array

@@ -165,18 +165,26 @@ def _apply_experts(
     first = jax.lax.axis_index(shared_by) * E
     experts_Mk = gather(experts_Mk) - first
     experts_Mk = jnp.where((experts_Mk >= 0) & (experts_Mk < E), experts_Mk, E)
-  y_MD = mix(x_MD, weights_Mk, experts_Mk, gate_up_EFD, down_EDF)
+  num_experts = len(_leaf(down_EDF)) * parallel.parts('experts')
+  y_MD = mix(x_MD, weights_Mk, experts_Mk, gate_up_EFD, down_EDF, num_experts)
   if tokens is not None:
     y_MD = parallel.sum_and_scatter(y_MD, shared_by, spread)
   return y_MD.reshape(B, L, D)
 
 
-def mix(x_MD, weights_Mk, experts_Mk, gate_up_EFD, down_EDF) -> jax.Array:
-  """[M, D]: the experts that are here on the tokens that chose them; of those
-  that are not, the number is E."""
+def mix(
+  x_MD: jax.Array,
+  weights_Mk: jax.Array,
+  experts_Mk: jax.Array,
+  gate_up_EFD: Any,
+  down_EDF: Any,
+  num_experts: int,
+) -> jax.Array:
+  """[M, D]: the experts that are here, E of `num_experts`, on the tokens that
+  chose them; of those that are not, the number is E."""
   E, k = len(_leaf(down_EDF)), experts_Mk.shape[1]
   experts_R = experts_Mk.reshape(-1)
-  tile = grouped.default_tile(experts_R.shape[0], E)
+  tile = grouped.default_tile(experts_R.shape[0], num_experts)
   groups = grouped.make_groups(experts_R, E, tile)
   if isinstance(gate_up_EFD, layers.LowRank):
     x_TD = grouped.scatter_to_tiles(x_MD, groups, k)

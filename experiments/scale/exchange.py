@@ -45,7 +45,7 @@ def gather(x_MD, weights_Mk, experts_Mk, gate_up_EFD, down_EDF):
   own = len(down_EDF)
   local_Mk = experts_Mk - jax.lax.axis_index(AXIS) * own
   local_Mk = jnp.where((local_Mk >= 0) & (local_Mk < own), local_Mk, own)
-  y_MD = moe.mix(x_MD, weights_Mk, local_Mk, gate_up_EFD, down_EDF)
+  y_MD = moe.mix(x_MD, weights_Mk, local_Mk, gate_up_EFD, down_EDF, E)
   return parallel.sum_and_scatter(y_MD, (AXIS,), [AXIS])
 
 
@@ -69,7 +69,8 @@ def all_to_all(x_MD, weights_Mk, experts_Mk, gate_up_EFD, down_EDF):
   flat = functools.partial(jnp.reshape, shape=(devices * M, -1))
   rows = (x_MD[order_nM], weights_Mk[order_nM], local_nMk)
   rows = [send(flat(a)) for a in rows]
-  y_nMD = send(moe.mix(*rows, gate_up_EFD, down_EDF)).reshape(devices, M, -1)
+  y_nMD = send(moe.mix(*rows, gate_up_EFD, down_EDF, E))
+  y_nMD = y_nMD.reshape(devices, M, -1)
   place_nM = jnp.argsort(order_nM, axis=1)
   return jnp.sum(jnp.take_along_axis(y_nMD, place_nM[:, :, None], axis=1), 0)
 
@@ -119,12 +120,18 @@ def measure(devices: int, layer: list[jax.Array]) -> dict:
       b / a for a, b in zip(*took.values(), strict=True)
     ),
     'bytes': {
-      name: {
-        kind: found.bytes
-        for kind, found in hlo.collectives(program.as_text()).items()
-      }
+      name: exchanged(program.as_text(), devices)
       for name, program in programs.items()
     },
+  }
+
+
+def exchanged(text: str, devices: int) -> dict[str, int]:
+  """Bytes that a device takes part in exchanging, by kind of collective: what
+  it gets, but what it gives to a sum of which it keeps its part."""
+  return {
+    kind: found.bytes * (devices if kind == 'reduce-scatter' else 1)
+    for kind, found in hlo.collectives(text).items()
   }
 
 

@@ -10,9 +10,9 @@ canvas, with nothing else to go by, and gives what it thinks of it:
 
 A puzzle whose sum is below `--sure` is put to the network again as another one,
 by a symmetry of Sudoku (`make_puzzles.Symmetry`), until a sum is above it or
-there were `--tries`. The answer with the largest sum is kept. Nobody asks
-whether it obeys the rules, or what the solution is. Writes NAME.json beside
-this file (--output).
+there were `--tries`. The answer with the largest sum is kept. All that is used
+of the rules are these symmetries: no answer is held against them, or against
+the solution. Writes NAME.json beside this file (--output).
 """
 
 from collections.abc import Callable
@@ -20,6 +20,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import sys
 import time
 from typing import NamedTuple
 
@@ -34,7 +35,8 @@ from experiments import plots
 from experiments.sudoku import make_puzzles
 from experiments.sudoku import solve
 
-# Of right answers to other puzzles 99 % were above it.
+# Of right answers to 300 other puzzles 99 % were above it, of wrong ones none;
+# of those that `best_of_9x9.json` counts, one.
 SURE = -0.003
 
 
@@ -175,6 +177,8 @@ def main() -> None:
   given = parser.parse_args()
   started = time.time()
   run, prompts, responses = solve.open_run(given)
+  if len(prompts[0]) not in {size**2 for size in make_puzzles.BOX}:
+    sys.exit('Symmetries are known of puzzles of 6 x 6 and of 9 x 9 cells.')
   results = {
     'puzzles': len(prompts),
     'run': solve.describe_run(run, given.workdir),
