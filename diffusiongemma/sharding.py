@@ -61,6 +61,9 @@ PARAMETERS = {
   '*mlp/down': ('mlp', 'embed'),
   '*/experts/gate_up': ('experts', None, 'embed'),
   '*/experts/down': ('experts', 'embed', None),
+  # Of few bits: these scales are turned. All others lie as their values.
+  '*/experts/gate_up/scales': ('experts', None, None),
+  '*/experts/down/scales': ('experts', None, 'embed'),
 }
 
 
@@ -164,11 +167,9 @@ def parameter_sharding(
   """
   rules = _static_rules()
 
-  def place(path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
-    spec = PartitionSpec()
-    if path[-1] in ('values', 'scales'):
-      return place_quantized(path, shape)
-    name = '/'.join(path)
+  def spec_at(path, shape) -> PartitionSpec | None:
+    """By the rule for this path, if there is one."""
+    name, spec = '/'.join(path), None
     for pattern, axes in PARAMETERS.items():
       in_layers = fnmatch.fnmatchcase(name, pattern)
       in_layers |= pattern == 'embedding' and path[-1] == pattern
@@ -177,19 +178,19 @@ def parameter_sharding(
         if few and axes[1] == 'kv_heads':
           axes = (axes[0], None, None)  # A head is never cut.
         spec = nn.logical_to_mesh_axes(axes, rules)
-    return NamedSharding(mesh, spec)
+    return spec
 
-  def place_quantized(path, shape):
-    """As what it stands for, but that groups are not divided."""
-    parts = list(place(path[:-1], shape).spec)
-    parts += [None] * (len(shape) - len(parts))
-    if path[-1] == 'scales' and 'experts' in path:
-      parts = [parts[0], None, parts[1]]  # They are turned.
-    parts = [
-      None if shape[i] % _parts(mesh, names) else names
-      for i, names in enumerate(parts)
-    ]
-    return NamedSharding(mesh, PartitionSpec(*parts))
+  def place(path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
+    spec = spec_at(path, shape)
+    if path[-1] in ('values', 'scales'):
+      spec = spec or spec_at(path[:-1], shape) or ()
+      # Groups may be too few to be divided.
+      parts = [
+        None if shape[i] % _parts(mesh, names) else names
+        for i, names in enumerate(spec)
+      ]
+      spec = PartitionSpec(*parts)
+    return NamedSharding(mesh, spec or PartitionSpec())
 
   return place
 
