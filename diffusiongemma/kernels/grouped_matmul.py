@@ -5,11 +5,14 @@
 The portable twin: rows are laid out group by group, every group padded to
 whole tiles of `tile` rows, so that a tile meets one matrix; M rows of E
 groups fill at most ceil(M / tile) + E tiles, whatever the routing is. No row
-is dropped; a loop goes over the tiles that are used, so that nothing is
-computed for experts that no row chose, and no matrix is copied for each tile.
-`jax.lax.ragged_dot` is dense on CPU and GPU, which is why it is not used.
+is dropped. Where groups have enough rows on average, the first ones of every
+group, its window, are one batched product; a loop goes over the tiles that are
+used and in no window. Without windows nothing is computed for experts that no
+row chose. `jax.lax.ragged_dot` is dense on CPU and GPU, which is why it is not
+used.
 """
 
+from collections.abc import Callable
 import functools
 
 import flax
@@ -35,6 +38,8 @@ class Groups:
     expert_of_tile: int32 [T / tile], the expert of each tile.
     end_E: int32, how many tiles belong to each expert or one before it.
     tile: rows in a tile.
+    window: how many rows, the first ones of each expert, are multiplied at
+      once where plain JAX multiplies.
   """
 
   slot_R: jax.Array
@@ -42,6 +47,12 @@ class Groups:
   expert_of_tile: jax.Array
   end_E: jax.Array
   tile: int = flax.struct.field(pytree_node=False)
+  window: int = flax.struct.field(pytree_node=False)
+
+  @property
+  def begin_E(self) -> jax.Array:
+    """int32, the first tile of each expert."""
+    return jnp.pad(self.end_E[:-1], (1, 0))
 
   @property
   def used(self) -> jax.Array:
@@ -56,7 +67,19 @@ def default_tile(num_rows: int, num_experts: int) -> int:
   return min(128, max(16, 1 << (group.bit_length() - 1)))
 
 
-def make_groups(expert_R: jax.Array, num_experts: int, tile: int) -> Groups:
+def default_window(num_rows: int, num_experts: int) -> int:
+  """Rows that few groups exceed if the routing is even, whose sizes then have
+  the square root of the mean as their deviation; none for small groups, which
+  would be padding for the most part."""
+  group = num_rows // num_experts
+  if group < 8:
+    return 0
+  return -(-int(group + 2.5 * group**0.5) // 16) * 16
+
+
+def make_groups(
+  expert_R: jax.Array, num_experts: int, tile: int, window: int = 0
+) -> Groups:
   """Lays R routed rows out by expert (a counting sort; stable).
 
   Args:
@@ -64,6 +87,7 @@ def make_groups(expert_R: jax.Array, num_experts: int, tile: int) -> Groups:
       experts, and the row is left out.
     num_experts: E.
     tile: rows in a tile.
+    window: rows of each expert that may be multiplied at once.
   """
   lay_out = functools.partial(_lay_out, num_experts=num_experts, tile=tile)
   kernel = None
@@ -71,7 +95,7 @@ def make_groups(expert_R: jax.Array, num_experts: int, tile: int) -> Groups:
     kernel = functools.partial(
       routing_gpu.lay_out, num_experts=num_experts, tile=tile
     )
-  return Groups(*dispatch.run(lay_out, expert_R, cuda=kernel), tile)
+  return Groups(*dispatch.run(lay_out, expert_R, cuda=kernel), tile, window)
 
 
 def _lay_out(expert_R, num_experts, tile):
@@ -213,20 +237,29 @@ MULTIPLY, ADD = '_multiply_tiles', '_add_tiles'
 def _multiply_tiles(x_TD, weights_EFD, groups, transposed=False):
   """Each tile times the matrix [F, D] of its expert, transposed: [T, F]; with
   `transposed` it is taken as it is, and F and D are each other."""
-  spec = 'mf,fd->md' if transposed else 'md,fd->mf'
+  one, all_at_once = ('md,fd->mf', 'ewd,efd->ewf')
+  if transposed:
+    one, all_at_once = ('mf,fd->md', 'ewf,efd->ewd')
 
-  def loop(x_TD, weights_EFD, groups):
+  def plain(x_TD, weights_EFD, groups):
     def tile(index, y_TF):
       x_mD = _rows(x_TD, index, groups)
       weights_FD = weights_EFD[groups.expert_of_tile[index]]
-      y_mF = jnp.einsum(spec, x_mD, weights_FD.astype(x_TD.dtype))
+      y_mF = jnp.einsum(one, x_mD, weights_FD.astype(x_TD.dtype))
       return jax.lax.dynamic_update_slice_in_dim(
         y_TF, y_mF, index * groups.tile, 0
       )
 
-    outputs = weights_EFD.shape[2 if transposed else 1]
-    y_TF = jnp.zeros((x_TD.shape[0], outputs), x_TD.dtype)
-    return jax.lax.fori_loop(0, groups.used, tile, y_TF)
+    if isinstance(weights_EFD, quantized.Quantized):
+      groups = groups.replace(window=0)  # Whole, they would be too large.
+    if groups.window:
+      x_EwD = _windows(x_TD, groups)
+      y_EwF = jnp.einsum(all_at_once, x_EwD, weights_EFD.astype(x_TD.dtype))
+      y_TF = _from_windows(y_EwF, groups)
+    else:
+      outputs = weights_EFD.shape[2 if transposed else 1]
+      y_TF = jnp.zeros((x_TD.shape[0], outputs), x_TD.dtype)
+    return _for_each_tile(tile, groups, y_TF)
 
   on_gpu, on_tpu = (
     functools.partial(kernels.multiply_tiles, transposed=transposed)
@@ -234,7 +267,7 @@ def _multiply_tiles(x_TD, weights_EFD, groups, transposed=False):
   )
   suits_tpu = tpu.suits(weights_EFD, groups.tile, transposed=transposed)
   return dispatch.run(
-    *(loop, x_TD, weights_EFD, groups),
+    *(plain, x_TD, weights_EFD, groups),
     cuda=on_gpu if gpu.suits(weights_EFD, groups.tile) else None,
     tpu=on_tpu if suits_tpu else None,
   )
@@ -244,19 +277,25 @@ def _multiply_tiles(x_TD, weights_EFD, groups, transposed=False):
 def _add_tiles(d_TF, x_TD, weights_EFD, groups):
   """The gradient of the matrices: sums of products of tiles, [E, F, D]."""
 
-  def loop(d_TF, x_TD, groups):
+  def plain(d_TF, x_TD, groups):
+    add = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
     def tile(index, total_EFD):
       d_mF, x_mD = _rows(d_TF, index, groups), _rows(x_TD, index, groups)
-      product_FD = jnp.einsum(
-        'mf,md->fd', d_mF, x_mD, preferred_element_type=jnp.float32
-      )
+      rank_m = _rows(_rank(groups), index, groups)
+      d_mF = jnp.where(rank_m[:, None] < groups.window, 0, d_mF)
+      product_FD = add('mf,md->fd', d_mF, x_mD)
       return total_EFD.at[groups.expert_of_tile[index]].add(product_FD)
 
-    total_EFD = jnp.zeros(weights_EFD.shape, jnp.float32)
-    return jax.lax.fori_loop(0, groups.used, tile, total_EFD)
+    if groups.window:
+      d_EwF, x_EwD = _windows(d_TF, groups), _windows(x_TD, groups)
+      total_EFD = add('ewf,ewd->efd', d_EwF, x_EwD)
+    else:
+      total_EFD = jnp.zeros(weights_EFD.shape, jnp.float32)
+    return _for_each_tile(tile, groups, total_EFD)
 
   total_EFD = dispatch.run(
-    *(loop, d_TF, x_TD, groups),
+    *(plain, d_TF, x_TD, groups),
     cuda=gpu.add_tiles if gpu.suits(weights_EFD, groups.tile) else None,
     tpu=tpu.add_tiles if tpu.suits(weights_EFD, groups.tile) else None,
   )
@@ -268,3 +307,42 @@ def _rows(x_TD: jax.Array, index: jax.Array, groups: Groups) -> jax.Array:
   return jax.lax.dynamic_slice_in_dim(
     x_TD, index * groups.tile, groups.tile, axis=0
   )
+
+
+def _windows(x_TD: jax.Array, groups: Groups) -> jax.Array:
+  """The rows of each expert's window, [E, w, D]; zero where its tiles end."""
+  begin_E, end_E = groups.begin_E * groups.tile, groups.end_E * groups.tile
+  row_Ew = begin_E[:, None] + jnp.arange(groups.window)
+  is_own_Ew = row_Ew < end_E[:, None]
+  x_EwD = jnp.take(x_TD, row_Ew, axis=0, mode='clip')
+  return jnp.where(is_own_Ew[..., None], x_EwD, 0)
+
+
+def _from_windows(y_EwF: jax.Array, groups: Groups) -> jax.Array:
+  """The rows of windows where they lie in the layout, [T, F]; others may be
+  anything."""
+  expert_T = jnp.repeat(groups.expert_of_tile, groups.tile)
+  rank_T = jnp.minimum(_rank(groups), groups.window - 1)
+  y_WF = y_EwF.reshape(-1, y_EwF.shape[-1])
+  return y_WF[expert_T * groups.window + rank_T]
+
+
+def _for_each_tile(body: Callable, groups: Groups, initial: jax.Array):
+  """`fori_loop` over the tiles that have rows which are in no window."""
+  if not groups.window:
+    return jax.lax.fori_loop(0, groups.used, body, initial)
+  is_left_T = (groups.row_T < len(groups.slot_R)) & (
+    _rank(groups) >= groups.window
+  )
+  is_left_t = jnp.any(is_left_T.reshape(-1, groups.tile), axis=1)
+  (left_t,) = jnp.nonzero(is_left_t, size=len(is_left_t))
+  return jax.lax.fori_loop(
+    0, jnp.sum(is_left_t), lambda i, carry: body(left_t[i], carry), initial
+  )
+
+
+def _rank(groups: Groups) -> jax.Array:
+  """int32 [T], the how-manieth of its expert each row of the buffer is."""
+  begin_t = groups.begin_E[groups.expert_of_tile] * groups.tile
+  row_T = jnp.arange(len(groups.row_T), dtype=jnp.int32)
+  return row_T - jnp.repeat(begin_t, groups.tile)

@@ -184,8 +184,9 @@ def mix(
   chose them; of those that are not, the number is E."""
   E, k = len(_leaf(down_EDF)), experts_Mk.shape[1]
   experts_R = experts_Mk.reshape(-1)
-  tile = grouped.default_tile(experts_R.shape[0], num_experts)
-  groups = grouped.make_groups(experts_R, E, tile)
+  tile = grouped.default_tile(len(experts_R), num_experts)
+  window = grouped.default_window(len(experts_R), num_experts)
+  groups = grouped.make_groups(experts_R, E, tile, window)
   if isinstance(gate_up_EFD, layers.LowRank):
     x_TD = grouped.scatter_to_tiles(x_MD, groups, k)
     gate_up_TF = _expert_linear(x_TD, gate_up_EFD, groups)

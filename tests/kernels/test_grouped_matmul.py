@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from diffusiongemma.kernels import grouped_matmul as grouped
 
@@ -25,10 +26,10 @@ def test_layout(experts, tile):
   assert (padding == len(experts)).all()
 
 
-def run_tiled(x_MD, weights_EFD, experts_Mk, tile):
+def run_tiled(x_MD, weights_EFD, experts_Mk, tile, window=0):
   k = experts_Mk.shape[1]
   groups = grouped.make_groups(
-    experts_Mk.reshape(-1), weights_EFD.shape[0], tile
+    experts_Mk.reshape(-1), weights_EFD.shape[0], tile, window
   )
   x_TD = grouped.scatter_to_tiles(x_MD, groups, k)
   y_TF = grouped.grouped_matmul(x_TD, weights_EFD, groups)
@@ -40,13 +41,13 @@ def run_dense(x_MD, weights_EFD, experts_Mk):
   return jnp.einsum('md,mkfd->mkf', x_MD, weights_EFD[experts_Mk])
 
 
-def check(experts_Mk, tile):
+def check(experts_Mk, tile, window):
   key_x, key_w, key_g = jax.random.split(jax.random.key(0), 3)
   x_MD = jax.random.normal(key_x, (experts_Mk.shape[0], 12))
   weights_EFD = jax.random.normal(key_w, (6, 10, 12))
   cotangent = jax.random.normal(key_g, (*experts_Mk.shape, 10))
   ours, pull_ours = jax.vjp(
-    lambda x, w: run_tiled(x, w, experts_Mk, tile), x_MD, weights_EFD
+    lambda x, w: run_tiled(x, w, experts_Mk, tile, window), x_MD, weights_EFD
   )
   dense, pull_dense = jax.vjp(
     lambda x, w: run_dense(x, w, experts_Mk), x_MD, weights_EFD
@@ -57,15 +58,41 @@ def check(experts_Mk, tile):
     np.testing.assert_allclose(got, wanted, atol=2e-5)
 
 
-def test_values_and_gradients_for_mixed_routing():
-  check(jax.random.randint(jax.random.key(3), (50, 2), 0, 6), 8)
+# No window, less than a tile, all rows of some experts, all rows of all.
+WINDOWS = pytest.mark.parametrize('window', [0, 5, 16, 72])
 
 
-def test_values_and_gradients_when_one_expert_gets_all():
-  check(jnp.full((33, 2), 4), 8)
+@WINDOWS
+def test_values_and_gradients_for_mixed_routing(window):
+  check(jax.random.randint(jax.random.key(3), (50, 2), 0, 6), 8, window)
 
 
-def test_rows_of_experts_that_are_elsewhere_are_left_out():
+@WINDOWS
+def test_values_and_gradients_when_one_expert_gets_all(window):
+  check(jnp.full((33, 2), 4), 8, window)
+
+
+def test_only_tiles_with_rows_past_the_window_are_left_to_the_loop():
+  """Of 4, 20 and no rows in tiles of 8."""
+  experts_R = jnp.array([0] * 4 + [1] * 20, jnp.int32)
+  groups = grouped.make_groups(experts_R, 3, 8, 4)
+
+  def visited(window):
+    return grouped._for_each_tile(
+      lambda tile, seen: seen.at[tile].add(1),
+      groups.replace(window=window),
+      jnp.zeros(len(groups.expert_of_tile), jnp.int32),
+    ).tolist()
+
+  assert visited(0) == [1, 1, 1, 1, 0, 0]
+  assert visited(4) == [0, 1, 1, 1, 0, 0]
+  assert visited(8) == [0, 0, 1, 1, 0, 0]
+  assert visited(16) == [0, 0, 0, 1, 0, 0]
+  assert visited(20) == [0, 0, 0, 0, 0, 0]
+
+
+@WINDOWS
+def test_rows_of_experts_that_are_elsewhere_are_left_out(window):
   """They become zero and cost no tile; none here is no tile at all."""
   key_x, key_w = jax.random.split(jax.random.key(0))
   x_MD = jax.random.normal(key_x, (20, 12))
@@ -75,7 +102,7 @@ def test_rows_of_experts_that_are_elsewhere_are_left_out():
   limited_Mk = jnp.where(here_Mk, experts_Mk, 3)
 
   def tiled(x, w):
-    return run_tiled(x, w, limited_Mk, 8)
+    return run_tiled(x, w, limited_Mk, 8, window)
 
   def dense(x, w):
     return run_dense(x, w, experts_Mk % 3) * here_Mk[..., None]
@@ -87,10 +114,18 @@ def test_rows_of_experts_that_are_elsewhere_are_left_out():
     np.testing.assert_allclose(a, b, atol=1e-4)
   nowhere = grouped.make_groups(jnp.full(40, 3), 3, 8)
   assert nowhere.used == 0
-  assert not run_tiled(x_MD, weights_EFD, jnp.full((20, 2), 3), 8).any()
+  nowhere_Mk = jnp.full((20, 2), 3)
+  assert not run_tiled(x_MD, weights_EFD, nowhere_Mk, 8, window).any()
 
 
 def test_tile_follows_the_mean_group():
   assert grouped.default_tile(1, 128) == 16
   assert grouped.default_tile(2048, 128) == 16
   assert grouped.default_tile(4096, 8) == 128
+
+
+def test_window_holds_even_groups_and_is_none_for_small_ones():
+  assert grouped.default_window(7 * 128, 128) == 0
+  assert grouped.default_window(2048, 128) == 32
+  assert grouped.default_window(1024, 32) == 48
+  assert grouped.default_window(8192, 32) == 304
