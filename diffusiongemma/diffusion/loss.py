@@ -308,15 +308,46 @@ def cross_entropy(
     logits_BLV = logits_fn(h_BLD)
     if evidence_BL:
       logits_BLV = add_evidence(logits_BLV, *evidence_BL)
-    log_normalizer_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
-    # As a sum: a vocabulary in parts is not put together for it.
-    tokens_V = jnp.arange(logits_BLV.shape[-1])
-    is_target_BLV = tokens_V == targets_BL[..., None]
-    picked_BL = jnp.sum(jnp.where(is_target_BLV, logits_BLV, 0.0), axis=-1)
     right_BL = jnp.argmax(logits_BLV, axis=-1) == targets_BL
-    return log_normalizer_BL - picked_BL, right_BL.astype(jnp.float32)
+    return negative_log_likelihood(logits_BLV, targets_BL), right_BL.astype(
+      jnp.float32
+    )
 
   return in_chunks(logits_fn, chunk, h_BLD, targets_BL, *(evidence or ()))
+
+
+@jax.custom_vjp
+def negative_log_likelihood(
+  logits_BLV: jax.Array, targets_BL: jax.Array
+) -> jax.Array:
+  """-log softmax(logits) of the targets in nats, [B, L]. Its gradient is
+  softmax - one_hot, for which nothing but the logits is kept."""
+  return _nll_forward(logits_BLV, targets_BL)[0]
+
+
+def _nll_forward(logits_BLV, targets_BL):
+  max_BL = jnp.max(logits_BLV, axis=-1)
+  sum_BL = jnp.sum(jnp.exp(logits_BLV - max_BL[..., None]), axis=-1)
+  # As a sum: a vocabulary in parts is not put together for it.
+  is_target_BLV = _is_target(logits_BLV, targets_BL)
+  picked_BL = jnp.sum(jnp.where(is_target_BLV, logits_BLV, 0.0), axis=-1)
+  kept = (logits_BLV, targets_BL, max_BL, sum_BL)
+  return jnp.log(sum_BL) + (max_BL - picked_BL), kept
+
+
+def _nll_backward(kept, d_BL):
+  logits_BLV, targets_BL, max_BL, sum_BL = kept
+  # Not from log sum, whose rounding would be all that is left where p = 1.
+  p_BLV = jnp.exp(logits_BLV - max_BL[..., None]) / sum_BL[..., None]
+  d_BLV = p_BLV - _is_target(logits_BLV, targets_BL)
+  return d_BL[..., None] * d_BLV, None
+
+
+def _is_target(logits_BLV, targets_BL):
+  return jnp.arange(logits_BLV.shape[-1]) == targets_BL[..., None]
+
+
+negative_log_likelihood.defvjp(_nll_forward, _nll_backward)
 
 
 def add_evidence(

@@ -315,11 +315,11 @@ class Denoiser(nn.Module):
     rest = (None,) * (h.ndim - 2)
     # From where it was computed to where the vocabulary is; back, its gradient.
     h = parallel.constrain(h, 'batch', *rest, None)
-    logits = jnp.einsum(
-      '...d,vd->...v',
+    logits = layers.multiply(
       parallel.constrain(h, 'rows', *rest, None),
       self.embedding.astype(h.dtype),
-      preferred_element_type=jnp.float32,
+      axis=1,
+      dtype=jnp.float32,
     )
     logits = parallel.constrain(logits, 'rows', *rest, 'vocab')
     cap = self.config.logit_softcap

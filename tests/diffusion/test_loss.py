@@ -207,6 +207,26 @@ def test_losses_are_means_over_the_right_places(model_config, params, batch):
   )
 
 
+def test_negative_log_likelihood_and_its_gradient_are_those_of_log_softmax():
+  keys = jax.random.split(jax.random.key(0), 3)
+  logits_BLV = 9 * jax.random.normal(keys[0], (2, 5, 11))
+  targets_BL = jax.random.randint(keys[1], (2, 5), 0, 11)
+  weights_BL = jax.random.normal(keys[2], (2, 5))
+
+  def plain(logits_BLV, targets_BL):
+    p_BLV = jax.nn.log_softmax(logits_BLV)
+    return -jnp.take_along_axis(p_BLV, targets_BL[..., None], -1)[..., 0]
+
+  ours, wanted = (
+    jax.value_and_grad(lambda x, f=f: jnp.sum(weights_BL * f(x, targets_BL)))(
+      logits_BLV
+    )
+    for f in (loss.negative_log_likelihood, plain)
+  )
+  np.testing.assert_allclose(ours[0], wanted[0], rtol=1e-6)
+  np.testing.assert_allclose(ours[1], wanted[1], atol=1e-6)
+
+
 @pytest.mark.parametrize('chunk_rows', [2, 8, 14])
 def test_chunked_cross_entropy_equals_the_full_one(
   model_config, params, monkeypatch, chunk_rows

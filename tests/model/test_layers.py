@@ -1,0 +1,51 @@
+"""The product of a linear layer, whose gradient is written by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusiongemma.model import layers
+
+
+@pytest.mark.parametrize('axis', [0, 1])
+@pytest.mark.parametrize(
+  'given, dtype, tolerance',
+  [
+    ('float32', None, 1e-5),
+    ('bfloat16', None, 2e-2),
+    ('bfloat16', 'float32', 2e-2),
+  ],
+)
+def test_multiply_and_its_gradients_are_those_of_einsum(
+  axis, given, dtype, tolerance
+):
+  """Of any leading axes, and of a type for the result that is another."""
+  keys = jax.random.split(jax.random.key(0), 3)
+  x_BLD = jax.random.normal(keys[0], (2, 3, 5), given)
+  w_DF = jax.random.normal(keys[1], (5, 7), given)
+  cotangent_BLF = jax.random.normal(keys[2], (2, 3, 7), dtype or given)
+  w = w_DF.T if axis else w_DF
+
+  def plain(x, w):
+    spec = 'bld,fd->blf' if axis else 'bld,df->blf'
+    return jnp.einsum(spec, x, w, preferred_element_type=dtype)
+
+  def ours(x, w):
+    return layers.multiply(x, w, axis, dtype and jnp.dtype(dtype))
+
+  made, pull = jax.vjp(ours, x_BLD, w)
+  wanted, pull_plain = jax.vjp(plain, x_BLD, w)
+  assert made.dtype == wanted.dtype
+  np.testing.assert_allclose(
+    made.astype('float32'), wanted.astype('float32'), rtol=tolerance
+  )
+  pairs = zip(pull(cotangent_BLF), pull_plain(cotangent_BLF), strict=True)
+  for got, expected in pairs:
+    assert got.dtype == expected.dtype
+    np.testing.assert_allclose(
+      got.astype('float32'),
+      expected.astype('float32'),
+      rtol=tolerance,
+      atol=tolerance,
+    )
