@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import jax
 from jax.experimental import topologies
+from jax.interpreters import partial_eval
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -311,9 +312,11 @@ def count_flops(closed: Any) -> float:
   """FLOPs of all products in a jaxpr: 2 for each multiplication and addition.
 
   A scan counts as often as it runs, a while loop once; of a branch, the
-  longest. The products of experts count their padded rows.
+  longest. The products of experts count their padded rows. What nothing uses,
+  such as gradients of what is frozen, is left out, as by XLA.
   """
   jaxpr = getattr(closed, 'jaxpr', closed)
+  jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
   total = 0.0
   for eqn in jaxpr.eqns:
     name, params = eqn.primitive.name, eqn.params
@@ -340,7 +343,7 @@ def _flops_of_dot(eqn) -> float:
   return 2.0 * math.prod(out.shape) * summed
 
 
-# Loops over tiles, by the name of the function that has them.
+# Products of tiles, by the name of the function that has them.
 FLOPS_OF: dict[str, Callable[..., float]] = {
   grouped_matmul.MULTIPLY: lambda x, w, *_: (
     2.0 * x.shape[0] * w.shape[1] * w.shape[2]

@@ -16,6 +16,7 @@ from diffusiongemma import config as configs
 from diffusiongemma import fields
 from diffusiongemma import hlo
 from diffusiongemma import plan
+from diffusiongemma.kernels import grouped_matmul as grouped
 from diffusiongemma.kernels import quantized
 from diffusiongemma.model import layers
 from diffusiongemma.model import moe
@@ -107,8 +108,16 @@ def test_a_rewritten_matrix_is_found():
   ]
 
 
-@pytest.mark.parametrize('topology', ['local', 'h100'])
-def test_no_weight_is_rewritten(config, topology):
+@pytest.mark.parametrize(
+  'topology, canvas', [('local', 8), ('local', 64), ('h100', 8)]
+)
+def test_no_weight_is_rewritten(config, topology, canvas):
+  """With few rows an expert, and with so many that a CPU multiplies the first
+  ones of all experts at once."""
+  routed = canvas * config.model.experts_per_token
+  window = grouped.default_window(routed, config.model.num_experts)
+  assert bool(window) == (canvas == 64)
+  config = fields.override(config, 'diffusion.canvas_length', str(canvas))
   if topology == 'h100':
     config = fields.override(config, 'model.dtype', 'bfloat16')
   text, sizes = compile_loop(config, topology)

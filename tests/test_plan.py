@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import micro_config
 import pytest
 
@@ -14,6 +15,7 @@ from diffusiongemma import memory
 from diffusiongemma import plan
 from diffusiongemma import sharding
 from diffusiongemma.kernels import grouped_matmul
+from diffusiongemma.model import layers
 
 
 @pytest.fixture(scope='module')
@@ -35,12 +37,18 @@ def layer_flops(model, rows, keys, kind) -> float:
     K, H = model.num_global_kv_heads, model.global_head_dim
   projections = D * H * (2 * N + K * (2 if kind == 'local' else 1))
   attention = 2 * N * H * keys
-  shared = 3 * D * model.mlp_dim + D * model.num_experts
-  dense = 2.0 * rows * (projections + attention + shared)
+  router = D * model.num_experts
+  attended = 2.0 * rows * (projections + attention + router)
+  return attended + mlp_flops(model, rows)
+
+
+def mlp_flops(model, rows) -> float:
+  """Of the shared MLP and the experts of one layer."""
+  D = model.embed_dim
   routed = rows * model.experts_per_token
   tile = grouped_matmul.default_tile(routed, model.num_experts)
   padded = (-(-routed // tile) + model.num_experts) * tile
-  return dense + 2.0 * padded * 3 * D * model.expert_dim
+  return 2.0 * 3 * D * (rows * model.mlp_dim + padded * model.expert_dim)
 
 
 def stack_flops(model, rows, keys) -> float:
@@ -67,11 +75,13 @@ def test_flops_of_training_are_those_of_the_formula(
     prefill = stack_flops(model, B * S, S) + 2.0 * B * S * D * V
   else:
     # The text of the last canvas is not read, and of the last layer no more
-    # than keys matters, two thirds of the work being for gradients.
+    # than keys matters: to gradients, two thirds of the work, and to the rest
+    # no more than what its router is told, for the statistics.
     S -= C
     last = layer_flops(model, B * S, S, model.attention_pattern[-1])
     keys = 2.0 * B * S * D * model.num_global_kv_heads * model.global_head_dim
     prefill = stack_flops(model, B * S, S) - 2 / 3 * (last - keys)
+    prefill -= mlp_flops(model, B * S) / 3
   denoise = stack_flops(model, B * C, S + C)
   first = denoise + 2 * 2.0 * B * C * D * V  # Logits and the soft embedding.
   second = denoise + self_conditioning + 2.0 * B * C * D * V
@@ -91,6 +101,20 @@ def test_flops_of_a_denoising_step_are_those_of_the_formula(config):
     expected += layer_flops(model, C, keys, kind)
   counted = plan.count_flops(plan._lower_sampling(config, 1, context, None))
   assert counted == pytest.approx(expected, rel=0.05)
+
+
+def test_gradients_of_what_is_frozen_are_not_counted():
+  x_MD, w_DF = jnp.ones((8, 16)), jnp.ones((16, 32))
+
+  def gradient(argument):
+    return jax.grad(lambda *x: jnp.sum(layers.multiply(*x) ** 2), argument)
+
+  counted = [
+    plan.count_flops(jax.make_jaxpr(gradient(argument))(x_MD, w_DF))
+    for argument in (0, 1, (0, 1))
+  ]
+  product = 2.0 * 8 * 16 * 32
+  assert counted == [2 * product, 2 * product, 3 * product]
 
 
 def test_recomputing_is_counted(config):

@@ -16,7 +16,9 @@ libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
 libc.malloc.argtypes, libc.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
 libc.sbrk.argtypes = [ctypes.c_ssize_t]
 before = libc.sbrk(0)
-libc.free(libc.malloc(3 << 30))  # Never written to: addresses, no memory.
+block = libc.malloc(3 << 30)  # Never written to: addresses, no memory.
+assert block, '3 GB of addresses are refused'
+libc.free(block)
 print(libc.sbrk(0) - before)
 """
 

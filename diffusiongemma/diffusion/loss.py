@@ -321,7 +321,7 @@ def negative_log_likelihood(
   logits_BLV: jax.Array, targets_BL: jax.Array
 ) -> jax.Array:
   """-log softmax(logits) of the targets in nats, [B, L]. Its gradient is
-  softmax - one_hot, for which nothing but the logits is kept."""
+  softmax - one_hot; the logits are all that is kept of their size."""
   return _nll_forward(logits_BLV, targets_BL)[0]
 
 

@@ -189,10 +189,10 @@ def multiply(
   """The last axis of x times this axis of the matrix w, in `dtype` or the type
   of x.
 
-  The gradient of w is a product with x on the left. XLA for CPUs turns the left
-  one of two matrices whose rows are summed over, and computes it anew in that
-  order, which for the derivative of an activation takes longer than the
-  product; and JAX's own gradient has that on the left.
+  The gradient of w is a product with x on the left. XLA for CPUs transposes the
+  left factor of a product over rows, and fuses into this what computes that
+  factor. JAX's own gradient has the cotangent on the left, and computing it
+  against the order of memory takes longer than the product.
   """
   return _contract(x, w, axis, dtype)
 
@@ -207,7 +207,8 @@ def _multiply_backward(axis, dtype, saved, d):
   rows = tuple(range(x.ndim - 1))
   d_w = jax.lax.dot_general(x, d, ((rows, rows), ((), ())))
   d_w = d_w.T if axis else d_w
-  return _contract(d, w, 1 - axis, x.dtype), d_w.astype(w.dtype)
+  d_x = _contract(d, w, 1 - axis, None)
+  return d_x.astype(x.dtype), d_w.astype(w.dtype)
 
 
 multiply.defvjp(_multiply_forward, _multiply_backward)

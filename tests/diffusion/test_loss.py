@@ -207,9 +207,13 @@ def test_losses_are_means_over_the_right_places(model_config, params, batch):
   )
 
 
-def test_negative_log_likelihood_and_its_gradient_are_those_of_log_softmax():
+@pytest.mark.parametrize('scale', [9, 200])
+def test_negative_log_likelihood_and_its_gradient_are_those_of_log_softmax(
+  scale,
+):
+  """Where one probability is all but 1 too."""
   keys = jax.random.split(jax.random.key(0), 3)
-  logits_BLV = 9 * jax.random.normal(keys[0], (2, 5, 11))
+  logits_BLV = scale * jax.random.normal(keys[0], (2, 5, 11))
   targets_BL = jax.random.randint(keys[1], (2, 5), 0, 11)
   weights_BL = jax.random.normal(keys[2], (2, 5))
 

@@ -40,6 +40,9 @@ def test_multiply_and_its_gradients_are_those_of_einsum(
   np.testing.assert_allclose(
     made.astype('float32'), wanted.astype('float32'), rtol=tolerance
   )
+  if dtype:  # It is rounded once, after the product.
+    d_x = jnp.einsum('blf,fd->bld', cotangent_BLF, w_DF.T.astype(dtype))
+    assert (pull(cotangent_BLF)[0] == d_x.astype(given)).all()
   pairs = zip(pull(cotangent_BLF), pull_plain(cotangent_BLF), strict=True)
   for got, expected in pairs:
     assert got.dtype == expected.dtype
