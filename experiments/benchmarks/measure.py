@@ -32,7 +32,7 @@ PROGRAMS = {
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--out', required=True, help='JSON file to write')
-  parser.add_argument('--grid', default='1x256,2x256,4x256,1x1024,1x4096')
+  parser.add_argument('--grid', default='1x256,2x256,4x256,8x256,1x1024,1x4096')
   given = parser.parse_args()
   results = machine.run_main(
     '--mode=benchmark',
