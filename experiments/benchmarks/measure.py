@@ -48,7 +48,7 @@ def draw(results: dict, path: pathlib.Path) -> None:
   the least context."""
   rows = results['sampling']
   figure = matplotlib.figure.Figure((9, 3.6), dpi=150, layout='constrained')
-  axes = figure.subplots(1, 2, sharey=True)
+  axes = figure.subplots(1, 2)
   for axis, grows, fixed, label in (
     (axes[0], 'context', 'batch', 'tokens of context'),
     (axes[1], 'batch', 'context', 'canvases at a time'),
@@ -66,8 +66,8 @@ def draw(results: dict, path: pathlib.Path) -> None:
         label=program,
       )
     axis.set_xlabel(f'{label}, {fixed} {least}')
+    axis.set_ylim(bottom=0)
     plots.tidy(axis)
-  axes[0].set_ylim(bottom=0)
   axes[0].set_ylabel('seconds a denoising step')
   figure.legend(
     *axes[0].get_legend_handles_labels(),
