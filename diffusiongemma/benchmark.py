@@ -342,17 +342,17 @@ def measure_training(
     state, _ = step(state, batch, None)
     return state
 
+  def steady_seconds(run):
+    """Of the second call in a row, as all are but one in training: the first
+    finds the memory that it needs in the other program's hands."""
+    seconds(run)
+    return seconds(run)
+
   took, peer_took = [], []
   for _ in range(repeats):
-    # The second call in a row, as all are but one in training: the first finds
-    # the memory that it needs in the other program's hands.
-    for _ in range(2):
-      last = seconds(learn)
-    took.append(last)
+    took.append(steady_seconds(learn))
     if peer is not None:
-      for _ in range(2):
-        last = seconds(lambda: peer.learn(config, batch))
-      peer_took.append(last)
+      peer_took.append(steady_seconds(lambda: peer.learn(config, batch)))
   numbers = {
     'compile_seconds': compile_seconds,
     'step_seconds': statistics.median(took),

@@ -308,10 +308,9 @@ def cross_entropy(
     logits_BLV = logits_fn(h_BLD)
     if evidence_BL:
       logits_BLV = add_evidence(logits_BLV, *evidence_BL)
+    loss_BL = negative_log_likelihood(logits_BLV, targets_BL)
     right_BL = jnp.argmax(logits_BLV, axis=-1) == targets_BL
-    return negative_log_likelihood(logits_BLV, targets_BL), right_BL.astype(
-      jnp.float32
-    )
+    return loss_BL, right_BL.astype(jnp.float32)
 
   return in_chunks(logits_fn, chunk, h_BLD, targets_BL, *(evidence or ()))
 

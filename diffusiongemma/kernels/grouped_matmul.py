@@ -280,19 +280,19 @@ def _add_tiles(d_TF, x_TD, weights_EFD, groups):
   """The gradient of the matrices: sums of products of tiles, [E, F, D]."""
 
   def plain(d_TF, x_TD, groups):
-    add = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    multiply = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def tile(index, total_EFD):
       d_mF, x_mD = _rows(d_TF, index, groups), _rows(x_TD, index, groups)
       if groups.window:
         rank_m = _rows(_rank(groups), index, groups)
         d_mF = jnp.where(rank_m[:, None] < groups.window, 0, d_mF)
-      product_FD = add('mf,md->fd', d_mF, x_mD)
+      product_FD = multiply('mf,md->fd', d_mF, x_mD)
       return total_EFD.at[groups.expert_of_tile[index]].add(product_FD)
 
     if groups.window:
       d_EwF, x_EwD = _windows(d_TF, groups), _windows(x_TD, groups)
-      total_EFD = add('ewf,ewd->efd', d_EwF, x_EwD)
+      total_EFD = multiply('ewf,ewd->efd', d_EwF, x_EwD)
     else:
       total_EFD = jnp.zeros(weights_EFD.shape, jnp.float32)
     return _for_each_tile(tile, groups, total_EFD)
