@@ -10,6 +10,7 @@ has fast and slow minutes.
 """
 
 from collections.abc import Callable
+import copy
 import dataclasses
 import functools
 import gc
@@ -46,6 +47,9 @@ PEERS = {
   'peer': (False, 'transformers'),
   'compiled_peer': (True, 'compiled'),
 }
+# Tokens of a prompt that `transformers` reads at a time: as many queries as
+# meet all keys in its attention.
+PEER_PIECE = 1024
 # What is timed by itself: name -> the method of `Ours`.
 _PROGRAMS = {
   'prefill': 'read_prompt',
@@ -152,6 +156,7 @@ class Transformers:
 
     self.torch, self.version = torch, transformers.__version__
     self.generation = diffusion_gemma.generation_diffusion_gemma
+    self.caches = transformers.cache_utils
     values = huggingface_config.to_config(
       conversion.with_smallest_vision(config), config.diffusion, 'float32'
     )
@@ -164,14 +169,38 @@ class Transformers:
       config.model, self.model.state_dict()
     )
 
+  def read_prompt(
+    self, config: Config, tokens_BP: np.ndarray, compiled: bool
+  ) -> Any:
+    """Its cache of these tokens, with room for a canvas; of a fixed size, which
+    is what it compiles for, or of one that grows."""
+    text = self.model.config.get_text_config(decoder=True)
+    P = tokens_BP.shape[1]
+    if compiled:
+      room = P + 1 + config.diffusion.canvas_length
+      cache = self.caches.StaticCache(config=text, max_cache_len=room)
+    else:
+      cache = self.caches.DynamicCache(config=text)
+    with self.torch.no_grad():
+      for start in range(0, P, PEER_PIECE):
+        end = min(start + PEER_PIECE, P)
+        self.model.model.encoder(
+          input_ids=self.torch.tensor(tokens_BP[:, start:end]).long(),
+          position_ids=self.torch.arange(start, end)[None],
+          cache=cache,
+        )
+    return cache
+
   def write(
-    self, config: Config, tokens_BP: np.ndarray, compiled: bool, steps: int
+    self, config: Config, last_B1: np.ndarray, cache: Any, steps: int
   ) -> None:
-    """A prompt's prefill and a canvas of so many steps. It compiles where the
-    cache has a fixed size."""
+    """A canvas of so many steps, after the last token of a prompt whose others
+    are in the cache, of which it takes a copy. It compiles where the cache has
+    a fixed size."""
     diffusion, module = config.diffusion, self.generation
     self.model.generate(
-      self.torch.tensor(tokens_BP, dtype=self.torch.long),
+      self.torch.tensor(last_B1).long(),
+      cache=copy.deepcopy(cache),
       generation_config=module.DiffusionGemmaGenerationConfig(
         max_new_tokens=diffusion.canvas_length,
         max_denoising_steps=steps,
@@ -183,7 +212,6 @@ class Transformers:
         confidence_threshold=1e-9,
         eos_token_id=[10**6],  # Which is never written.
         pad_token_id=diffusion.pad_token_id,
-        cache_implementation='static' if compiled else None,
       ),
     )
 
@@ -194,8 +222,9 @@ class Transformers:
     be compiled, where it can't)."""
     made = {}
     for name, (compiled, _) in PEERS.items():
-      write = functools.partial(self.write, config, tokens_BP, compiled)
       try:
+        cache = self.read_prompt(config, tokens_BP[:, :-1], compiled)
+        write = functools.partial(self.write, config, tokens_BP[:, -1:], cache)
         write(1)
       except Exception as error:  # Whatever a compiler may raise.
         if not compiled:

@@ -6,6 +6,7 @@ import os
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax
+import numpy as np
 import pytest
 import sentencepiece
 
@@ -29,7 +30,7 @@ def model_config() -> configs.ModelConfig:
   return configs.ModelConfig(
     vocab_size=97,
     embed_dim=24,
-    attention_pattern=('local', 'global', 'local', 'global'),
+    attention_pattern=('local', 'global'),
     num_heads=4,
     num_kv_heads=2,
     head_dim=8,
@@ -50,13 +51,9 @@ def params(model_config):
   """Parameters in which norms, scalars and scales are random too."""
   model = denoiser.Denoiser(model_config)
   fresh = denoiser.init_params(model, jax.random.key(0))
-  leaves, tree = jax.tree.flatten(fresh)
-  keys = jax.random.split(jax.random.key(1), len(leaves))
-  leaves = [
-    x * jax.random.uniform(k, x.shape, minval=0.6, maxval=1.4)
-    for k, x in zip(keys, leaves, strict=True)
-  ]
-  return jax.tree.unflatten(tree, leaves)
+  rng = np.random.default_rng(1)
+  scale = lambda x: x * rng.uniform(0.6, 1.4, x.shape).astype(np.float32)
+  return jax.tree.map(scale, fresh)
 
 
 @pytest.fixture(scope='session')

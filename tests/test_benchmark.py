@@ -72,6 +72,17 @@ def test_the_peer_has_our_weights(config, monkeypatch):
     {'params': peer.params}, tokens_BP, jnp.array([12]), method='prefill'
   )
   np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+  # So it has them of a prompt that was read in pieces.
+  monkeypatch.setattr(benchmark, 'PEER_PIECE', 5)
+  for is_static in (False, True):
+    cache = peer.read_prompt(config, tokens_BP[:, :-1], is_static)
+    with torch.no_grad():
+      last = peer.model.model.encoder(
+        input_ids=torch.tensor(tokens_BP[:, -1:], dtype=torch.long),
+        position_ids=torch.tensor([[11]]),
+        cache=cache,
+      ).last_hidden_state
+    np.testing.assert_allclose(last, theirs[:, -1:], rtol=1e-4, atol=1e-4)
   rows = benchmark.measure(config, peer.params, [(1, 8)], 1, peer)
   # At this size the difference of two times is noise.
   for name in ('peer', 'compiled_peer'):

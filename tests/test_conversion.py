@@ -162,6 +162,14 @@ def test_transformers_loads_what_is_exported(hf_dir, workdir, tmp_path):
   torch = pytest.importorskip('torch')
   arrays = {n: np.frombuffer(x[2], x[0]) for n, x in contents(hf_dir).items()}
   run = diffusiongemma.load(workdir)
+
+  @jax.jit
+  def logits(tokens, cache):
+    network, bound = diffusiongemma.Denoiser(MODEL), {'params': run.params}
+    zeros = jnp.zeros((1, 6, 16))
+    h = network.apply(bound, tokens, zeros, cache, method='denoise')
+    return network.apply(bound, h, method='logits')
+
   for shard_bytes in (10**9, 4000):
     out = tmp_path / str(shard_bytes)
     conversion.export(str(workdir), str(out), shard_bytes)
@@ -179,13 +187,7 @@ def test_transformers_loads_what_is_exported(hf_dir, workdir, tmp_path):
     cache = diffusiongemma.prefill(
       MODEL, run.params, jnp.asarray(tokens), jnp.array([6]), cache
     )
-    network = diffusiongemma.Denoiser(MODEL)
-    h = network.apply(
-      {'params': run.params}, tokens, jnp.zeros((1, 6, 16)), cache,
-      method='denoise',
-    )  # fmt: skip
-    ours = network.apply({'params': run.params}, h, method='logits')
-    assert parity.difference(ours, theirs) < 1e-4
+    assert parity.difference(logits(tokens, cache), theirs) < 1e-4
   index = json.loads((out / 'model.safetensors.index.json').read_text())
   total = sum(array.nbytes for array in arrays.values())
   count = sum(array.size for array in arrays.values())

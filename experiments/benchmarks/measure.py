@@ -17,6 +17,7 @@ import matplotlib.figure
 from experiments import machine
 from experiments import plots
 
+GRID = '1x256,2x256,4x256,8x256,1x1024,1x4096,1x8192,1x16384,1x32768'
 # Name in the results -> (label, colour, marker).
 PROGRAMS = {
   'step_seconds': ('diffusiongemma', '#1f5fa8', 'o'),
@@ -32,7 +33,7 @@ PROGRAMS = {
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--out', required=True, help='JSON file to write')
-  parser.add_argument('--grid', default='1x256,2x256,4x256,8x256,1x1024,1x4096')
+  parser.add_argument('--grid', default=GRID)
   given = parser.parse_args()
   results = machine.run_main(
     '--mode=benchmark',

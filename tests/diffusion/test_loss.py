@@ -13,50 +13,61 @@ from diffusiongemma.model import denoiser
 from diffusiongemma.training import evaluate
 
 B, S, C = 2, 30, 6
-PROMPT_B = jnp.array([4, 9])
+PROMPT_B = np.array([4, 9])
 
 
 def make_network(model_config, params):
   return evaluate.bind_network(configs.Config(model=model_config), params)
 
 
+@pytest.fixture(scope='module')
+def network(model_config, params):
+  """Compiled function by function, which tests share."""
+  made = make_network(model_config, params)
+  compiled = lambda functions: loss.Network(*map(jax.jit, functions[:-1]))
+  return compiled(made)._replace(frozen=compiled(made.frozen))
+
+
 def canvas_starts(prompt_B, length_B):
   """Canvases after the prompt, as many as a row has room for."""
-  start_BK = prompt_B[:, None] + jnp.arange((S - 1) // C) * C
-  return jnp.where(start_BK + C <= length_B[:, None], start_BK, -1)
+  start_BK = prompt_B[:, None] + np.arange((S - 1) // C) * C
+  return np.where(start_BK + C <= length_B[:, None], start_BK, -1)
 
 
 @pytest.fixture(scope='module')
 def batch(model_config):
-  tokens = jax.random.randint(
-    jax.random.key(0), (B, S), 0, model_config.vocab_size
+  rng = np.random.default_rng(0)
+  length_B = np.array([S, 25])
+  position = np.arange(S)[None]
+  return jax.device_put(
+    {
+      'tokens_BS': rng.integers(0, model_config.vocab_size, (B, S), np.int32),
+      'length_B': length_B,
+      'first_BS': np.zeros((B, S), np.int32),
+      'canvas_start_BK': canvas_starts(PROMPT_B, length_B),
+      'target_mask_BS': (position > 0) & (position < length_B[:, None]),
+    }
   )
-  length_B = jnp.array([S, 25])
-  position = jnp.arange(S)[None]
-  return {
-    'tokens_BS': tokens,
-    'length_B': length_B,
-    'first_BS': jnp.zeros((B, S), jnp.int32),
-    'canvas_start_BK': canvas_starts(PROMPT_B, length_B),
-    'target_mask_BS': (position > 0) & (position < length_B[:, None]),
-  }
 
 
 def drawn_for(batch, selected, guesses=1):
   """Noise for canvas number `selected` of both rows, each told of its own
   guess after so many passes."""
   start_B = PROMPT_B + selected * C
-  clean_BL = loss.slice_canvases(batch['tokens_BS'], start_B[:, None], C)
-  corrupted_BL = jnp.arange(C)[None] % 2 == jnp.array([[0], [1]])
-  canvas_BL = jnp.where(corrupted_BL, (clean_BL + 5) % 97, clean_BL)
-  return loss.Noise(
-    start_B[:, None],
-    jnp.zeros((B, 1), jnp.int32),
-    jnp.ones((B, 1), bool),
-    jnp.full((B, 1), 0.5),
-    canvas_BL,
-    corrupted_BL,
-    jnp.full(B, guesses),
+  place_BL = start_B[:, None] + np.arange(C)
+  clean_BL = np.take_along_axis(np.asarray(batch['tokens_BS']), place_BL, 1)
+  corrupted_BL = np.arange(C)[None] % 2 == np.array([[0], [1]])
+  canvas_BL = np.where(corrupted_BL, (clean_BL + 5) % 97, clean_BL)
+  return jax.device_put(
+    loss.Noise(
+      start_B[:, None],
+      np.zeros((B, 1), np.int32),
+      np.ones((B, 1), bool),
+      np.full((B, 1), 0.5, np.float32),
+      canvas_BL,
+      corrupted_BL,
+      np.full(B, guesses),
+    )
   )
 
 
@@ -102,11 +113,9 @@ def test_the_canvas_sees_what_is_before_it_and_nothing_else(
     assert not felt_BS[b, start:].any(), 'the canvas itself must not be'
 
 
-def test_later_text_does_not_change_the_denoising_loss(
-  model_config, params, batch
-):
+def test_later_text_does_not_change_the_denoising_loss(network, batch):
   """By perturbation: other tokens after the canvas, the same loss."""
-  network, drawn = make_network(model_config, params), drawn_for(batch, 0)
+  drawn = drawn_for(batch, 0)
   run = jax.jit(lambda b: loss.diffusion_loss(network, b, drawn, 1.0)[1])
   position = jnp.arange(S)[None]
   after = position >= drawn.start_BK + C
@@ -116,19 +125,16 @@ def test_later_text_does_not_change_the_denoising_loss(
   assert abs(before['loss_ar'] - changed['loss_ar']) > 1e-3
 
 
-def test_content_of_padding_is_irrelevant(model_config, params, batch):
-  network, drawn = make_network(model_config, params), drawn_for(batch, 1)
+def test_content_of_padding_is_irrelevant(network, batch):
+  drawn = drawn_for(batch, 1)
   run = jax.jit(lambda b: loss.diffusion_loss(network, b, drawn, 1.0)[0])
   padding = jnp.arange(S)[None] >= batch['length_B'][:, None]
   other = jnp.where(padding, 50, batch['tokens_BS'])
   assert run(batch) == run({**batch, 'tokens_BS': other})
 
 
-def test_self_conditioning_off_in_one_row_of_a_mixed_batch(
-  model_config, params, batch
-):
+def test_self_conditioning_off_in_one_row_of_a_mixed_batch(network, batch):
   """Bit for bit what a batch without any self-conditioning gives the row."""
-  network = make_network(model_config, params)
   _, cache, _ = network.prefill(batch['tokens_BS'], batch['length_B'])
 
   @jax.jit
@@ -143,17 +149,16 @@ def test_self_conditioning_off_in_one_row_of_a_mixed_batch(
 
 
 @pytest.mark.parametrize('guesses_B', [(1, 1), (2, 1)])
-def test_a_guess_is_a_constant(model_config, params, batch, guesses_B):
+def test_a_guess_is_a_constant(model_config, params, network, batch, guesses_B):
   """After one pass or more: the gradient is that of a constant signal."""
   drawn = drawn_for(batch, 1)._replace(guesses_B=jnp.array(guesses_B))
-  fixed = make_network(model_config, params)
-  _, cache, _ = fixed.prefill(batch['tokens_BS'], batch['length_B'])
+  _, cache, _ = network.prefill(batch['tokens_BS'], batch['length_B'])
   cut = cache.replace(length_B=drawn.start_BK[:, 0])
 
   @jax.jit
   def guess(sc_BLD):
-    h_BLD = fixed.denoise(drawn.canvas_BL, sc_BLD, cut)
-    return loss.soft_embedding(fixed, h_BLD)
+    h_BLD = network.denoise(drawn.canvas_BL, sc_BLD, cut)
+    return loss.soft_embedding(network, h_BLD)
 
   signals = [jnp.zeros((B, C, model_config.embed_dim))]
   for _ in range(max(guesses_B)):
@@ -177,27 +182,24 @@ def test_a_guess_is_a_constant(model_config, params, batch, guesses_B):
     np.testing.assert_allclose(a, b, atol=1e-4 * (1 + np.abs(b).max()))
 
 
-def test_losses_are_means_over_the_right_places(model_config, params, batch):
-  network, drawn = (
-    make_network(model_config, params),
-    drawn_for(batch, 1, guesses=0),
-  )
+def test_losses_are_means_over_the_right_places(model_config, network, batch):
+  drawn = drawn_for(batch, 1, guesses=0)
+  tokens_BS = np.asarray(batch['tokens_BS'])
   _, metrics = loss.diffusion_loss(network, batch, drawn, 1.0)
   h_BSD, cache, _ = network.prefill(batch['tokens_BS'], batch['length_B'])
-  log_p = jax.nn.log_softmax(network.logits(h_BSD), axis=-1)
+  log_p = np.asarray(jax.nn.log_softmax(network.logits(h_BSD)))
   nats = [
-    -log_p[b, s, batch['tokens_BS'][b, s + 1]]
+    -log_p[b, s, tokens_BS[b, s + 1]]
     for b in range(B)
     for s in range(int(batch['length_B'][b]) - 1)
   ]
   np.testing.assert_allclose(metrics['loss_ar'], np.mean(nats), rtol=1e-5)
   zeros = jnp.zeros((B, C, model_config.embed_dim))
   cut = cache.replace(length_B=drawn.start_BK[:, 0])
-  log_p = jax.nn.log_softmax(
-    network.logits(network.denoise(drawn.canvas_BL, zeros, cut)), axis=-1
-  )
+  h_BLD = network.denoise(drawn.canvas_BL, zeros, cut)
+  log_p = np.asarray(jax.nn.log_softmax(network.logits(h_BLD)))
   nats = [
-    -log_p[b, i, batch['tokens_BS'][b, int(drawn.start_BK[b, 0]) + i]]
+    -log_p[b, i, tokens_BS[b, int(drawn.start_BK[b, 0]) + i]]
     for b in range(B)
     for i in range(C)
   ]
@@ -233,25 +235,27 @@ def test_negative_log_likelihood_and_its_gradient_are_those_of_log_softmax(
 
 @pytest.mark.parametrize('chunk_rows', [2, 8, 14])
 def test_chunked_cross_entropy_equals_the_full_one(
-  model_config, params, monkeypatch, chunk_rows
+  model_config, network, monkeypatch, chunk_rows
 ):
   V = model_config.vocab_size
-  network = make_network(model_config, params)
   h = jax.random.normal(jax.random.key(0), (B, S, model_config.embed_dim))
   targets = jax.random.randint(jax.random.key(1), (B, S), 0, V)
 
-  def mean(h):
-    return jnp.mean(loss.cross_entropy(network.logits, h, targets)[0])
+  def run():
+    """(the mean, its gradient), and soft embeddings; compiled anew."""
 
-  whole = jax.value_and_grad(mean)(h)
-  soft = loss.soft_embedding(network, h)
+    def mean(h):
+      return jnp.mean(loss.cross_entropy(network.logits, h, targets)[0])
+
+    soft = lambda h: loss.soft_embedding(network, h)
+    return jax.jit(lambda h: (jax.value_and_grad(mean)(h), soft(h)))(h)
+
+  whole, whole_soft = run()
   monkeypatch.setattr(loss, 'CHUNK_LOGITS', chunk_rows * V)
-  chunked = jax.value_and_grad(mean)(h)
+  chunked, chunked_soft = run()
   np.testing.assert_allclose(chunked[0], whole[0], rtol=1e-6)
   np.testing.assert_allclose(chunked[1], whole[1], atol=1e-7)
-  np.testing.assert_allclose(
-    loss.soft_embedding(network, h), soft, rtol=1e-5, atol=1e-6
-  )
+  np.testing.assert_allclose(chunked_soft, whole_soft, rtol=1e-5, atol=1e-6)
 
 
 def test_noise_covers_all_canvases_and_no_more(model_config, batch):
@@ -340,9 +344,9 @@ def only(drawn, index):
 
 @pytest.mark.parametrize('objective', ['ce', 'loo_ce'])
 def test_all_canvases_at_once_are_the_mean_of_single_ones(
-  model_config, params, batch, objective
+  network, batch, objective
 ):
-  network, drawn = make_network(model_config, params), all_canvases(batch)
+  drawn = all_canvases(batch)
   one_row = lambda b: jax.tree.map(lambda x: x[b : b + 1], (batch, drawn))
 
   @jax.jit
@@ -363,11 +367,9 @@ def test_all_canvases_at_once_are_the_mean_of_single_ones(
 
 
 @pytest.mark.parametrize('index', [0, 1, 2])
-def test_a_canvas_of_many_is_denoised_as_it_is_alone(
-  model_config, params, batch, index
-):
+def test_a_canvas_of_many_is_denoised_as_it_is_alone(network, batch, index):
   """As sampling does it: the text before it is read, and nothing else."""
-  network, drawn = make_network(model_config, params), all_canvases(batch)
+  drawn = all_canvases(batch)
   tokens_BS, length_B = batch['tokens_BS'][:1], batch['length_B'][:1]
   start = int(drawn.start_BK[0, index])
   _, cache, _ = network.prefill(tokens_BS, length_B)
@@ -378,9 +380,8 @@ def test_a_canvas_of_many_is_denoised_as_it_is_alone(
   np.testing.assert_allclose(together[:, place], alone, atol=2e-5)
 
 
-def test_packed_documents_do_not_see_each_other(model_config, params):
+def test_packed_documents_do_not_see_each_other(network):
   """Both passes give what they give to each document in a row of its own."""
-  network = make_network(model_config, params)
   rng = np.random.default_rng(0)
   one, two = (jnp.asarray(rng.integers(3, 97, n)) for n in (11, 17))
   row_BS = jnp.concatenate([one, two])[None]
@@ -418,8 +419,8 @@ def test_evidence_makes_a_leave_one_out_predictor_the_posterior():
     )
 
 
-def test_rows_without_a_canvas_do_not_count(model_config, params, batch):
-  network, drawn = make_network(model_config, params), all_canvases(batch)
+def test_rows_without_a_canvas_do_not_count(network, batch):
+  drawn = all_canvases(batch)
   run = jax.jit(lambda *given: loss.diffusion_loss(network, *given, 1.0)[1])
   none = batch['canvas_start_BK'].at[1].set(-1)
   noise = drawn._replace(valid_BK=drawn.valid_BK.at[1].set(False))
@@ -430,8 +431,8 @@ def test_rows_without_a_canvas_do_not_count(model_config, params, batch):
   )
 
 
-def test_objectives(model_config, params, batch):
-  network, drawn = make_network(model_config, params), all_canvases(batch)
+def test_objectives(network, batch):
+  drawn = all_canvases(batch)
   run = lambda objective, network=network: loss.diffusion_loss(
     network, batch, drawn, 0.5, objective=objective
   )[1]

@@ -1,5 +1,6 @@
 """Of several answers the network keeps the one that it finds most probable."""
 
+import functools
 import types
 
 import jax
@@ -20,17 +21,18 @@ def test_the_judge_adds_what_stands_on_the_canvas(model_config, params):
   run = types.SimpleNamespace(
     config=types.SimpleNamespace(model=model_config), params=params
   )
-  model = denoiser.Denoiser(model_config)
+
+  @functools.partial(jax.jit, static_argnames='method')
+  def apply(*given, method):
+    model = denoiser.Denoiser(model_config)
+    return model.apply({'params': params}, *given, method=method)
+
   prompt_BP = jnp.array([[5, 6, 7], [8, 9, 10]])
-  _, cache, _ = model.apply(
-    {'params': params}, prompt_BP, jnp.array([3, 3]), method='prefill'
-  )
+  _, cache, _ = apply(prompt_BP, jnp.array([3, 3]), method='prefill')
   assert isinstance(cache, kv_cache.KVCache)
   tokens_BL = jnp.array([[3, 4, 5, 6], [7, 7, 8, 9]])
-  h_BLD = model.apply(
-    {'params': params}, tokens_BL, None, cache, method='denoise'
-  )
-  logits_BLV = model.apply({'params': params}, h_BLD, method='logits')
+  h_BLD = apply(tokens_BL, None, cache, method='denoise')
+  logits_BLV = apply(h_BLD, method='logits')
   log_p_BLV = np.log(jax.nn.softmax(logits_BLV))
   expected = [
     sum(log_p_BLV[row, place, token] for place, token in enumerate(tokens))

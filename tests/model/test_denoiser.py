@@ -121,7 +121,8 @@ def test_information_flow(model_config, kind):
   empty = kv_cache.init_cache(config, 1, 0)
   causal = masks.prefill_mask(zero, jnp.zeros((1, 0), int), P, window)
   arguments = (positions, causal, (empty.k[0], empty.v[0]))
-  params = layer.init(jax.random.key(1), x_BPD, *arguments, method='prefill')
+  init = jax.jit(functools.partial(layer.init, method='prefill'))
+  params = init(jax.random.key(1), x_BPD, *arguments)
 
   def prefill(x):
     return layer.apply(params, x, *arguments, method='prefill')
@@ -177,8 +178,8 @@ def test_roles_share_everything_but_one_scalar(
     return h, run(canvas_BL, sc_BLD, fixed, method='denoise', params=params)
 
   def changed(name):
-    layer = {**params['layer_01'], name: params['layer_01'][name] * 2}
-    return outputs({**params, 'layer_01': layer})
+    layer = {**params['layer_00'], name: params['layer_00'][name] * 2}
+    return outputs({**params, 'layer_00': layer})
 
   before = outputs(params)
   prefill, denoise = changed('prefill_scalar')
