@@ -31,9 +31,10 @@ MICRO = str(pathlib.Path(__file__).parents[1] / 'micro_config.py')
 
 
 def command(workdir, *arguments):
-  """Trains, and writes no samples."""
+  """Trains one layer, which each process compiles, and writes no samples."""
   return [
     *(sys.executable, '-m', 'diffusiongemma.main', f'--config={MICRO}'),
+    "--config.model.attention_pattern=('global',)",
     *(f'--workdir={workdir}', '--config.train.sample_prompt=', *arguments),
   ]
 
@@ -212,24 +213,25 @@ def micro():
 
 @pytest.fixture(scope='module')
 def config(micro):
-  """One layer, for what is compiled in this process."""
+  """That of `command`."""
   model = dataclasses.replace(micro.model, attention_pattern=('global',))
   return dataclasses.replace(micro, model=model)
 
 
-def test_workdir_of_another_config_is_refused(micro, straight):
-  tokenizer = workdirs.load_tokenizer(micro)
-  free = dataclasses.replace(micro.train, log_every=1, keep_checkpoints=9)
-  workdirs.claim(straight[0], dataclasses.replace(micro, train=free), tokenizer)
-  other = fields.override(micro, 'data.batch_size', '4')
+def test_workdir_of_another_config_is_refused(config, straight):
+  tokenizer = workdirs.load_tokenizer(config)
+  free = dataclasses.replace(config.train, log_every=1, keep_checkpoints=9)
+  same = dataclasses.replace(config, train=free)
+  workdirs.claim(straight[0], same, tokenizer)
+  other = fields.override(config, 'data.batch_size', '4')
   other = fields.override(other, 'train.seed', '3')
   with pytest.raises(workdirs.WorkdirError) as caught:
     workdirs.claim(straight[0], other, tokenizer)
   assert 'config.data.batch_size: 2 there, 4 here' in str(caught.value)
   assert 'config.train.seed: 0 there, 3 here' in str(caught.value)
   assert str(caught.value).count(' here') == 2
-  seeing = dataclasses.replace(micro.model, vision=configs.VisionConfig())
-  other = dataclasses.replace(micro, model=seeing)
+  seeing = dataclasses.replace(config.model, vision=configs.VisionConfig())
+  other = dataclasses.replace(config, model=seeing)
   with pytest.raises(workdirs.WorkdirError, match='config.model.vision'):
     workdirs.claim(straight[0], other, tokenizer)
 
