@@ -1,4 +1,5 @@
-"""Kernels where there is a device for them, and plain JAX everywhere else."""
+"""Kernels, or other ways to compute, where there is a device for them, and
+plain JAX everywhere else."""
 
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -16,12 +17,13 @@ _switched_off = False
 def run(
   plain: Callable,
   *given: Any,
+  cpu: Callable | None = None,
   cuda: Callable | None = None,
   tpu: Callable | None = None,
 ) -> Any:
   """What `plain(*given)` is, by a kernel where the program runs on a device
   that has one, and room for it; the gradient is that of `plain` everywhere."""
-  kernels = {'cuda': cuda, 'tpu': tpu}
+  kernels = {'cpu': cpu, 'cuda': cuda, 'tpu': tpu}
   if cuda is not None and _has_small_gpu():
     del kernels['cuda']
   kernels = {where: k for where, k in kernels.items() if k is not None}

@@ -26,6 +26,10 @@ from diffusiongemma.model import parallel
 
 # Attention scores that a device has at a time, 256 MB of float32.
 MAX_SCORES = 2**26
+# Those that a CPU has at a time where there is no gradient: 8 MB, which stay in
+# a cache; and the keys that are still worth a product.
+_CACHED_SCORES = 2**21
+_FEWEST_KEYS = 256
 
 
 def attend(
@@ -36,8 +40,9 @@ def attend(
 ) -> jax.Array:
   """Softmax attention [B, L, N, H] with N = K * G query heads.
 
-  On one GPU it is a kernel; its gradient, and all else, takes queries block by
-  block where all at once would have more than `max_scores` scores on a device.
+  On one GPU it is a kernel, a CPU takes many keys chunk by chunk; the gradient,
+  and all else, takes queries block by block where all at once would have more
+  than `max_scores` scores on a device.
 
   Args:
     q_BLNH: queries; the scale is 1.0, the norms are the caller's.
@@ -49,9 +54,89 @@ def attend(
   """
   given = (q_BLNH, list(map(tuple, parts)), mask_BLS)
   plain = functools.partial(_attend_in_blocks, max_scores=max_scores)
-  if gpu.suits(q_BLNH, parts) and not parallel.is_active():
-    return dispatch.run(plain, *given, cuda=gpu.attend)
-  return plain(*given)
+  if parallel.is_active():
+    return plain(*given)
+  chunk = _default_chunk(math.prod(q_BLNH.shape[:3]))
+  is_long = any(k_BSKH.shape[1] > chunk for k_BSKH, _ in parts)
+  in_chunks = functools.partial(attend_in_chunks, chunk=chunk)
+  return dispatch.run(
+    *(plain, *given),
+    cpu=in_chunks if is_long else None,
+    cuda=gpu.attend if gpu.suits(q_BLNH, parts) else None,
+  )
+
+
+def _default_chunk(rows: int) -> int:
+  """A power of two of keys, for so many queries of all heads."""
+  return 1 << (max(_FEWEST_KEYS, _CACHED_SCORES // rows).bit_length() - 1)
+
+
+def attend_in_chunks(
+  q_BLNH: jax.Array,
+  parts: Sequence[tuple[jax.Array, jax.Array]],
+  mask_BLS: jax.Array,
+  chunk: int,
+) -> jax.Array:
+  """`attend` of so many keys at a time: sums are rescaled as the maximum
+  grows."""
+  B, L, N, H = q_BLNH.shape
+  K = parts[0][0].shape[2]
+  q_BLKGH = q_BLNH.reshape(B, L, K, N // K, H)
+  lowest = jnp.finfo(jnp.float32).min
+
+  def take_in(carry, k_BSKH, v_BSKH, mask_BLS):
+    top_BKLG, total_BKLG, out_BKLGH = carry
+    scores_BKLGS = _scores(q_BLKGH, k_BSKH, mask_BLS)
+    new_BKLG = jnp.maximum(top_BKLG, jnp.max(scores_BKLGS, axis=-1))
+    shrink_BKLG = jnp.exp(top_BKLG - new_BKLG)
+    w_BKLGS = jnp.exp(scores_BKLGS - new_BKLG[..., None])
+    total_BKLG = total_BKLG * shrink_BKLG + jnp.sum(w_BKLGS, axis=-1)
+    out_BKLGH = out_BKLGH * shrink_BKLG[..., None] + _mix(w_BKLGS, v_BSKH)
+    return new_BKLG, total_BKLG, out_BKLGH
+
+  shape = (B, K, L, N // K)
+  carry = (jnp.full(shape, lowest), jnp.zeros(shape), jnp.zeros((*shape, H)))
+  start = 0
+  for k_BSKH, v_BSKH in parts:
+    S = k_BSKH.shape[1]
+    mask_BLS_part = mask_BLS[:, :, start : start + S]
+    start += S
+
+    def one_chunk(carry, first, part=(k_BSKH, v_BSKH, mask_BLS_part)):
+      k, v, mask = (
+        jax.lax.dynamic_slice_in_dim(x, first, chunk, axis)
+        for x, axis in zip(part, (1, 1, 2), strict=True)
+      )
+      return take_in(carry, k, v, mask), None
+
+    whole = S - S % chunk
+    if whole:
+      carry, _ = jax.lax.scan(one_chunk, carry, jnp.arange(0, whole, chunk))
+    if whole < S:
+      rest = (k_BSKH[:, whole:], v_BSKH[:, whole:], mask_BLS_part[..., whole:])
+      carry = take_in(carry, *rest)
+  _, total_BKLG, out_BKLGH = carry
+  out_BKLGH = (out_BKLGH / total_BKLG[..., None]).astype(q_BLNH.dtype)
+  return jnp.moveaxis(out_BKLGH, 1, 2).reshape(B, L, N, H)
+
+
+def _scores(q_BLKGH, k_BSKH, mask_BLS) -> jax.Array:
+  """[B, K, L, G, S], float32; the lowest number where nothing is seen."""
+  scores_BKLGS = jnp.einsum(
+    'blkgh,bskh->bklgs', q_BLKGH, k_BSKH, preferred_element_type=jnp.float32
+  )
+  mask_BKLGS = mask_BLS[:, None, :, None]
+  return jnp.where(mask_BKLGS, scores_BKLGS, jnp.finfo(jnp.float32).min)
+
+
+def _mix(w_BKLGS, v_BSKH) -> jax.Array:
+  """Sums of values, [B, K, L, G, H], float32."""
+  return jnp.einsum(
+    'bklgs,bskh->bklgh',
+    w_BKLGS.astype(v_BSKH.dtype),
+    v_BSKH,
+    preferred_element_type=jnp.float32,
+  )
 
 
 def _attend_in_blocks(q_BLNH, parts, mask_BLS, max_scores) -> jax.Array:
@@ -98,31 +183,18 @@ def _attend(
   B, L, N, H = q_BLNH.shape
   K = parts[0][0].shape[2]
   q_BLKGH = q_BLNH.reshape(B, L, K, N // K, H)
-  lowest = jnp.finfo(jnp.float32).min
   scores, values, start = [], [], 0
   for k_BSKH, v_BSKH in parts:
     end = start + k_BSKH.shape[1]
-    mask_BKLGS = mask_BLS[:, None, :, None, start:end]
-    start = end
     if k_BSKH.shape[1]:
-      scores_BKLGS = jnp.einsum(
-        'blkgh,bskh->bklgs', q_BLKGH, k_BSKH, preferred_element_type=jnp.float32
-      )
-      scores.append(jnp.where(mask_BKLGS, scores_BKLGS, lowest))
+      scores.append(_scores(q_BLKGH, k_BSKH, mask_BLS[:, :, start:end]))
       values.append(v_BSKH)
+    start = end
   top_BKLG = functools.reduce(jnp.maximum, [jnp.max(s, -1) for s in scores])
   top_BKLG = jax.lax.stop_gradient(top_BKLG)
   weights = [jnp.exp(s - top_BKLG[..., None]) for s in scores]
   total_BKLG = sum(jnp.sum(w, axis=-1) for w in weights)
-  out_BKLGH = sum(
-    jnp.einsum(
-      'bklgs,bskh->bklgh',
-      w.astype(v.dtype),
-      v,
-      preferred_element_type=jnp.float32,
-    )
-    for w, v in zip(weights, values, strict=True)
-  )
+  out_BKLGH = sum(_mix(w, v) for w, v in zip(weights, values, strict=True))
   out_BKLGH = (out_BKLGH / total_BKLG[..., None]).astype(q_BLNH.dtype)
   return jnp.moveaxis(out_BKLGH, 1, 2).reshape(B, L, N, H)
 

@@ -53,6 +53,43 @@ def test_blocks_of_queries_equal_all_at_once(num_blocks, same_for_all):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize('same_for_all', [True, False])
+@pytest.mark.parametrize('chunk', [1, 4, 11, 50])
+def test_chunks_of_keys_equal_all_at_once(chunk, same_for_all):
+  """Some of which have nothing that a query sees."""
+  q_BLNH, parts, mask_BLS = given(same_for_all)
+  mask_BLS = mask_BLS.at[:, :, :9].set(False).at[0, 0, 3:].set(False)
+  mask_BLS = mask_BLS.at[0, 0, -1].set(True)
+  whole = attention._attend(q_BLNH, parts, mask_BLS)
+  chunked = attention.attend_in_chunks(q_BLNH, parts, mask_BLS, chunk)
+  np.testing.assert_allclose(chunked, whole, rtol=0, atol=1e-6)
+
+
+def test_a_cpu_takes_long_texts_in_chunks(monkeypatch):
+  """The gradient is that of all at once; short ones are taken whole."""
+  q_BLNH, parts, mask_BLS = given(True)
+  monkeypatch.setattr(attention, '_FEWEST_KEYS', 8)
+  monkeypatch.setattr(attention, '_CACHED_SCORES', 8 * B * L * N)
+
+  def run(q_BLNH):
+    out_BLNH = attention.attend(q_BLNH, parts, mask_BLS)
+    return jnp.sum(jnp.sin(out_BLNH)), out_BLNH
+
+  def whole(q_BLNH):
+    out_BLNH = attention._attend(q_BLNH, parts, mask_BLS)
+    return jnp.sum(jnp.sin(out_BLNH)), out_BLNH
+
+  assert 'while' in jax.jit(run).lower(q_BLNH).as_text()
+  np.testing.assert_allclose(run(q_BLNH)[1], whole(q_BLNH)[1], atol=1e-6)
+  gradient = jax.jit(jax.grad(run, has_aux=True))
+  assert 'while' not in gradient.lower(q_BLNH).as_text()
+  expected, _ = jax.grad(whole, has_aux=True)(q_BLNH)
+  np.testing.assert_allclose(gradient(q_BLNH)[0], expected, atol=1e-6)
+  monkeypatch.setattr(attention, '_CACHED_SCORES', 16 * B * L * N)
+  jax.clear_caches()
+  assert 'while' not in jax.jit(run).lower(q_BLNH).as_text()
+
+
 def test_scores_at_long_context_stay_bounded():
   """A canvas of the released network over 256k tokens, in a global layer."""
   q_BLNH = jax.ShapeDtypeStruct((1, 256, 16, 512), jnp.bfloat16)

@@ -211,6 +211,7 @@ from diffusiongemma.training import train
 folder, micro = sys.argv[1:]
 config = configs.load_config(micro)
 for field, value in (
+  ('model.attention_pattern', "('global',)"),
   ('train.steps', '20'),
   ('train.log_every', '1'),
   ('train.sample_prompt', ''),
