@@ -56,12 +56,14 @@ def attend(
   plain = functools.partial(_attend_in_blocks, max_scores=max_scores)
   if parallel.is_active():
     return plain(*given)
-  chunk = _default_chunk(math.prod(q_BLNH.shape[:3]))
+  rows, in_chunks = math.prod(q_BLNH.shape[:3]), None
+  chunk = _default_chunk(rows)
   is_long = any(k_BSKH.shape[1] > chunk for k_BSKH, _ in parts)
-  in_chunks = functools.partial(attend_in_chunks, chunk=chunk)
+  if is_long and rows * chunk <= max_scores:
+    in_chunks = functools.partial(_attend_in_chunks, chunk=chunk)
   return dispatch.run(
     *(plain, *given),
-    cpu=in_chunks if is_long else None,
+    cpu=in_chunks,
     cuda=gpu.attend if gpu.suits(q_BLNH, parts) else None,
   )
 
@@ -71,7 +73,7 @@ def _default_chunk(rows: int) -> int:
   return 1 << (max(_FEWEST_KEYS, _CACHED_SCORES // rows).bit_length() - 1)
 
 
-def attend_in_chunks(
+def _attend_in_chunks(
   q_BLNH: jax.Array,
   parts: Sequence[tuple[jax.Array, jax.Array]],
   mask_BLS: jax.Array,
@@ -99,10 +101,10 @@ def attend_in_chunks(
   start = 0
   for k_BSKH, v_BSKH in parts:
     S = k_BSKH.shape[1]
-    mask_BLS_part = mask_BLS[:, :, start : start + S]
+    own_BLS = mask_BLS[:, :, start : start + S]
     start += S
 
-    def one_chunk(carry, first, part=(k_BSKH, v_BSKH, mask_BLS_part)):
+    def one_chunk(carry, first, part=(k_BSKH, v_BSKH, own_BLS)):
       k, v, mask = (
         jax.lax.dynamic_slice_in_dim(x, first, chunk, axis)
         for x, axis in zip(part, (1, 1, 2), strict=True)
@@ -113,11 +115,9 @@ def attend_in_chunks(
     if whole:
       carry, _ = jax.lax.scan(one_chunk, carry, jnp.arange(0, whole, chunk))
     if whole < S:
-      rest = (k_BSKH[:, whole:], v_BSKH[:, whole:], mask_BLS_part[..., whole:])
+      rest = (k_BSKH[:, whole:], v_BSKH[:, whole:], own_BLS[..., whole:])
       carry = take_in(carry, *rest)
-  _, total_BKLG, out_BKLGH = carry
-  out_BKLGH = (out_BKLGH / total_BKLG[..., None]).astype(q_BLNH.dtype)
-  return jnp.moveaxis(out_BKLGH, 1, 2).reshape(B, L, N, H)
+  return _means(*carry[1:], q_BLNH)
 
 
 def _scores(q_BLKGH, k_BSKH, mask_BLS) -> jax.Array:
@@ -137,6 +137,12 @@ def _mix(w_BKLGS, v_BSKH) -> jax.Array:
     v_BSKH,
     preferred_element_type=jnp.float32,
   )
+
+
+def _means(total_BKLG, out_BKLGH, q_BLNH) -> jax.Array:
+  """Sums over what they are sums of, as the queries are: [B, L, N, H]."""
+  out_BKLGH = (out_BKLGH / total_BKLG[..., None]).astype(q_BLNH.dtype)
+  return jnp.moveaxis(out_BKLGH, 1, 2).reshape(q_BLNH.shape)
 
 
 def _attend_in_blocks(q_BLNH, parts, mask_BLS, max_scores) -> jax.Array:
@@ -195,8 +201,7 @@ def _attend(
   weights = [jnp.exp(s - top_BKLG[..., None]) for s in scores]
   total_BKLG = sum(jnp.sum(w, axis=-1) for w in weights)
   out_BKLGH = sum(_mix(w, v) for w, v in zip(weights, values, strict=True))
-  out_BKLGH = (out_BKLGH / total_BKLG[..., None]).astype(q_BLNH.dtype)
-  return jnp.moveaxis(out_BKLGH, 1, 2).reshape(B, L, N, H)
+  return _means(total_BKLG, out_BKLGH, q_BLNH)
 
 
 def project(

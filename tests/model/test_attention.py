@@ -61,12 +61,13 @@ def test_chunks_of_keys_equal_all_at_once(chunk, same_for_all):
   mask_BLS = mask_BLS.at[:, :, :9].set(False).at[0, 0, 3:].set(False)
   mask_BLS = mask_BLS.at[0, 0, -1].set(True)
   whole = attention._attend(q_BLNH, parts, mask_BLS)
-  chunked = attention.attend_in_chunks(q_BLNH, parts, mask_BLS, chunk)
+  chunked = attention._attend_in_chunks(q_BLNH, parts, mask_BLS, chunk)
   np.testing.assert_allclose(chunked, whole, rtol=0, atol=1e-6)
 
 
 def test_a_cpu_takes_long_texts_in_chunks(monkeypatch):
-  """The gradient is that of all at once; short ones are taken whole."""
+  """The gradient is that of all at once; short ones are taken whole, and so
+  many queries that chunks would be too large in blocks."""
   q_BLNH, parts, mask_BLS = given(True)
   monkeypatch.setattr(attention, '_FEWEST_KEYS', 8)
   monkeypatch.setattr(attention, '_CACHED_SCORES', 8 * B * L * N)
@@ -89,6 +90,10 @@ def test_a_cpu_takes_long_texts_in_chunks(monkeypatch):
   jax.clear_caches()
   short, expected = jax.jit(run)(q_BLNH), jax.jit(whole)(q_BLNH)
   np.testing.assert_array_equal(short[1], expected[1])
+  monkeypatch.setattr(attention, '_CACHED_SCORES', 8 * B * L * N)
+  monkeypatch.setattr(attention, '_attend_in_chunks', None)
+  in_blocks = attention.attend(q_BLNH, parts, mask_BLS, 8 * B * L * N - 1)
+  np.testing.assert_allclose(in_blocks, expected[1], atol=1e-6)
 
 
 def test_scores_at_long_context_stay_bounded():
