@@ -47,8 +47,8 @@ PEERS = {
   'peer': (False, 'transformers'),
   'compiled_peer': (True, 'compiled'),
 }
-# Tokens of a prompt that `transformers` reads at a time: as many queries as
-# meet all keys in its attention.
+# Tokens of a prompt that `transformers` reads at a time, each piece with all
+# that is before it.
 PEER_PIECE = 1024
 # What is timed by itself: name -> the method of `Ours`.
 _PROGRAMS = {

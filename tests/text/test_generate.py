@@ -296,9 +296,7 @@ def seeing(model_config):
     begin_image_token_id=91,
     end_image_token_id=92,
   )
-  config = dataclasses.replace(
-    model_config, attention_pattern=('local', 'global'), vision=vision
-  )
+  config = dataclasses.replace(model_config, vision=vision)
   model = denoiser.Denoiser(config)
   return config, denoiser.init_params(model, jax.random.key(0))
 
