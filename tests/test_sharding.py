@@ -27,6 +27,7 @@ import numpy as np
 from diffusiongemma import config as configs
 from diffusiongemma import fields
 from diffusiongemma import sharding
+from diffusiongemma.diffusion import chunks
 from diffusiongemma.diffusion import loss
 from diffusiongemma.text import generate
 from diffusiongemma.model import attention
@@ -115,7 +116,9 @@ for sizes in MESHES:
     assert not gathers, (sizes, gathers)
   print(sizes, flush=True)
 
-# What is computed again, the batch in two parts, and adapters.
+# What is computed again, the batch in two parts, adapters, and logits of a few
+# positions at a time.
+chunks.CHUNK_LOGITS = 5 * V * B // 8
 for field, value in (
   ('train.remat', 'full'),
   ('train.accumulate_steps', '2'),

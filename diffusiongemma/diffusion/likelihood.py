@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusiongemma.diffusion import chunks
 from diffusiongemma.diffusion import loss
 from diffusiongemma.diffusion import noise
 
@@ -129,9 +130,8 @@ def nelbo(
     t_BL = jnp.repeat(t_BK, C, axis=1)
     z_BL, _ = noise.corrupt(draw_key, clean_BL, t_BL, vocab_size)
     h_BLD = network.denoise(z_BL, None, cache, start_BK)
-    nats_BL = loss.in_chunks(
-      network.logits, density, h_BLD, clean_BL, z_BL, t_BL
-    )
+    size = chunks.chunk_size(network.logits, h_BLD)
+    nats_BL = chunks.in_chunks(density, size, h_BLD, clean_BL, z_BL, t_BL)
     nats_BL *= jnp.repeat(weight_BK, C, axis=1)
     return jnp.sum(jnp.where(counted_BL, nats_BL, 0.0), axis=1)
 

@@ -18,12 +18,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from diffusiongemma.diffusion import cross_entropy
 from diffusiongemma.diffusion import noise
 
 T_MARGIN = 1e-4
-
-# Logits held at once by a chunk, in numbers (128 MB in float32).
-CHUNK_LOGITS = 2**25
 
 
 class Network(NamedTuple):
@@ -35,7 +33,8 @@ class Network(NamedTuple):
     denoise: (tokens_BL, sc_BLD, cache, start_BK, first_BK) -> h_BLD; `sc_BLD`
       is None where self-conditioning is off.
     logits: h [..., D] -> float32 [..., V].
-    soft_embedding: probabilities [..., V] -> [..., D].
+    soft_embedding: h_BLD -> [B, L, D], the mean embedding of what they predict:
+      the self-conditioning signal.
     frozen: the same network with no gradients to its parameters.
   """
 
@@ -206,8 +205,9 @@ def diffusion_loss(
     # Right padding and the last column have no next token to predict.
     targets_BS = jnp.roll(batch['tokens_BS'], -1, axis=1)
     mask_BS = jnp.roll(batch['target_mask_BS'], -1, axis=1).at[:, -1].set(False)
-    ar_BS, _ = cross_entropy(network.logits, h_BSD, targets_BS)
-    loss_ar = jnp.sum(jnp.where(mask_BS, ar_BS, 0.0)) / counts.targets
+    loss_ar, _ = cross_entropy.weighted(
+      network.logits, h_BSD, targets_BS, mask_BS / counts.targets
+    )
   else:
     # No canvas sees further than where the last one can begin.
     P = batch['tokens_BS'].shape[1] - C
@@ -219,12 +219,16 @@ def diffusion_loss(
   if objective == 'ar':
     loss_denoise = accuracy = jnp.zeros(())
   else:
-    denoise_BL, right_BL = denoising_losses(
-      network, cache, batch, drawn, objective, self_conditioning_passes
-    )
+    h_BLD = denoise_canvases(network, cache, drawn, self_conditioning_passes)
+    clean_BL = slice_canvases(batch['tokens_BS'], drawn.start_BK, C)
+    evidence = None
+    if objective == 'loo_ce':
+      evidence = (drawn.canvas_BL, jnp.repeat(drawn.t_BK, C, axis=1))
     valid_BL = jnp.repeat(drawn.valid_BK, C, axis=1)
     share_BL = valid_BL / jnp.maximum(valid_BL.sum(1, keepdims=True), 1)
-    loss_denoise = jnp.sum(share_BL * denoise_BL) / counts.rows
+    loss_denoise, right_BL = cross_entropy.weighted(
+      network.logits, h_BLD, clean_BL, share_BL / counts.rows, evidence
+    )
     accuracy = masked_mean(right_BL, drawn.corrupted_BL & valid_BL)
   loss = loss_denoise + ar_loss_weight * loss_ar
   metrics = {
@@ -244,24 +248,6 @@ def count(batch: dict) -> Counts:
   return Counts(jnp.maximum(targets, 1), jnp.maximum(rows, 1))
 
 
-def denoising_losses(
-  network: Network,
-  cache,
-  batch: dict,
-  drawn: Noise,
-  objective: str,
-  self_conditioning_passes: int = 1,
-) -> tuple[jax.Array, jax.Array]:
-  """Cross entropy in nats and argmax hits at every canvas position."""
-  C = drawn.canvas_BL.shape[1] // drawn.start_BK.shape[1]
-  h_BLD = denoise_canvases(network, cache, drawn, self_conditioning_passes)
-  clean_BL = slice_canvases(batch['tokens_BS'], drawn.start_BK, C)
-  evidence = None
-  if objective == 'loo_ce':
-    evidence = (drawn.canvas_BL, jnp.repeat(drawn.t_BK, C, axis=1))
-  return cross_entropy(network.logits, h_BLD, clean_BL, evidence)
-
-
 def denoise_canvases(
   network: Network, cache, drawn: Noise, self_conditioning_passes: int = 1
 ) -> jax.Array:
@@ -278,7 +264,7 @@ def denoise_canvases(
 
   def guess(sc_BLD):
     h_BLD = frozen.denoise(drawn.canvas_BL, sc_BLD, frozen_cache, *places)
-    return soft_embedding(frozen, h_BLD)
+    return frozen.soft_embedding(h_BLD)
 
   def again(i, sc_BLD):
     wanted_B11 = i < drawn.guesses_B[:, None, None]
@@ -289,109 +275,6 @@ def denoise_canvases(
     sc_BLD = jax.lax.fori_loop(1, self_conditioning_passes, again, sc_BLD)
   sc_BLD = jnp.where(drawn.guesses_B[:, None, None] > 0, sc_BLD, 0.0)
   return network.denoise(drawn.canvas_BL, sc_BLD, cache, *places)
-
-
-def cross_entropy(
-  logits_fn: Callable,
-  h_BLD: jax.Array,
-  targets_BL: jax.Array,
-  evidence: tuple[jax.Array, jax.Array] | None = None,
-) -> tuple[jax.Array, jax.Array]:
-  """Cross entropy in nats and argmax hits, [B, L] each, float32.
-
-  Logits exist for one chunk of positions at a time, in the backward pass too.
-  With `evidence` (z_BL, t_BL), they are those of a leave-one-out predictor,
-  and what z tells of its own position is added.
-  """
-
-  def chunk(h_BLD, targets_BL, *evidence_BL):
-    logits_BLV = logits_fn(h_BLD)
-    if evidence_BL:
-      logits_BLV = add_evidence(logits_BLV, *evidence_BL)
-    loss_BL = negative_log_likelihood(logits_BLV, targets_BL)
-    right_BL = jnp.argmax(logits_BLV, axis=-1) == targets_BL
-    return loss_BL, right_BL.astype(jnp.float32)
-
-  return in_chunks(logits_fn, chunk, h_BLD, targets_BL, *(evidence or ()))
-
-
-@jax.custom_vjp
-def negative_log_likelihood(
-  logits_BLV: jax.Array, targets_BL: jax.Array
-) -> jax.Array:
-  """-log softmax(logits) of the targets in nats, [B, L]. Its gradient is
-  softmax - one_hot; the logits are all that is kept of their size."""
-  return _nll_forward(logits_BLV, targets_BL)[0]
-
-
-def _nll_forward(logits_BLV, targets_BL):
-  max_BL = jnp.max(logits_BLV, axis=-1)
-  sum_BL = jnp.sum(jnp.exp(logits_BLV - max_BL[..., None]), axis=-1)
-  # As a sum: a vocabulary in parts is not put together for it.
-  is_target_BLV = _is_target(logits_BLV, targets_BL)
-  picked_BL = jnp.sum(jnp.where(is_target_BLV, logits_BLV, 0.0), axis=-1)
-  kept = (logits_BLV, targets_BL, max_BL, sum_BL)
-  return jnp.log(sum_BL) + (max_BL - picked_BL), kept
-
-
-def _nll_backward(kept, d_BL):
-  logits_BLV, targets_BL, max_BL, sum_BL = kept
-  # Not from log sum, whose rounding would be all that is left where p = 1.
-  p_BLV = jnp.exp(logits_BLV - max_BL[..., None]) / sum_BL[..., None]
-  d_BLV = p_BLV - _is_target(logits_BLV, targets_BL)
-  return d_BL[..., None] * d_BLV, None
-
-
-def _is_target(logits_BLV, targets_BL):
-  return jnp.arange(logits_BLV.shape[-1]) == targets_BL[..., None]
-
-
-negative_log_likelihood.defvjp(_nll_forward, _nll_backward)
-
-
-def add_evidence(
-  logits_BLV: jax.Array, z_BL: jax.Array, t_BL: jax.Array
-) -> jax.Array:
-  """log p(x_i | z) up to a constant, from log p(x_i | z without z_i): Bayes'
-  rule with  q(z | x) ~ 1 + V alpha / (1 - alpha)  where x = z, 1 elsewhere."""
-  V, alpha_BL = logits_BLV.shape[-1], noise.noise_schedule(t_BL)
-  bonus_BL = jnp.log1p(V * alpha_BL / (1 - alpha_BL))
-  return logits_BLV + bonus_BL[..., None] * jax.nn.one_hot(z_BL, V)
-
-
-def soft_embedding(network: Network, h_BLD: jax.Array) -> jax.Array:
-  """The self-conditioning signal softmax(logits) @ E sqrt(D): [B, L, D]."""
-
-  def chunk(h_BLD):
-    probabilities_BLV = jax.nn.softmax(network.logits(h_BLD), axis=-1)
-    return network.soft_embedding(probabilities_BLV)
-
-  return in_chunks(network.logits, chunk, h_BLD)
-
-
-def in_chunks(logits_fn: Callable, chunk: Callable, h_BLD, *others_BL):
-  """Maps `chunk` over groups of positions whose logits fit CHUNK_LOGITS, on
-  each device of the mesh. Every group has all rows, or devices would idle."""
-  B, L, D = h_BLD.shape
-  row = jax.ShapeDtypeStruct((1, 1, D), h_BLD.dtype)
-  V = jax.eval_shape(logits_fn, row).shape[-1]
-  devices = max(1, jax.sharding.get_abstract_mesh().size)
-  size = max(1, CHUNK_LOGITS * devices // (V * B))
-  if size >= L:
-    return chunk(h_BLD, *others_BL)
-  count = -(-L // size)
-
-  def split(x):
-    padding = [(0, 0), (0, count * size - L)] + [(0, 0)] * (x.ndim - 2)
-    x = jnp.pad(x, padding).reshape(B, count, size, *x.shape[2:])
-    return jnp.moveaxis(x, 1, 0)
-
-  def join(x):
-    return jnp.moveaxis(x, 0, 1).reshape(B, -1, *x.shape[3:])[:, :L]
-
-  chunks = [split(x) for x in (h_BLD, *others_BL)]
-  out = jax.lax.map(lambda c: jax.checkpoint(chunk)(*c), chunks)
-  return jax.tree.map(join, out)
 
 
 def slice_canvases(

@@ -336,6 +336,15 @@ class Denoiser(nn.Module):
     soft = parallel.constrain(soft, 'rows', *rest)
     return parallel.constrain(soft, 'batch', *rest)
 
+  def mean_embedding(self, h_BLD: jax.Array) -> jax.Array:
+    """The soft embedding of what hidden states predict: [B, L, D]."""
+    if parallel.is_active():  # Every device has its part of the logits.
+      return self.soft_embedding(jax.nn.softmax(self.logits(h_BLD), axis=-1))
+    B, L, D = h_BLD.shape
+    no_draw_R2 = jnp.zeros((B * L, 2))
+    found = self.summarize(h_BLD.reshape(-1, D), jnp.ones(()), no_draw_R2)
+    return found.mean_RD.reshape(B, L, D)
+
   def summarize(
     self, h_RD: jax.Array, temperature: jax.Array, uniforms_R2: jax.Array
   ) -> vocabulary.Summary:

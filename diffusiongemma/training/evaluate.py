@@ -23,6 +23,8 @@ import numpy as np
 
 from diffusiongemma import sharding
 from diffusiongemma.config import Config
+from diffusiongemma.diffusion import chunks
+from diffusiongemma.diffusion import cross_entropy
 from diffusiongemma.diffusion import likelihood
 from diffusiongemma.diffusion import loss
 from diffusiongemma.diffusion import noise
@@ -31,6 +33,8 @@ from diffusiongemma.training import corpus as corpora
 from diffusiongemma.training import data
 
 NOISE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
+# Rows whose mean embedding is made in one pass over the vocabulary.
+_SUMMARIZED = 1024
 NELBO_DRAWS = 4  # Denoising passes over the held-out text.
 
 
@@ -58,8 +62,20 @@ def bind_network(
     return call
 
   def network(params, frozen=None):
-    methods = ('prefill', 'denoise', 'logits', 'soft_embedding')
-    return loss.Network(*(bind(params, m) for m in methods), frozen)
+    prefill, denoise, logits, mean_embedding = (
+      bind(params, method)
+      for method in ('prefill', 'denoise', 'logits', 'mean_embedding')
+    )
+
+    def soft_embedding(h_BLD):
+      B, L, _ = h_BLD.shape
+      most = max(1, _SUMMARIZED // B)
+      size = min(L, 1 << (most.bit_length() - 1))  # Kernels want even ones.
+      if jax.sharding.get_abstract_mesh().size > 1:
+        size = chunks.chunk_size(logits, h_BLD)  # Every device has a part.
+      return chunks.in_chunks(mean_embedding, size, h_BLD)
+
+    return loss.Network(prefill, denoise, logits, soft_embedding, frozen)
 
   return network(params, network(jax.lax.stop_gradient(params)))
 
@@ -70,7 +86,7 @@ def _ar_nats(config, params, tokens_BS, length_B, mask_BS):
   network = bind_network(config, params)
   h_BSD, _, _ = network.prefill(tokens_BS, length_B)
   targets_BS = jnp.roll(tokens_BS, -1, axis=1)
-  nats_BS, _ = loss.cross_entropy(network.logits, h_BSD, targets_BS)
+  nats_BS, _ = cross_entropy.per_position(network.logits, h_BSD, targets_BS)
   return jnp.sum(jnp.where(jnp.roll(mask_BS, -1, axis=1), nats_BS, 0.0))
 
 
@@ -99,7 +115,9 @@ def _denoise_sums(config, params, tokens_BS, length_B, key, t):
   h_BLD = network.denoise(canvas_BL, None, cache, start_BK)
   is_loo = config.train.objective == 'loo_ce'
   evidence = (canvas_BL, t_BL) if is_loo else None
-  nats_BL, _ = loss.cross_entropy(network.logits, h_BLD, clean_BL, evidence)
+  nats_BL, _ = cross_entropy.per_position(
+    network.logits, h_BLD, clean_BL, evidence
+  )
   real_B1 = (length_B > C)[:, None]
 
   def sums(mask_BL):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusiongemma.diffusion import chunks
 from diffusiongemma.diffusion import likelihood
 from diffusiongemma.diffusion import loss
 from diffusiongemma.diffusion import noise
@@ -416,7 +417,7 @@ def test_what_is_not_counted_adds_nothing(estimate):
 def test_logits_in_chunks_are_the_same(estimate, monkeypatch):
   """The last chunk is padded with tokens of no meaning, at t = 0."""
   whole = estimate(1, 1, 1, 1)
-  monkeypatch.setattr(loss, 'CHUNK_LOGITS', 3 * 2 * V)
+  monkeypatch.setattr(chunks, 'CHUNK_LOGITS', 3 * 2 * V)
   chunked = estimator(C=2, repetitions=1)(1, 1, 1, 1)
   np.testing.assert_allclose(chunked, whole, rtol=1e-6)
 

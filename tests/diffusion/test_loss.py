@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from diffusiongemma import config as configs
+from diffusiongemma.diffusion import cross_entropy
 from diffusiongemma.diffusion import loss
 from diffusiongemma.model import denoiser
 from diffusiongemma.training import evaluate
@@ -158,7 +159,7 @@ def test_a_guess_is_a_constant(model_config, params, network, batch, guesses_B):
   @jax.jit
   def guess(sc_BLD):
     h_BLD = network.denoise(drawn.canvas_BL, sc_BLD, cut)
-    return loss.soft_embedding(network, h_BLD)
+    return network.soft_embedding(h_BLD)
 
   signals = [jnp.zeros((B, C, model_config.embed_dim))]
   for _ in range(max(guesses_B)):
@@ -209,53 +210,16 @@ def test_losses_are_means_over_the_right_places(model_config, network, batch):
   )
 
 
-@pytest.mark.parametrize('scale', [9, 200])
-def test_negative_log_likelihood_and_its_gradient_are_those_of_log_softmax(
-  scale,
+def test_a_soft_embedding_is_the_mean_of_the_table(
+  model_config, params, network
 ):
-  """Where one probability is all but 1 too."""
-  keys = jax.random.split(jax.random.key(0), 3)
-  logits_BLV = scale * jax.random.normal(keys[0], (2, 5, 11))
-  targets_BL = jax.random.randint(keys[1], (2, 5), 0, 11)
-  weights_BL = jax.random.normal(keys[2], (2, 5))
-
-  def plain(logits_BLV, targets_BL):
-    p_BLV = jax.nn.log_softmax(logits_BLV)
-    return -jnp.take_along_axis(p_BLV, targets_BL[..., None], -1)[..., 0]
-
-  ours, wanted = (
-    jax.value_and_grad(lambda x, f=f: jnp.sum(weights_BL * f(x, targets_BL)))(
-      logits_BLV
-    )
-    for f in (loss.negative_log_likelihood, plain)
+  shape = (B, S, model_config.embed_dim)
+  h_BLD = jax.random.normal(jax.random.key(0), shape)
+  p_BLV = jax.nn.softmax(network.logits(h_BLD))
+  wanted_BLD = p_BLV @ params['embedding'] * model_config.embed_dim**0.5
+  np.testing.assert_allclose(
+    network.soft_embedding(h_BLD), wanted_BLD, rtol=1e-5, atol=1e-5
   )
-  np.testing.assert_allclose(ours[0], wanted[0], rtol=1e-6)
-  np.testing.assert_allclose(ours[1], wanted[1], atol=1e-6)
-
-
-@pytest.mark.parametrize('chunk_rows', [2, 8, 14])
-def test_chunked_cross_entropy_equals_the_full_one(
-  model_config, network, monkeypatch, chunk_rows
-):
-  V = model_config.vocab_size
-  h = jax.random.normal(jax.random.key(0), (B, S, model_config.embed_dim))
-  targets = jax.random.randint(jax.random.key(1), (B, S), 0, V)
-
-  def run():
-    """(the mean, its gradient), and soft embeddings; compiled anew."""
-
-    def mean(h):
-      return jnp.mean(loss.cross_entropy(network.logits, h, targets)[0])
-
-    soft = lambda h: loss.soft_embedding(network, h)
-    return jax.jit(lambda h: (jax.value_and_grad(mean)(h), soft(h)))(h)
-
-  whole, whole_soft = run()
-  monkeypatch.setattr(loss, 'CHUNK_LOGITS', chunk_rows * V)
-  chunked, chunked_soft = run()
-  np.testing.assert_allclose(chunked[0], whole[0], rtol=1e-6)
-  np.testing.assert_allclose(chunked[1], whole[1], atol=1e-7)
-  np.testing.assert_allclose(chunked_soft, whole_soft, rtol=1e-5, atol=1e-6)
 
 
 def test_noise_covers_all_canvases_and_no_more(model_config, batch):
@@ -411,7 +375,7 @@ def test_evidence_makes_a_leave_one_out_predictor_the_posterior():
   for z in np.ndindex(V, V):
     leave_one_out = joint @ q[:, z[1]]  # p(x_0, z_1)
     posterior = leave_one_out * q[:, z[0]]
-    logits = loss.add_evidence(
+    logits = cross_entropy.add_evidence(
       jnp.log(leave_one_out)[None], jnp.array([z[0]]), jnp.array([t])
     )
     np.testing.assert_allclose(

@@ -1,0 +1,171 @@
+"""Cross entropy of logits that exist a chunk at a time.
+
+  CE(f, x) = log sum_v e^f_v - f_x,      d CE / d f = softmax(f) - onehot(x)
+
+The gradients of a weighted sum are made together with it, while the logits are
+there: weights are known before, and what comes later can only scale them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from diffusiongemma.diffusion import chunks
+from diffusiongemma.diffusion import noise
+
+
+def weighted(
+  logits_fn: Callable,
+  h_BLD: jax.Array,
+  targets_BL: jax.Array,
+  weights_BL: jax.Array,
+  evidence: tuple[jax.Array, jax.Array] | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """(sum of weights * cross entropy in nats, argmax hits [B, L]), float32.
+
+  Logits exist for one chunk of positions at a time, and are computed once:
+  where there is a gradient, it is made while they are there. Chunks of which
+  nothing counts are left out, their hits are 0; positions that count come
+  first, so that these are many. Weights are constants. See `per_position`
+  for the rest.
+  """
+  size, L = chunks.chunk_size(logits_fn, h_BLD), h_BLD.shape[1]
+  given = (h_BLD, targets_BL, weights_BL, *(evidence or ()))
+  # What the function holds, its parameters, becomes an argument.
+  logits_fn, held = jax.closure_convert(logits_fn, h_BLD[:, :size])
+
+  def part(held, h_BLD, targets_BL, weights_BL, *evidence_BL):
+    loss_BL, right_BL = _cross_entropy(
+      logits_fn(h_BLD, *held), targets_BL, *evidence_BL
+    )
+    loss_BL = weights_BL * loss_BL
+    return jnp.sum(loss_BL), (loss_BL, right_BL)
+
+  def scan(step, carry, given):
+    """Of chunks that count; of the others all is zero."""
+
+    def step_or_skip(carry, given):
+      shapes = jax.eval_shape(step, carry, given)[1]
+      zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+      counts = jnp.any(given[2] != 0)
+      skip = lambda carry, given: (carry, zeros)
+      return jax.lax.cond(counts, step, skip, carry, given)
+
+    if size == L:
+      return step(carry, given)
+    order_BL = jnp.argsort(given[2] == 0, axis=1, stable=True)
+    # The last chunk is filled with any position, and no weight.
+    filled_BL = jnp.pad(order_BL, ((0, 0), (0, -L % size)))
+    h_BLD, targets_BL, weights_BL, *evidence = _reorder(given, filled_BL)
+    weights_BL = jnp.where(jnp.arange(filled_BL.shape[1]) < L, weights_BL, 0)
+    given = (h_BLD, targets_BL, weights_BL, *evidence)
+    carry, made = chunks.scan(step_or_skip, carry, given, size)
+    return carry, _reorder(made, jnp.argsort(order_BL, axis=1))
+
+  @jax.custom_vjp
+  def total(held, *given):
+    step = lambda _, given: (None, part(held, *given)[1])
+    _, (loss_BL, right_BL) = scan(step, None, given)
+    return jnp.sum(loss_BL), right_BL
+
+  def forward(held, *given):
+    def step(d_held, given):
+      gradient_fn = jax.grad(part, argnums=(0, 1), has_aux=True)
+      (d_here, d_BLD), found = gradient_fn(held, *given)
+      return jax.tree.map(jnp.add, d_held, d_here), (*found, d_BLD)
+
+    zeros = jax.tree.map(jnp.zeros_like, held)
+    d_held, (loss_BL, right_BL, d_BLD) = scan(step, zeros, given)
+    return (jnp.sum(loss_BL), right_BL), (d_held, d_BLD)
+
+  def backward(made, d):
+    scale = lambda x: (d[0] * x).astype(x.dtype)
+    constants = [None] * (len(given) - 1)
+    return *jax.tree.map(scale, made), *constants
+
+  total.defvjp(forward, backward)
+  return total(held, *given)
+
+
+def _reorder(arrays: Any, order_BL: jax.Array) -> Any:
+  """[B, L, ...] of arrays by their positions."""
+
+  def reorder(x):
+    index = order_BL.reshape(order_BL.shape + (1,) * (x.ndim - 2))
+    return jnp.take_along_axis(x, index, axis=1)
+
+  return jax.tree.map(reorder, arrays)
+
+
+def per_position(
+  logits_fn: Callable,
+  h_BLD: jax.Array,
+  targets_BL: jax.Array,
+  evidence: tuple[jax.Array, jax.Array] | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Cross entropy in nats and argmax hits, [B, L] each, float32.
+
+  Logits exist for one chunk of positions at a time. With `evidence` (z_BL,
+  t_BL), they are those of a leave-one-out predictor, and what z tells of its
+  own position is added.
+  """
+
+  def chunk(h_BLD, *given):
+    return _cross_entropy(logits_fn(h_BLD), *given)
+
+  size = chunks.chunk_size(logits_fn, h_BLD)
+  return chunks.in_chunks(chunk, size, h_BLD, targets_BL, *(evidence or ()))
+
+
+def _cross_entropy(logits_BLV, targets_BL, *evidence_BL):
+  if evidence_BL:
+    logits_BLV = add_evidence(logits_BLV, *evidence_BL)
+  loss_BL = negative_log_likelihood(logits_BLV, targets_BL)
+  right_BL = jnp.argmax(logits_BLV, axis=-1) == targets_BL
+  return loss_BL, right_BL.astype(jnp.float32)
+
+
+@jax.custom_vjp
+def negative_log_likelihood(
+  logits_BLV: jax.Array, targets_BL: jax.Array
+) -> jax.Array:
+  """-log softmax(logits) of the targets in nats, [B, L]. Its gradient is
+  softmax - one_hot; the logits are all that is kept of their size."""
+  return _nll_forward(logits_BLV, targets_BL)[0]
+
+
+def _nll_forward(logits_BLV, targets_BL):
+  max_BL = jnp.max(logits_BLV, axis=-1)
+  sum_BL = jnp.sum(jnp.exp(logits_BLV - max_BL[..., None]), axis=-1)
+  # As a sum: a vocabulary in parts is not put together for it.
+  is_target_BLV = _is_target(logits_BLV, targets_BL)
+  picked_BL = jnp.sum(jnp.where(is_target_BLV, logits_BLV, 0.0), axis=-1)
+  kept = (logits_BLV, targets_BL, max_BL, sum_BL)
+  return jnp.log(sum_BL) + (max_BL - picked_BL), kept
+
+
+def _nll_backward(kept, d_BL):
+  logits_BLV, targets_BL, max_BL, sum_BL = kept
+  # Not from log sum, whose rounding would be all that is left where p = 1.
+  p_BLV = jnp.exp(logits_BLV - max_BL[..., None]) / sum_BL[..., None]
+  d_BLV = p_BLV - _is_target(logits_BLV, targets_BL)
+  return d_BL[..., None] * d_BLV, None
+
+
+def _is_target(logits_BLV, targets_BL):
+  return jnp.arange(logits_BLV.shape[-1]) == targets_BL[..., None]
+
+
+negative_log_likelihood.defvjp(_nll_forward, _nll_backward)
+
+
+def add_evidence(
+  logits_BLV: jax.Array, z_BL: jax.Array, t_BL: jax.Array
+) -> jax.Array:
+  """log p(x_i | z) up to a constant, from log p(x_i | z without z_i): Bayes'
+  rule with  q(z | x) ~ 1 + V alpha / (1 - alpha)  where x = z, 1 elsewhere."""
+  V, alpha_BL = logits_BLV.shape[-1], noise.noise_schedule(t_BL)
+  bonus_BL = jnp.log1p(V * alpha_BL / (1 - alpha_BL))
+  return logits_BLV + bonus_BL[..., None] * jax.nn.one_hot(z_BL, V)
