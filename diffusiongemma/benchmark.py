@@ -258,12 +258,11 @@ class Transformers:
       )
 
     h_BSD = encoder(input_ids=tokens_BS).last_hidden_state
-    cap = config.model.logit_softcap
-    logits_BSV = torch.tanh(self.model.lm_head(h_BSD) / cap) * cap
     mask_BS = torch.tensor(batch['target_mask_BS'])[:, 1:]
-    loss_ar = cross_entropy(
-      logits_BSV[:, :-1][mask_BS], tokens_BS[:, 1:][mask_BS]
-    )
+    cap = config.model.logit_softcap
+    logits_MV = self.model.lm_head(h_BSD[:, :-1][mask_BS])
+    logits_MV = torch.tanh(logits_MV / cap) * cap
+    loss_ar = cross_entropy(logits_MV, tokens_BS[:, 1:][mask_BS])
     cache = encoder(input_ids=tokens_BS[:, :start]).past_key_values
     given = {'decoder_input_ids': canvas_BC, 'past_key_values': cache}
     with torch.no_grad():

@@ -341,8 +341,11 @@ class Denoiser(nn.Module):
     if parallel.is_active():  # Every device has its part of the logits.
       return self.soft_embedding(jax.nn.softmax(self.logits(h_BLD), axis=-1))
     B, L, D = h_BLD.shape
+    table_VD = self.embedding.astype(h_BLD.dtype)
     no_draw_R2 = jnp.zeros((B * L, 2))
-    found = self.summarize(h_BLD.reshape(-1, D), jnp.ones(()), no_draw_R2)
+    found = self._summarize(
+      h_BLD.reshape(-1, D), table_VD, jnp.ones(()), no_draw_R2
+    )
     return found.mean_RD.reshape(B, L, D)
 
   def summarize(
@@ -350,8 +353,11 @@ class Denoiser(nn.Module):
   ) -> vocabulary.Summary:
     """What the sampler needs of the logits, which never exist as a whole: see
     `vocabulary.summarize`; the mean is the soft embedding."""
+    return self._summarize(h_RD, self.embedding, temperature, uniforms_R2)
+
+  def _summarize(self, h_RD, table_VD, temperature, uniforms_R2):
     found = vocabulary.summarize(
-      *(h_RD, self.embedding, temperature, uniforms_R2),
+      *(h_RD, table_VD, temperature, uniforms_R2),
       softcap=self.config.logit_softcap,
     )
     factor = jnp.asarray(self.config.embed_dim**0.5, h_RD.dtype)
