@@ -1,6 +1,7 @@
 """Logits of a few positions at a time: those of all would not fit.
 
-A chunk is some positions of all rows, [B, size, ...].
+A chunk is some positions of all rows, [B, size, ...]. Nothing here is meant for
+gradients through it: all chunks of what they need would be kept.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 
 # Logits held at once by a chunk, in numbers (128 MB in float32).
 CHUNK_LOGITS = 2**25
+# Rows of hidden states that meet the vocabulary in one streaming pass.
+PASS_ROWS = 1024
 
 
 def in_chunks(chunk: Callable, size: int, *given_BL: jax.Array) -> Any:
@@ -30,7 +33,8 @@ def chunk_size(logits_fn: Callable, h_BLD: jax.Array) -> int:
 
 def scan(step: Callable, carry: Any, given_BL: tuple, size: int):
   """`lax.scan` of (carry, arrays [B, size, ...]) -> (carry, arrays like them)
-  over [B, L, ...], whose last chunk is filled with zeros."""
+  over [B, L, ...], whose last chunk is filled with zeros: what they give is not
+  returned, but is in the carry."""
   L = given_BL[0].shape[1]
   if size == L:
     return step(carry, given_BL)

@@ -26,25 +26,26 @@ def weighted(
   """(sum of weights * cross entropy in nats, argmax hits [B, L]), float32.
 
   Logits exist for one chunk of positions at a time, and are computed once:
-  where there is a gradient, it is made while they are there. Chunks of which
-  nothing counts are left out, their hits are 0; positions that count come
-  first, so that these are many. Weights are constants. See `per_position`
-  for the rest.
+  where there is a gradient, it is made while they are there. Positions of no
+  weight may hold anything, and their hits are 0; they come last, so that whole
+  chunks of them are left out. Weights are constants, whose gradient is 0. See
+  `per_position` for the rest.
   """
   size, L = chunks.chunk_size(logits_fn, h_BLD), h_BLD.shape[1]
   given = (h_BLD, targets_BL, weights_BL, *(evidence or ()))
-  # What the function holds, its parameters, becomes an argument.
-  logits_fn, held = jax.closure_convert(logits_fn, h_BLD[:, :size])
+  logits_fn, held = _hoist(logits_fn, h_BLD[:, :size])
 
   def part(held, h_BLD, targets_BL, weights_BL, *evidence_BL):
+    counts_BL = weights_BL != 0
+    h_BLD = jnp.where(counts_BL[..., None], h_BLD, 0)
     loss_BL, right_BL = _cross_entropy(
-      logits_fn(h_BLD, *held), targets_BL, *evidence_BL
+      logits_fn(held, h_BLD), targets_BL, *evidence_BL
     )
     loss_BL = weights_BL * loss_BL
-    return jnp.sum(loss_BL), (loss_BL, right_BL)
+    return jnp.sum(loss_BL), (loss_BL, counts_BL * right_BL)
 
   def scan(step, carry, given):
-    """Of chunks that count; of the others all is zero."""
+    """`chunks.scan` over chunks that count; what others give is zero."""
 
     def step_or_skip(carry, given):
       shapes = jax.eval_shape(step, carry, given)[1]
@@ -89,6 +90,27 @@ def weighted(
   return total(held, *given)
 
 
+def _hoist(function: Callable, example: jax.Array) -> tuple[Callable, list]:
+  """(`function` with what it holds as its first argument, what it holds): its
+  parameters. `jax.closure_convert` would keep them alive in a cache."""
+  closed = jax.make_jaxpr(function)(example)
+  learnt = [jnp.issubdtype(x.dtype, jnp.inexact) for x in closed.consts]
+
+  def hoisted(held, x):
+    values = iter(held)
+    consts = [
+      next(values) if is_learnt else const
+      for const, is_learnt in zip(closed.consts, learnt, strict=True)
+    ]
+    (made,) = jax.core.eval_jaxpr(closed.jaxpr, consts, x)
+    return made
+
+  held = [
+    x for x, is_learnt in zip(closed.consts, learnt, strict=True) if is_learnt
+  ]
+  return hoisted, held
+
+
 def _reorder(arrays: Any, order_BL: jax.Array) -> Any:
   """[B, L, ...] of arrays by their positions."""
 
@@ -105,7 +127,8 @@ def per_position(
   targets_BL: jax.Array,
   evidence: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Cross entropy in nats and argmax hits, [B, L] each, float32.
+  """Cross entropy in nats and argmax hits, [B, L] each, float32; not meant for
+  gradients, which `weighted` makes.
 
   Logits exist for one chunk of positions at a time. With `evidence` (z_BL,
   t_BL), they are those of a leave-one-out predictor, and what z tells of its

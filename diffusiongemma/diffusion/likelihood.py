@@ -7,7 +7,7 @@
 
 mu_i tells x_i from all of z but z_i. A network trained with `loo_ce` emits its
 logits, mu = softmax(f). One trained with `ce` does not: its logits hold what
-`loss.add_evidence` adds, and the bound is far off.
+`cross_entropy.add_evidence` adds, and the bound is far off.
 """
 
 import jax

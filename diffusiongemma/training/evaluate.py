@@ -29,12 +29,11 @@ from diffusiongemma.diffusion import likelihood
 from diffusiongemma.diffusion import loss
 from diffusiongemma.diffusion import noise
 from diffusiongemma.model import denoiser
+from diffusiongemma.model import parallel
 from diffusiongemma.training import corpus as corpora
 from diffusiongemma.training import data
 
 NOISE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
-# Rows whose mean embedding is made in one pass over the vocabulary.
-_SUMMARIZED = 1024
 NELBO_DRAWS = 4  # Denoising passes over the held-out text.
 
 
@@ -69,11 +68,12 @@ def bind_network(
 
     def soft_embedding(h_BLD):
       B, L, _ = h_BLD.shape
-      most = max(1, _SUMMARIZED // B)
-      size = min(L, 1 << (most.bit_length() - 1))  # Kernels want even ones.
-      if jax.sharding.get_abstract_mesh().size > 1:
-        size = chunks.chunk_size(logits, h_BLD)  # Every device has a part.
-      return chunks.in_chunks(mean_embedding, size, h_BLD)
+      with sharding.activate(config.model, B):
+        if parallel.is_active():  # Every device makes its part of the logits.
+          size = chunks.chunk_size(logits, h_BLD)
+        else:  # A power of two, as kernels want it.
+          size = 1 << (max(1, chunks.PASS_ROWS // B).bit_length() - 1)
+      return chunks.in_chunks(mean_embedding, min(size, L), h_BLD)
 
     return loss.Network(prefill, denoise, logits, soft_embedding, frozen)
 

@@ -1,12 +1,15 @@
 """Cross entropy in chunks, and gradients that are made with it."""
 
 import functools
+import gc
+import weakref
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusiongemma import plan
 from diffusiongemma.diffusion import chunks
 from diffusiongemma.diffusion import cross_entropy
 from diffusiongemma.model import denoiser
@@ -111,27 +114,129 @@ def test_weighted_cross_entropy_is_the_sum_of_cross_entropies(
   assert np.abs(found[0]['embedding']).max() > 0.1
 
 
-def test_chunks_of_which_nothing_counts_are_left_out(
-  model_config, params, positions, monkeypatch
+@pytest.mark.parametrize('chunk_rows', [4, 8, 1000])
+def test_values_in_chunks_are_those_of_all_at_once(
+  model_config, params, positions, monkeypatch, chunk_rows
 ):
-  """What stands there may be anything."""
+  """Without gradients, position by position and as a weighted sum."""
   h_BLD, targets_BL, weights_BL, evidence = positions
-  used = 4
-  monkeypatch.setattr(
-    chunks, 'CHUNK_LOGITS', used * B * model_config.vocab_size
-  )
-  weights_BL = weights_BL.at[:, used:].set(0.0).at[:, :used].set(1.0)
-  # In other places in each row.
-  shuffled_BL = jax.random.permutation(
+  logits_fn = logits_of(model_config, params)
+
+  def run():
+    return jax.jit(
+      lambda: (
+        cross_entropy.per_position(logits_fn, h_BLD, targets_BL, evidence),
+        cross_entropy.weighted(logits_fn, *positions),
+      )
+    )()
+
+  (wanted_BL, hits_BL), _ = run()
+  V = model_config.vocab_size
+  monkeypatch.setattr(chunks, 'CHUNK_LOGITS', chunk_rows * V)
+  each, (total, right_BL) = run()
+  np.testing.assert_allclose(each[0], wanted_BL, rtol=1e-5)
+  np.testing.assert_array_equal(each[1], hits_BL)
+  wanted = jnp.sum(weights_BL * wanted_BL)
+  np.testing.assert_allclose(total, wanted, rtol=1e-4)
+  np.testing.assert_array_equal(right_BL, hits_BL * (weights_BL != 0))
+
+
+@pytest.mark.parametrize('has_evidence', [False, True])
+@pytest.mark.parametrize('chunk_positions', [4, S])
+def test_what_has_no_weight_may_be_anything(
+  model_config, params, positions, monkeypatch, chunk_positions, has_evidence
+):
+  """In chunks of nothing else, which are left out, and in others."""
+  h_BLD, targets_BL, _, evidence = positions
+  V = model_config.vocab_size
+  monkeypatch.setattr(chunks, 'CHUNK_LOGITS', chunk_positions * B * V)
+  # 4 of one row count and 2 of the other, in other places.
+  order_BL = jax.random.permutation(
     jax.random.key(1), jnp.tile(jnp.arange(S), (B, 1)), axis=1, independent=True
   )
-  weights_BL = jnp.take_along_axis(weights_BL, shuffled_BL, axis=1)
+  weights_BL = (order_BL < jnp.array([[4], [2]])).astype(jnp.float32)
   damaged_BLD = jnp.where(weights_BL[..., None] == 0, jnp.nan, h_BLD)
   wanted, found = (
-    weighted(model_config, params, (x, targets_BL, weights_BL, evidence), False)
+    weighted(
+      *(model_config, params, (x, targets_BL, weights_BL, evidence)),
+      has_evidence,
+    )
     for x in (h_BLD, damaged_BLD)
   )
   jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+def test_logits_are_computed_once(model_config, params, positions, monkeypatch):
+  """Three products with the table: logits, and the gradients of its factors."""
+  h_BLD, targets_BL, weights_BL, _ = positions
+  V, D = params['embedding'].shape
+  monkeypatch.setattr(chunks, 'CHUNK_LOGITS', 5 * B * V)
+
+  def total(params, h_BLD):
+    logits_fn = logits_of(model_config, params)
+    return cross_entropy.weighted(logits_fn, h_BLD, targets_BL, weights_BL)[0]
+
+  gradient = jax.make_jaxpr(jax.grad(total, (0, 1)))(params, h_BLD)
+  assert plan.count_flops(gradient) == 3 * 2.0 * B * S * V * D
+
+
+def test_a_chunk_that_nothing_counts_in_is_not_computed(
+  model_config, params, positions, monkeypatch
+):
+  h_BLD, targets_BL, weights_BL, _ = positions
+  computed = []
+  logits_fn = logits_of(model_config, params)
+
+  def counting(h_BLD):
+    jax.debug.callback(lambda: computed.append(1))
+    return logits_fn(h_BLD)
+
+  V = model_config.vocab_size
+  monkeypatch.setattr(chunks, 'CHUNK_LOGITS', 5 * B * V)
+  weights_BL = weights_BL.at[:, 7:].set(0.0)
+  jax.jit(
+    lambda h_BLD: cross_entropy.weighted(
+      counting, h_BLD, targets_BL, weights_BL
+    )[0]
+  )(h_BLD)
+  jax.effects_barrier()
+  assert len(computed) == 2  # Of six.
+
+
+def test_gradients_have_the_types_of_what_they_are_for(
+  model_config, params, positions, monkeypatch
+):
+  h_BLD, *rest = positions
+  V = model_config.vocab_size
+  monkeypatch.setattr(chunks, 'CHUNK_LOGITS', 5 * B * V)
+  exact = weighted(model_config, params, positions, False)[1]
+  found = weighted(
+    model_config, params, (h_BLD.astype(jnp.bfloat16), *rest), False
+  )[1]
+  assert found[0]['embedding'].dtype == jnp.float32
+  assert found[1].dtype == jnp.bfloat16
+  for a, b in (
+    (found[0]['embedding'], exact[0]['embedding']),
+    (found[1], exact[1]),
+  ):
+    np.testing.assert_allclose(
+      a.astype(jnp.float32), b, atol=0.02 * np.abs(b).max()
+    )
+
+
+def test_parameters_are_not_kept_alive(model_config, params, positions):
+  """A table of its own would stay on the device for each call."""
+  h_BLD, targets_BL, weights_BL, _ = positions
+
+  def total(params):
+    logits_fn = logits_of(model_config, params)
+    kept.append(weakref.ref(logits_fn))
+    return cross_entropy.weighted(logits_fn, h_BLD, targets_BL, weights_BL)[0]
+
+  kept = []
+  jax.grad(total)(params)
+  gc.collect()
+  assert [function() for function in kept] == [None]
 
 
 def test_frozen_parameters_take_no_part_in_the_gradient(

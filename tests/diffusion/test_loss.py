@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from diffusiongemma import config as configs
+from diffusiongemma.diffusion import chunks
 from diffusiongemma.diffusion import cross_entropy
 from diffusiongemma.diffusion import loss
 from diffusiongemma.model import denoiser
@@ -210,16 +211,19 @@ def test_losses_are_means_over_the_right_places(model_config, network, batch):
   )
 
 
+@pytest.mark.parametrize('pass_rows', [1, 9, 1000])
 def test_a_soft_embedding_is_the_mean_of_the_table(
-  model_config, params, network
+  model_config, params, network, monkeypatch, pass_rows
 ):
+  """However many rows meet the table in one pass."""
+  monkeypatch.setattr(chunks, 'PASS_ROWS', pass_rows)
   shape = (B, S, model_config.embed_dim)
   h_BLD = jax.random.normal(jax.random.key(0), shape)
   p_BLV = jax.nn.softmax(network.logits(h_BLD))
   wanted_BLD = p_BLV @ params['embedding'] * model_config.embed_dim**0.5
-  np.testing.assert_allclose(
-    network.soft_embedding(h_BLD), wanted_BLD, rtol=1e-5, atol=1e-5
-  )
+  made = make_network(model_config, params)
+  found_BLD = jax.jit(lambda h_BLD: made.soft_embedding(h_BLD))(h_BLD)
+  np.testing.assert_allclose(found_BLD, wanted_BLD, rtol=1e-5, atol=1e-5)
 
 
 def test_noise_covers_all_canvases_and_no_more(model_config, batch):
