@@ -94,21 +94,15 @@ def _hoist(function: Callable, example: jax.Array) -> tuple[Callable, list]:
   """(`function` with what it holds as its first argument, what it holds): its
   parameters. `jax.closure_convert` would keep them alive in a cache."""
   closed = jax.make_jaxpr(function)(example)
-  learnt = [jnp.issubdtype(x.dtype, jnp.inexact) for x in closed.consts]
+  has_gradient = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)
 
   def hoisted(held, x):
     values = iter(held)
-    consts = [
-      next(values) if is_learnt else const
-      for const, is_learnt in zip(closed.consts, learnt, strict=True)
-    ]
+    consts = [next(values) if has_gradient(c) else c for c in closed.consts]
     (made,) = jax.core.eval_jaxpr(closed.jaxpr, consts, x)
     return made
 
-  held = [
-    x for x, is_learnt in zip(closed.consts, learnt, strict=True) if is_learnt
-  ]
-  return hoisted, held
+  return hoisted, list(filter(has_gradient, closed.consts))
 
 
 def _reorder(arrays: Any, order_BL: jax.Array) -> Any:

@@ -25,6 +25,7 @@ from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
 from diffusiongemma.kernels import grouped_matmul_gpu as products
+from diffusiongemma.kernels import powers
 
 _LONGEST_HEAD = 512
 _MOST_SPLITS = 4
@@ -82,7 +83,7 @@ def attend(
   K = parts[0][0].shape[2]
   parts = [part for part in parts if part[0].shape[1]]
   queries, most = _queries(L, H, N // K), _blocks(H).keys
-  keys = [min(most, 1 << (k.shape[1].bit_length() - 1)) for k, _ in parts]
+  keys = [min(most, powers.largest_power_of_two(k.shape[1])) for k, _ in parts]
   programs = L // queries * K * B
   splits = max(1, min(_MOST_SPLITS, _PROGRAMS // programs))
   blocks = (k.shape[1] // n for (k, _), n in zip(parts, keys, strict=True))

@@ -23,6 +23,7 @@ from diffusiongemma.kernels import activation
 from diffusiongemma.kernels import dispatch
 from diffusiongemma.kernels import grouped_matmul_gpu as gpu
 from diffusiongemma.kernels import grouped_matmul_tpu as tpu
+from diffusiongemma.kernels import powers
 from diffusiongemma.kernels import quantized
 from diffusiongemma.kernels import routing_gpu
 
@@ -64,7 +65,7 @@ def default_tile(num_rows: int, num_experts: int) -> int:
   """A power of two up to the mean group, so that padding stays below the work
   and a tile is still a product worth starting: 16 to 128."""
   group = max(1, num_rows // num_experts)
-  return min(128, max(16, 1 << (group.bit_length() - 1)))
+  return min(128, max(16, powers.largest_power_of_two(group)))
 
 
 def default_window(num_rows: int, num_experts: int) -> int:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusiongemma.kernels import dispatch
+from diffusiongemma.kernels import powers
 from diffusiongemma.kernels import quantized
 from diffusiongemma.kernels import vocabulary_gpu as gpu
 
@@ -198,8 +199,7 @@ def look_at(
 
 def default_chunk(num_rows: int, elements: int = _CHUNK_ELEMENTS) -> int:
   """A power of two of rows of the table, for so many rows of h."""
-  most = max(BIN, elements // num_rows)
-  return 1 << (most.bit_length() - 1)
+  return powers.largest_power_of_two(max(BIN, elements // num_rows))
 
 
 def _scaled(

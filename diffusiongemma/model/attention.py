@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from diffusiongemma.config import ModelConfig
 from diffusiongemma.kernels import attention_gpu as gpu
 from diffusiongemma.kernels import dispatch
+from diffusiongemma.kernels import powers
 from diffusiongemma.kernels import quantized
 from diffusiongemma.model import cache as kv_cache
 from diffusiongemma.model import layers
@@ -70,7 +71,8 @@ def attend(
 
 def _default_chunk(rows: int) -> int:
   """A power of two of keys, for so many queries of all heads."""
-  return 1 << (max(_FEWEST_KEYS, _CACHED_SCORES // rows).bit_length() - 1)
+  most = max(_FEWEST_KEYS, _CACHED_SCORES // rows)
+  return powers.largest_power_of_two(most)
 
 
 def _attend_in_chunks(

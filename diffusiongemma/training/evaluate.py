@@ -28,6 +28,7 @@ from diffusiongemma.diffusion import cross_entropy
 from diffusiongemma.diffusion import likelihood
 from diffusiongemma.diffusion import loss
 from diffusiongemma.diffusion import noise
+from diffusiongemma.kernels import powers
 from diffusiongemma.model import denoiser
 from diffusiongemma.model import parallel
 from diffusiongemma.training import corpus as corpora
@@ -72,7 +73,8 @@ def bind_network(
         if parallel.is_active():  # Every device makes its part of the logits.
           size = chunks.chunk_size(logits, h_BLD)
         else:  # A power of two, as kernels want it.
-          size = 1 << (max(1, chunks.PASS_ROWS // B).bit_length() - 1)
+          most = max(1, chunks.PASS_ROWS // B)
+          size = powers.largest_power_of_two(most)
       return chunks.in_chunks(mean_embedding, min(size, L), h_BLD)
 
     return loss.Network(prefill, denoise, logits, soft_embedding, frozen)
