@@ -168,19 +168,9 @@ class Denoiser(nn.Module):
     if cfg.vision:
       self.vision = vision.VisionEncoder(cfg)
 
-  def __call__(self, tokens_BP: jax.Array) -> jax.Array:
-    """Touches every parameter once; what `init_params` runs."""
-    length_B = jnp.full(tokens_BP.shape[:1], tokens_BP.shape[1], jnp.int32)
-    _, cache, _ = self.prefill(tokens_BP, length_B)
-    sc_BLD = jnp.zeros((*tokens_BP.shape, self.config.embed_dim))
-    if self.config.vision:
-      one_token = self.config.vision.pooling_kernel**2
-      pixels = 3 * self.config.vision.patch_size**2
-      self.encode_images(
-        jnp.zeros((1, one_token, pixels)),
-        jnp.zeros((1, one_token, 2), jnp.int32),
-      )
-    return self.logits(self.denoise(tokens_BP, sc_BLD, cache))
+  def __call__(self) -> None:
+    """Makes every parameter and computes nothing; what `init_params` runs."""
+    _set_up(self)
 
   def prefill(
     self,
@@ -366,5 +356,14 @@ class Denoiser(nn.Module):
 
 def init_params(model: Denoiser, key: jax.Array) -> dict:
   """Fresh parameters, a nested dict of plain arrays, made under `jit`."""
-  tokens_BP = jnp.zeros((1, 8), jnp.int32)
-  return jax.jit(lambda key: model.init(key, tokens_BP)['params'])(key)
+  return jax.jit(lambda key: model.init(key)['params'])(key)
+
+
+def _set_up(module: nn.Module) -> None:
+  """Makes the parameters of a module and of all within it: Flax calls `setup`
+  once something is asked for that is not there yet."""
+  getattr(module, 'nothing', None)
+  is_module = lambda x: isinstance(x, nn.Module)
+  for part in jax.tree.leaves(list(vars(module).values()), is_leaf=is_module):
+    if is_module(part) and part is not module.parent:
+      _set_up(part)
