@@ -16,7 +16,6 @@ from absl import logging
 import numpy as np
 from rich import console as rich_console
 from rich import progress as rich_progress
-import tensorboardX
 
 BAD_STEPS = 'bad_steps.jsonl'  # Steps that were left out, and their data.
 
@@ -36,6 +35,8 @@ class MetricsWriter:
     self._failed = False
     _drop_lines_after(self._path, first_step)
     _drop_lines_after(self._bad_steps, first_step)
+    import tensorboardX  # Slow where there is torch, which it imports then.
+
     self._events = tensorboardX.SummaryWriter(
       str(workdir), purge_step=first_step + 1 if first_step else None
     )
