@@ -35,11 +35,7 @@ $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
 
-# Tests compile much and compute little: XLA need not optimise.
 test: lint
-	XLA_FLAGS=--xla_backend_optimization_level=0 \
-	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax \
-	JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3 \
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed-test

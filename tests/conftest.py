@@ -1,9 +1,17 @@
 """Shared by all tests: the CPU, a compilation cache and tiny networks."""
 
+import gc
 import io
 import os
+import pathlib
 
+# For the processes that tests start, too.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ.setdefault(
+  'JAX_COMPILATION_CACHE_DIR',
+  str(pathlib.Path(__file__).parents[1] / '.cache' / 'jax'),
+)
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.3')
 
 import jax
 import numpy as np
@@ -14,6 +22,16 @@ from diffusiongemma import config as configs
 from diffusiongemma.model import denoiser
 from diffusiongemma.text import tokenizer as tokenizers
 from diffusiongemma.training import workdir
+
+# Tests compile much and compute little: XLA need not optimise. Its older
+# emitters of fused operations compile twice as fast; jax 0.12 is without them.
+FLAGS = '--xla_backend_optimization_level=0'
+if jax.__version__.startswith('0.10.'):
+  FLAGS += ' --xla_cpu_use_fusion_emitters=false'
+os.environ.setdefault('XLA_FLAGS', FLAGS)
+
+# What is imported stays: collecting garbage need not look at it again.
+gc.freeze()
 
 
 @pytest.fixture(scope='module', autouse=True)

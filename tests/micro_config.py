@@ -1,5 +1,7 @@
 """A run that takes seconds: for the tests of the command line."""
 
+import pathlib
+
 from diffusiongemma import config
 
 
@@ -25,7 +27,14 @@ def get_config() -> config.Config:
     diffusion=config.DiffusionConfig(
       canvas_length=8, max_denoising_steps=4, stop_token_ids=(1,)
     ),
-    data=config.DataConfig(sequence_length=32, batch_size=2),
+    data=config.DataConfig(
+      path=str(
+        pathlib.Path(__file__).parent / 'reference/lovers_complaint.txt'
+      ),
+      heldout_every=5,
+      sequence_length=32,
+      batch_size=2,
+    ),
     optimizer=config.OptimizerConfig(peak_learning_rate=1e-2, warmup_steps=5),
     train=config.TrainConfig(
       steps=60,

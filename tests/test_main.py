@@ -88,6 +88,7 @@ def test_evaluate(workdir, monkeypatch):
     '--mode=evaluate',
     f'--workdir={workdir}',
     '--format=json',
+    '--config.data.path=',  # The shipped plays.
     '--config.data.batch_size=64',
   )
   numbers = json.loads(output)
