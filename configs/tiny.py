@@ -3,7 +3,8 @@
 Hardware: 2 CPU cores (memory: not measured).
 Command:  python -m diffusiongemma.main --config=configs/tiny.py
 Expected: after 900 steps, held-out plays cost about 2.2 bits a byte in the
-  prefill pass (bzip2 -9: 2.67); README.md has the numbers and an hour's run.
+  prefill pass (bzip2 -9: 2.67); experiments/README.md has the numbers, and
+  those of an hour's run.
 """
 
 from diffusiongemma import config
