@@ -24,11 +24,12 @@ from diffusiongemma.text import tokenizer as tokenizers
 from diffusiongemma.training import workdir
 
 # Tests compile much and compute little: XLA need not optimise. Its older
-# emitters of fused operations compile twice as fast; jax 0.12 is without them.
+# emitters of fused operations compile twice as fast; jax 0.12 is without them,
+# 0.11 was not tried. Flags that are given count more.
 FLAGS = '--xla_backend_optimization_level=0'
 if jax.__version__.startswith('0.10.'):
   FLAGS += ' --xla_cpu_use_fusion_emitters=false'
-os.environ.setdefault('XLA_FLAGS', FLAGS)
+os.environ['XLA_FLAGS'] = f'{FLAGS} {os.environ.get("XLA_FLAGS", "")}'
 
 # What is imported stays: collecting garbage need not look at it again.
 gc.freeze()

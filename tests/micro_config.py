@@ -1,4 +1,7 @@
-"""A run that takes seconds: for the tests of the command line."""
+"""A run that takes seconds: for the tests of the command line.
+
+Its text is one of the shipped corpus.
+"""
 
 import pathlib
 

@@ -12,7 +12,7 @@ from diffusiongemma import fields
 from diffusiongemma import sharding
 
 MICRO = pathlib.Path(__file__).parent / 'micro_config.py'
-MESHES = ((1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2))
+MESHES = ((8, 1, 1, 1), (1, 8, 1, 1), (1, 2, 2, 2))
 
 # Run with eight devices, in a process of its own.
 SCRIPT = """

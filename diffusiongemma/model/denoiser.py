@@ -169,7 +169,8 @@ class Denoiser(nn.Module):
       self.vision = vision.VisionEncoder(cfg)
 
   def __call__(self) -> None:
-    """Makes every parameter and computes nothing; what `init_params` runs."""
+    """Makes every parameter and computes nothing; what `init_params` runs. The
+    forward passes are `prefill` and `denoise`."""
     _set_up(self)
 
   def prefill(
@@ -360,10 +361,10 @@ def init_params(model: Denoiser, key: jax.Array) -> dict:
 
 
 def _set_up(module: nn.Module) -> None:
-  """Makes the parameters of a module and of all within it: Flax calls `setup`
-  once something is asked for that is not there yet."""
-  getattr(module, 'nothing', None)
+  """Makes the parameters of a module and of all within it, which all are made
+  in `setup`: Flax calls it before it lists what a module has."""
+  dir(module)
   is_module = lambda x: isinstance(x, nn.Module)
   for part in jax.tree.leaves(list(vars(module).values()), is_leaf=is_module):
-    if is_module(part) and part is not module.parent:
+    if is_module(part):
       _set_up(part)

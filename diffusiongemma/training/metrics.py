@@ -30,13 +30,13 @@ class MetricsWriter:
     self._recording = recording
     if not recording:
       return
+    import tensorboardX  # Slow where there is torch, which it imports then.
+
     self._path = pathlib.Path(workdir) / 'metrics.jsonl'
     self._bad_steps = pathlib.Path(workdir) / BAD_STEPS
     self._failed = False
     _drop_lines_after(self._path, first_step)
     _drop_lines_after(self._bad_steps, first_step)
-    import tensorboardX  # Slow where there is torch, which it imports then.
-
     self._events = tensorboardX.SummaryWriter(
       str(workdir), purge_step=first_step + 1 if first_step else None
     )
