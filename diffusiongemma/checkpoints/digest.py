@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusiongemma import powers
+
 _SALTS = (0x9E3779B9, 0x85EBCA6B)
 _MOST_WORDS = 2**20  # Of an array on the host that are looked at at a time.
 
@@ -91,7 +93,7 @@ def _sums_of_host_array(array: np.ndarray) -> np.ndarray:
   words = array.view(np.dtype(f'uint{8 * word_bytes}'))
   total = np.zeros(2, np.uint32)
   # A power of two, so that many shapes share few programs.
-  size = min(_MOST_WORDS, max(256, 1 << (max(1, len(words)) - 1).bit_length()))
+  size = min(_MOST_WORDS, powers.smallest_power_of_two(max(256, len(words))))
   for start in range(0, len(words), size):
     piece = np.zeros(size, np.uint32)
     count = min(size, len(words) - start)

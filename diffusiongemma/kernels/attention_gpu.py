@@ -24,8 +24,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
+from diffusiongemma import powers
 from diffusiongemma.kernels import grouped_matmul_gpu as products
-from diffusiongemma.kernels import powers
 
 _LONGEST_HEAD = 512
 _MOST_SPLITS = 4

@@ -19,11 +19,11 @@ import flax
 import jax
 import jax.numpy as jnp
 
+from diffusiongemma import powers
 from diffusiongemma.kernels import activation
 from diffusiongemma.kernels import dispatch
 from diffusiongemma.kernels import grouped_matmul_gpu as gpu
 from diffusiongemma.kernels import grouped_matmul_tpu as tpu
-from diffusiongemma.kernels import powers
 from diffusiongemma.kernels import quantized
 from diffusiongemma.kernels import routing_gpu
 

@@ -16,8 +16,8 @@ import flax
 import jax
 import jax.numpy as jnp
 
+from diffusiongemma import powers
 from diffusiongemma.kernels import dispatch
-from diffusiongemma.kernels import powers
 from diffusiongemma.kernels import quantized
 from diffusiongemma.kernels import vocabulary_gpu as gpu
 

@@ -16,10 +16,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from diffusiongemma import powers
 from diffusiongemma.config import ModelConfig
 from diffusiongemma.kernels import attention_gpu as gpu
 from diffusiongemma.kernels import dispatch
-from diffusiongemma.kernels import powers
 from diffusiongemma.kernels import quantized
 from diffusiongemma.model import cache as kv_cache
 from diffusiongemma.model import layers

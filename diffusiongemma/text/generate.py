@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusiongemma import powers
 from diffusiongemma import sharding
 from diffusiongemma.config import Config
 from diffusiongemma.config import ModelConfig
@@ -339,13 +340,14 @@ def generate(
   for prompt, used in zip(prompts, used_B, strict=True):
     check_prompt(config, prompt, max_new_tokens, used)
   pins = None if pinned is None else _pins(pinned, B, canvases, config)
-  bucket = max(16, _power_of_two(max(map(len, prompts))))
+  bucket = powers.smallest_power_of_two(max(16, *map(len, prompts)))
   tokens_BP = np.full((B, bucket), config.diffusion.pad_token_id, np.int32)
   for row, prompt in enumerate(prompts):
     tokens_BP[row, : len(prompt)] = prompt
   length_B = np.array([len(prompt) for prompt in prompts], np.int32)
   longest = int(np.max(used_B + length_B))
-  capacity = max(bucket, _power_of_two(longest)) + canvases * C
+  capacity = powers.smallest_power_of_two(max(bucket, longest))
+  capacity += canvases * C
   if cache is None:
     cache = kv_cache.init_cache(config.model, B, capacity)
   else:
@@ -447,10 +449,6 @@ def _keep(
   if stopped and len(kept) <= room:
     return kept, 'stop_token'
   return kept[:room], 'max_new_tokens' if len(kept) >= room else None
-
-
-def _power_of_two(number: int) -> int:
-  return 1 << (max(1, number) - 1).bit_length()
 
 
 class _Seen(NamedTuple):

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusiongemma import powers
 from diffusiongemma import sharding
 from diffusiongemma.config import Config
 from diffusiongemma.diffusion import chunks
@@ -28,7 +29,6 @@ from diffusiongemma.diffusion import cross_entropy
 from diffusiongemma.diffusion import likelihood
 from diffusiongemma.diffusion import loss
 from diffusiongemma.diffusion import noise
-from diffusiongemma.kernels import powers
 from diffusiongemma.model import denoiser
 from diffusiongemma.model import parallel
 from diffusiongemma.training import corpus as corpora
