@@ -7,7 +7,8 @@ few queries to keep a GPU busy, programs share the keys of a query, and what
 they found is put together.
 
 project: a program has some rows of one head of q, k or v, which it multiplies
-out of few bits, norms and turns before it writes them.
+out of few bits, norms and turns before it writes them. norm_and_turn: the same
+of heads that are there.
 
 Sizes of blocks, warps and stages are the fastest that were measured on an H200
 (`experiments/benchmarks/NOTES.md`).
@@ -28,8 +29,11 @@ from diffusiongemma import powers
 from diffusiongemma.kernels import grouped_matmul_gpu as products
 
 _LONGEST_HEAD = 512
+# Scores, 32 MB of float32, up to which XLA is faster with heads of 512.
+_FEW_SCORES = 2**23
 _MOST_SPLITS = 4
 _PROGRAMS = 256  # About as many keep a GPU busy.
+_NORMED = 16  # Rows of a head that a program of `norm_and_turn` has.
 
 
 class _Blocks(NamedTuple):
@@ -60,8 +64,10 @@ def suits(
   _, L, N, H = q_BLNH.shape
   group = N // parts[0][0].shape[2]
   lengths = [k_BSKH.shape[1] for k_BSKH, _ in parts if k_BSKH.shape[1]]
+  scores = math.prod(q_BLNH.shape[:3]) * sum(lengths)
   return (
     pl.next_power_of_2(H) == H <= _LONGEST_HEAD
+    and not (H == _LONGEST_HEAD and scores <= _FEW_SCORES)
     and pl.next_power_of_2(group) == group
     and min(H, group * _queries(L, H, group), *lengths) >= products.SMALLEST
   )
@@ -268,14 +274,86 @@ def _project(
         transposed=True,
         interpret=interpret,
       )
-      squares = sum(jnp.sum(half * half, axis=1) for half in made)
-      factor = jax.lax.rsqrt(squares / H + epsilon)[:, None]
-      low, high = pl.ds(0, H // 2), pl.ds(H // 2, H // 2)
-      for norm_ref, out_ref in zip(norms, outs, strict=True):
-        first, second = (half * factor for half in made)
-        if norm_ref is not None:
-          first, second = first * norm_ref[low], second * norm_ref[high]
-          cos, sin = (turn_ref[which, :] for turn_ref in turns_ref)
-          first, second = first * cos - second * sin, second * cos + first * sin
-        out_ref[which, head, low] = first.astype(out_ref.dtype)
-        out_ref[which, head, high] = second.astype(out_ref.dtype)
+      _finish(made, which, head, norms, outs, turns_ref, epsilon)
+
+
+def _finish(halves, which, head, norms, outs, turns_ref, epsilon):
+  """Writes rows of a head, given as the halves of its axis, in float32, normed;
+  and turned where there is a scale for the norm."""
+  H = outs[0].shape[2]
+  low, high = pl.ds(0, H // 2), pl.ds(H // 2, H // 2)
+  squares = sum(jnp.sum(half * half, axis=1) for half in halves)
+  factor = jax.lax.rsqrt(squares / H + epsilon)[:, None]
+  for norm_ref, out_ref in zip(norms, outs, strict=True):
+    first, second = (half * factor for half in halves)
+    if norm_ref is not None:
+      first, second = first * norm_ref[low], second * norm_ref[high]
+      cos, sin = (turn_ref[which, :] for turn_ref in turns_ref)
+      first, second = first * cos - second * sin, second * cos + first * sin
+    out_ref[which, head, low] = first.astype(out_ref.dtype)
+    out_ref[which, head, high] = second.astype(out_ref.dtype)
+
+
+def suits_norm_and_turn(q_TNH: jax.Array) -> bool:
+  """Whether `norm_and_turn` can take heads of this shape."""
+  T, _, H = q_TNH.shape
+  return (
+    pl.next_power_of_2(H) == H
+    and 2 * products.SMALLEST <= H <= _LONGEST_HEAD
+    and T % _NORMED == 0
+  )
+
+
+def norm_and_turn(
+  heads: dict[str, jax.Array],
+  norms: dict[str, jax.Array],
+  turns_TF: tuple[jax.Array, jax.Array],
+  *,
+  epsilon: float,
+  interpret: bool = False,
+) -> dict[str, jax.Array]:
+  """Heads of q, k and v, normed, q and k turned: each [T, N, H].
+
+  Args:
+    heads: products of q and k, and of v unless these are k's.
+    norms: see `project`, as for all below.
+    turns_TF: see there.
+    epsilon: see there.
+    interpret: see there.
+  """
+  T, _, H = heads['q'].shape
+  # In the order in which XLA makes one product of theirs.
+  heads = {name: heads[name] for name in ('q', 'k', 'v') if name in heads}
+  names, scales, made = [], [], []
+  for name, x_TNH in heads.items():
+    targets = ('k', 'v') if name == 'k' and 'v' not in heads else (name,)
+    names += targets
+    scales.append([norms.get(target) for target in targets])
+    made.append([jax.ShapeDtypeStruct(x_TNH.shape, x_TNH.dtype)] * len(targets))
+  x_TNH = jnp.concatenate([x.reshape(T, -1) for x in heads.values()], axis=1)
+  x_TNH = x_TNH.reshape(T, -1, H)
+  found = pl.pallas_call(
+    functools.partial(_norm_and_turn, epsilon=epsilon),
+    grid=(x_TNH.shape[1], T // _NORMED),
+    out_shape=made,
+    compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+    interpret=interpret,
+    name='norm_and_turn',
+  )(x_TNH, scales, turns_TF)
+  return dict(zip(names, jax.tree.leaves(found), strict=True))
+
+
+def _norm_and_turn(x_ref, scales_ref, turns_ref, *made_refs, epsilon):
+  which = pl.ds(pl.program_id(1) * _NORMED, _NORMED)
+  place, H, start = pl.program_id(0), x_ref.shape[2], 0
+  for norms, outs in zip(scales_ref, made_refs, strict=True):
+    count, head = outs[0].shape[1], place - start
+    start += count
+
+    @pl.when((head >= 0) & (head < count))
+    def _(norms=norms, outs=outs, head=head):
+      halves = [
+        x_ref[which, place, pl.ds(begin, H // 2)].astype(jnp.float32)
+        for begin in (0, H // 2)
+      ]
+      _finish(halves, which, head, norms, outs, turns_ref, epsilon)

@@ -49,6 +49,13 @@ def _has_small_gpu() -> bool:
   )
 
 
+def has_hopper() -> bool:
+  """Whether all GPUs here are of that kind, as those are that programs are
+  compiled for where there is none."""
+  gpus = (d for d in jax.local_devices() if d.platform == 'gpu')
+  return all(device.compute_capability == '9.0' for device in gpus)
+
+
 @contextlib.contextmanager
 def switched_off() -> Iterator[None]:
   """What is traced here has no kernels: to compare with. Traces that JAX keeps

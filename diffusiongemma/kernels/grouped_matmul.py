@@ -14,6 +14,7 @@ used.
 
 from collections.abc import Callable
 import functools
+from typing import Any
 
 import flax
 import jax
@@ -23,6 +24,7 @@ from diffusiongemma import powers
 from diffusiongemma.kernels import activation
 from diffusiongemma.kernels import dispatch
 from diffusiongemma.kernels import grouped_matmul_gpu as gpu
+from diffusiongemma.kernels import grouped_matmul_hopper as hopper
 from diffusiongemma.kernels import grouped_matmul_tpu as tpu
 from diffusiongemma.kernels import quantized
 from diffusiongemma.kernels import routing_gpu
@@ -61,11 +63,13 @@ class Groups:
     return self.end_E[-1]
 
 
-def default_tile(num_rows: int, num_experts: int) -> int:
+def default_tile(num_rows: int, num_experts: int, weights: Any = None) -> int:
   """A power of two up to the mean group, so that padding stays below the work
-  and a tile is still a product worth starting: 16 to 128."""
+  and a tile is still a product worth starting: 16 to 128. No fewer than 32 with
+  weights of few bits, which each tile makes anew."""
   group = max(1, num_rows // num_experts)
-  return min(128, max(16, powers.largest_power_of_two(group)))
+  smallest = 32 if isinstance(weights, quantized.Quantized) else 16
+  return min(128, max(smallest, powers.largest_power_of_two(group)))
 
 
 def default_window(num_rows: int, num_experts: int) -> int:
@@ -217,13 +221,22 @@ def gated_matmul(
     x_TD = scatter_to_tiles(x_MD, groups, k)
     return tpu.gate_tiles(x_TD, gate_up_EFD, groups)
 
-  on_gpu = functools.partial(gpu.gate_tiles, k=k)
+  kernels = _gpu_kernels(x_MD, gate_up_EFD, groups, parts=2)
   return dispatch.run(
     functools.partial(_gate_tiles, k=k),
     *(x_MD, gate_up_EFD, groups),
-    cuda=on_gpu if gpu.suits(gate_up_EFD, groups.tile, parts=2) else None,
+    cuda=kernels and functools.partial(kernels.gate_tiles, k=k),
     tpu=on_tpu if tpu.suits(gate_up_EFD, groups.tile, parts=2) else None,
   )
+
+
+def _gpu_kernels(x, weights_EFD, groups, parts=1):
+  """The module with the fastest kernels that suit, None without."""
+  if dispatch.has_hopper() and hopper.suits(
+    weights_EFD, groups.tile, x.dtype, parts
+  ):
+    return hopper
+  return gpu if gpu.suits(weights_EFD, groups.tile, parts) else None
 
 
 def _gate_tiles(x_MD, gate_up_EFD, groups, k):
@@ -268,10 +281,14 @@ def _multiply_tiles(x_TD, weights_EFD, groups, transposed=False):
     functools.partial(kernels.multiply_tiles, transposed=transposed)
     for kernels in (gpu, tpu)
   )
+  on_gpu = on_gpu if gpu.suits(weights_EFD, groups.tile) else None
+  if not transposed:
+    kernels = _gpu_kernels(x_TD, weights_EFD, groups)
+    on_gpu = kernels and kernels.multiply_tiles
   suits_tpu = tpu.suits(weights_EFD, groups.tile, transposed=transposed)
   return dispatch.run(
     *(plain, x_TD, weights_EFD, groups),
-    cuda=on_gpu if gpu.suits(weights_EFD, groups.tile) else None,
+    cuda=on_gpu,
     tpu=on_tpu if suits_tpu else None,
   )
 

@@ -225,19 +225,12 @@ def project(
 
   def plain(x_BLD, weights, norms, turns):
     heads = {name: layers.linear(x_BLD, w) for name, w in weights.items()}
-    heads.setdefault('v', heads['k'])
-    normed = {
-      name: layers.rms_norm(x, epsilon, norms.get(name))
-      for name, x in heads.items()
-    }
-    turned = {name: layers.rotary(normed[name], turns) for name in norms}
-    return {**normed, **turned}
+    return _norm_and_turn(heads, norms, turns, epsilon)
 
   def fused(x_BLD, weights, norms, turns):
     B, L, D = x_BLD.shape
-    rows = tuple(turn.reshape(B * L, -1) for turn in turns)
     heads = gpu.project(
-      x_BLD.reshape(-1, D), weights, norms, rows, epsilon=epsilon
+      x_BLD.reshape(-1, D), weights, norms, _flat(turns), epsilon=epsilon
     )
     return {name: x.reshape(B, L, *x.shape[1:]) for name, x in heads.items()}
 
@@ -249,6 +242,42 @@ def project(
   if not gpu.suits_heads(x_TD, list(weights.values())):
     return plain(*given)
   return dispatch.run(plain, *given, cuda=fused)
+
+
+def _norm_and_turn(
+  heads: dict[str, jax.Array],
+  norms: dict[str, jax.Array],
+  turns: tuple[jax.Array, jax.Array],
+  epsilon: float,
+) -> dict[str, jax.Array]:
+  """What `project` makes of the products."""
+
+  def plain(heads, norms, turns):
+    heads = {'v': heads['k'], **heads}
+    normed = {
+      name: layers.rms_norm(x, epsilon, norms.get(name))
+      for name, x in heads.items()
+    }
+    turned = {name: layers.rotary(normed[name], turns) for name in norms}
+    return {**normed, **turned}
+
+  def fused(heads, norms, turns):
+    B, L, *_ = heads['q'].shape
+    flat = {name: x.reshape(-1, *x.shape[2:]) for name, x in heads.items()}
+    made = gpu.norm_and_turn(flat, norms, _flat(turns), epsilon=epsilon)
+    return {name: x.reshape(B, L, *x.shape[1:]) for name, x in made.items()}
+
+  B, L, N, H = heads['q'].shape
+  q_TNH = jax.ShapeDtypeStruct((B * L, N, H), heads['q'].dtype)
+  if parallel.is_active() or not gpu.suits_norm_and_turn(q_TNH):
+    return plain(heads, norms, turns)
+  return dispatch.run(plain, heads, norms, turns, cuda=fused)
+
+
+def _flat(turns: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+  """[B, L, F] as [T, F]."""
+  cos, sin = (turn.reshape(-1, turn.shape[-1]) for turn in turns)
+  return cos, sin
 
 
 class Attention(nn.Module):

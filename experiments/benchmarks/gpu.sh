@@ -4,7 +4,7 @@
 #
 #   sh experiments/benchmarks/gpu.sh FOLDER
 #
-# writes FOLDER/{int4,canvas,int8,bf16,kernels}.json. Needs `pip install
+# writes FOLDER/{int4,canvas,int8,kernels,bf16,int4_grid}.json. Needs `pip install
 # '.[cuda13]'`; bf16 takes 52 GB, the others 28 and 18 GB. PYTHON says which
 # Python. Not run as a whole yet.
 set -eu
@@ -19,9 +19,12 @@ measure() {
     > "$folder/$name.tmp"
   mv "$folder/$name.tmp" "$folder/$name.json"
 }
-measure int4 1x1024,8x1024,1x8192,1x32768 --config.quantization.experts=int4
+# What one of them has compiled is there for the next.
+export JAX_COMPILATION_CACHE_DIR="$folder/compiled"
+measure int4 1x1024 --config.quantization.experts=int4
 "$python" -m experiments.benchmarks.canvas --out="$folder/canvas.json" \
   --config.quantization.experts=int4
 measure int8 1x1024 --config.quantization.experts=int8
-measure bf16 1x1024
 "$python" -m experiments.benchmarks.kernels --out="$folder/kernels.json"
+measure bf16 1x1024
+measure int4_grid 8x1024,1x8192,1x32768 --config.quantization.experts=int4

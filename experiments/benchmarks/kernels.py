@@ -97,15 +97,17 @@ def make_cases(
   choose = functools.partial(moe.choose, k=k)
   yield Case('choice of experts', choose, (logits_BLE, jnp.ones((E,))))
   expert_R = choose(logits_BLE, jnp.ones((E,)))[1].reshape(-1)
+  weights = int4(E, 2 * F, D)
   make_groups = functools.partial(
     grouped.make_groups,
     num_experts=E,
-    tile=grouped.default_tile(len(expert_R), E),
+    tile=grouped.default_tile(len(expert_R), E, weights),
   )
   yield Case('layout of their rows', make_groups, (expert_R,))
   groups = jax.jit(make_groups)(expert_R)
   gate = functools.partial(grouped.gated_matmul, k=k)
-  yield Case('experts, gate', gate, (x_BLD[0], int4(E, 2 * F, D), groups))
+  yield Case('experts, gate', gate, (x_BLD[0], weights, groups))
+  del weights
   hidden_TF = normal(len(groups.row_T), F)
   down = lambda hidden_TF, w, groups: grouped.gather_from_tiles(
     grouped.grouped_matmul(hidden_TF, w, groups), groups

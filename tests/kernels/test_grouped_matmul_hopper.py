@@ -1,0 +1,116 @@
+"""The kernels for Hopper GPUs, interpreted, against the loops they stand for.
+
+What turns int4 into bfloat16 runs on such a GPU alone, which
+`experiments/benchmarks/kernels.py` compares; here it is done in plain JAX, in
+the same order.
+"""
+
+import jax
+from jax.experimental.pallas import mosaic_gpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusiongemma.kernels import dispatch
+from diffusiongemma.kernels import grouped_matmul as grouped
+from diffusiongemma.kernels import grouped_matmul_hopper as hopper
+from diffusiongemma.kernels import quantized
+
+E, D, F, M, TILE = 3, 256, 256, 40, 32
+interpreted = pytest.mark.skipif(
+  not hasattr(mosaic_gpu, 'InterpretGPUParams'),
+  reason='this JAX does not interpret kernels of this kind',
+)
+
+
+def make(outputs, inputs, kind, group_size=None):
+  w = jax.random.normal(jax.random.key(3), (E, outputs, inputs)) * D**-0.5
+  return quantized.quantize(w, kind, -1, group_size, turned=True)
+
+
+def lay_out(k):
+  """Two experts, one of which has more rows than a tile."""
+  expert_R = jnp.where(jnp.arange(M * k) < 37, 2, 0)
+  groups = grouped.make_groups(expert_R, E, TILE)
+  assert groups.used == 2 + -(-(M * k - 37) // TILE)
+  return groups, np.asarray(groups.row_T) < M * k
+
+
+def close(found, expected):
+  np.testing.assert_allclose(
+    found.astype(jnp.float32), expected, rtol=2.0**-8, atol=2e-3
+  )
+
+
+@interpreted
+@pytest.mark.parametrize('kind, group_size', [('int8', None), ('int4', 64)])
+def test_products_are_those_of_the_loop(kind, group_size):
+  groups, here = lay_out(1)
+  w_EFD = make(F, 128, kind, group_size)
+  x_MD = jax.random.normal(jax.random.key(1), (M, 128)).astype(jnp.bfloat16)
+  x_TD = grouped.scatter_to_tiles(x_MD, groups, 1)
+  assert hopper.suits(w_EFD, TILE, x_TD.dtype)
+  found = hopper.multiply_tiles(x_TD, w_EFD, groups, interpret=True)
+  exact = grouped.grouped_matmul(x_TD.astype(jnp.float32), w_EFD, groups)
+  close(found[here], exact[here])
+
+
+@interpreted
+@pytest.mark.parametrize('kind, group_size', [('int8', None), ('int4', 128)])
+def test_hidden_layer_of_the_experts(kind, group_size):
+  k = 2
+  groups, here = lay_out(k)
+  w_EFD = make(2 * 64, D, kind, group_size)
+  x_MD = jax.random.normal(jax.random.key(1), (M, D)).astype(jnp.bfloat16)
+  assert hopper.suits(w_EFD, TILE, x_MD.dtype, parts=2)
+  found = hopper.gate_tiles(x_MD, w_EFD, groups, k, interpret=True)
+  exact = grouped.gated_matmul(x_MD.astype(jnp.float32), w_EFD, groups, k)
+  assert found.shape == exact.shape
+  close(found[here], exact[here])
+
+
+def test_order_of_int4():
+  """Each register, eight neighbours, gives four pairs: of its first and its
+  fifth, its second and its sixth, ... A lane has the pairs of the same number
+  in four blocks of eight inputs."""
+  lanes = jnp.arange(32).reshape(4, 8)
+  expected = [
+    lanes[lane, pair + 4 * half]
+    for pair in range(4)
+    for lane in range(4)
+    for half in range(2)
+  ]
+  found = hopper.in_order_of_int4(jnp.arange(64))
+  np.testing.assert_array_equal(found[:32], jnp.stack(expected))
+  np.testing.assert_array_equal(found[32:], found[:32] + 32)
+
+
+def test_what_does_not_suit():
+  bfloat16 = jnp.dtype('bfloat16')
+  fits = make(F, D, 'int4', 64)
+  assert hopper.suits(fits, TILE, bfloat16, parts=2)
+  assert not hopper.suits(fits, TILE, jnp.dtype('float32'), parts=2)
+  assert not hopper.suits(fits, 16, bfloat16, parts=2)
+  assert not hopper.suits(make(F, D, 'int4', 32), TILE, bfloat16, parts=2)
+  assert not hopper.suits(make(F, D, 'fp8'), TILE, bfloat16, parts=2)
+  assert not hopper.suits(jnp.zeros((E, F, D)), TILE, bfloat16, parts=2)
+  assert not hopper.suits(make(96, D, 'int4', 64), TILE, bfloat16, parts=2)
+  assert not hopper.suits(make(128, D, 'int4', 64), TILE, bfloat16)
+
+
+@pytest.mark.parametrize(
+  'capabilities, expected',
+  [([], True), (['9.0'], True), (['8.0'], False), (['9.0', '10.0'], False)],
+)
+def test_a_gpu_of_another_kind(monkeypatch, capabilities, expected):
+  class Device:
+    platform = 'gpu'
+
+    def __init__(self, capability):
+      self.compute_capability = capability
+
+  devices = [Device(c) for c in capabilities]
+  monkeypatch.setattr(
+    jax, 'local_devices', lambda: [*jax.devices('cpu'), *devices]
+  )
+  assert dispatch.has_hopper() is expected
