@@ -24,6 +24,7 @@ from diffusiongemma.model import moe
 MICRO = pathlib.Path(__file__).parent / 'micro_config.py'
 RELEASED = MICRO.parents[1] / 'configs' / '26b_a4b.py'
 TPU_KERNEL = 'custom_call_target="tpu_custom_call"'
+HOPPER_KERNEL = 'custom_call_target="mosaic_gpu'
 REWRITES = ('copy', 'transpose', 'convert', 'concatenate', 'pad')
 INSTRUCTION = re.compile(
   r'\s*(?:ROOT )?%?[\w.\-]+ = \w+\[([\d,]+)\]\S* ([\w\-]+)\('
@@ -151,9 +152,9 @@ def matrix(shape, kind, axis):
   )
 
 
-@pytest.mark.parametrize('kind', ['bfloat16', 'int8', 'int4', 'fp8'])
-def test_experts_are_two_kernels_on_a_tpu(tpu_mesh, kind):
-  """Of the released network; their matrices are read as they lie."""
+def compile_experts(mesh, kind):
+  """(the compiled text of the experts of the released network, sizes of their
+  matrices)."""
   config = configs.load_config(str(RELEASED))
   model, tokens = config.model, config.diffusion.canvas_length
   D, F, E, k = (
@@ -161,15 +162,30 @@ def test_experts_are_two_kernels_on_a_tpu(tpu_mesh, kind):
     for name in ('embed_dim', 'expert_dim', 'num_experts', 'experts_per_token')
   )
   text = compile_for(
-    *(tpu_mesh, functools.partial(moe.mix, num_experts=E)),
+    *(mesh, functools.partial(moe.mix, num_experts=E)),
     jax.ShapeDtypeStruct((tokens, D), 'bfloat16'),
     jax.ShapeDtypeStruct((tokens, k), 'bfloat16'),
     jax.ShapeDtypeStruct((tokens, k), 'int32'),
     matrix((E, 2 * F, D), kind, -1),
     matrix((E, D, F), kind, -1),
   )
+  return text, {E * D * F, 2 * E * D * F, D * F, 2 * D * F}
+
+
+@pytest.mark.parametrize('kind', ['bfloat16', 'int8', 'int4', 'fp8'])
+def test_experts_are_two_kernels_on_a_tpu(tpu_mesh, kind):
+  """Their matrices are read as they lie."""
+  text, sizes = compile_experts(tpu_mesh, kind)
   assert text.count(TPU_KERNEL) == 2
-  assert not rewritten(text, {E * D * F, 2 * E * D * F, D * F, 2 * D * F})
+  assert not rewritten(text, sizes)
+
+
+@pytest.mark.parametrize('kind', ['int8', 'int4'])
+def test_experts_of_few_bits_are_two_kernels_on_hopper(kind):
+  mesh = make_mesh(configs.load_config(str(RELEASED)), 'h100')
+  text, sizes = compile_experts(mesh, kind)
+  assert text.count(HOPPER_KERNEL) == 2
+  assert not rewritten(text, sizes)
 
 
 @pytest.mark.parametrize('kind', ['int8', 'int4', 'fp8'])
