@@ -24,7 +24,7 @@ from diffusiongemma.model import moe
 MICRO = pathlib.Path(__file__).parent / 'micro_config.py'
 RELEASED = MICRO.parents[1] / 'configs' / '26b_a4b.py'
 TPU_KERNEL = 'custom_call_target="tpu_custom_call"'
-HOPPER_KERNEL = 'custom_call_target="mosaic_gpu'
+HOPPER_KERNEL = 'custom_call_target="mosaic_gpu'  # A number follows.
 REWRITES = ('copy', 'transpose', 'convert', 'concatenate', 'pad')
 INSTRUCTION = re.compile(
   r'\s*(?:ROOT )?%?[\w.\-]+ = \w+\[([\d,]+)\]\S* ([\w\-]+)\('

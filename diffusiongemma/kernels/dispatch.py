@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-# Bytes of shared memory that a kernel's program takes at most. An A100 has
-# them, an H100, and newer ones of their kind.
+# Bytes of shared memory that a kernel's program takes at most, those for Hopper
+# apart. An A100 has them, an H100, and newer ones of their kind.
 SHARED_MEMORY = 160 * 1024
 _switched_off = False
 
@@ -50,10 +50,10 @@ def _has_small_gpu() -> bool:
 
 
 def has_hopper() -> bool:
-  """Whether all GPUs here are of that kind, as those are that programs are
-  compiled for where there is none."""
+  """Whether all GPUs here are Hopper. Where there is none, a program for GPUs
+  is compiled for an H100 or H200 (`plan`): then it is true."""
   gpus = (d for d in jax.local_devices() if d.platform == 'gpu')
-  return all(device.compute_capability == '9.0' for device in gpus)
+  return all(getattr(d, 'compute_capability', None) == '9.0' for d in gpus)
 
 
 @contextlib.contextmanager

@@ -281,10 +281,11 @@ def _multiply_tiles(x_TD, weights_EFD, groups, transposed=False):
     functools.partial(kernels.multiply_tiles, transposed=transposed)
     for kernels in (gpu, tpu)
   )
-  on_gpu = on_gpu if gpu.suits(weights_EFD, groups.tile) else None
   if not transposed:
     kernels = _gpu_kernels(x_TD, weights_EFD, groups)
     on_gpu = kernels and kernels.multiply_tiles
+  elif not gpu.suits(weights_EFD, groups.tile):
+    on_gpu = None
   suits_tpu = tpu.suits(weights_EFD, groups.tile, transposed=transposed)
   return dispatch.run(
     *(plain, x_TD, weights_EFD, groups),

@@ -39,7 +39,7 @@ from diffusiongemma.kernels import quantized
 
 _BLOCK = 64  # Outputs, and inputs, that a worker multiplies at a time.
 _ROWS = 32  # Of an expert, that are multiplied at a time.
-_PROGRAMS = 132  # An H100 and an H200 have as many multiprocessors.
+_PROGRAMS = 132  # An H100 (SXM) and an H200 have as many multiprocessors.
 _WORKERS = 4
 _WORKER_REGISTERS, _LOADER_REGISTERS = 104, 40
 _ROW = plgpu.Layout.WGMMA.reduce(1)
@@ -88,6 +88,7 @@ def suits(
   group = D // weights_EFD.num_groups
   return (
     weights_EFD.turned
+    and weights_EFD.axis == -1
     and weights_EFD.values.dtype in (jnp.int4, jnp.int8)
     and dtype == jnp.bfloat16
     and tile == _ROWS
@@ -228,7 +229,7 @@ def _call(x_TD, weights_EFD, groups, is_gated, interpret, name):
     functools.partial(_multiply, plan=plan, is_gated=is_gated),
     out_type=jax.ShapeDtypeStruct((T, outputs), x_TD.dtype),
     scratch_types=scratch,
-    grid=(2 if interpret else _PROGRAMS,),
+    grid=(2 if interpret else _num_programs(),),
     grid_names=('program',),
     num_threads=_WORKERS + 1,
     thread_name='group',
@@ -240,6 +241,12 @@ def _call(x_TD, weights_EFD, groups, is_gated, interpret, name):
       lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
     ),
   )(x_TD, values, scales, groups.expert_of_tile, groups.end_E)
+
+
+def _num_programs() -> int:
+  """One for each multiprocessor of the smallest GPU here."""
+  gpus = (d for d in jax.local_devices() if d.platform == 'gpu')
+  return min((d.core_count for d in gpus), default=_PROGRAMS)
 
 
 def _tiled(shape, dtype, swizzle: int):
@@ -348,8 +355,8 @@ def _multiply(
     def step(i, total):
       stage = jax.lax.rem(count * steps + i, stages)
       plgpu.barrier_wait(loaded.at[stage])
-      for block in range(depth):
-        block = split * depth + block
+      for index in range(depth):
+        block = split * depth + index
         where = (stage, column, slice(None), pl.ds(block * _BLOCK, _BLOCK))
         w = plgpu.layout_cast(w_smem[where], layout)
         total = body(stage, block, widen(w), total)

@@ -184,7 +184,7 @@ def mix(
   chose them; of those that are not, the number is E."""
   E, k = len(_leaf(down_EDF)), experts_Mk.shape[1]
   experts_R = experts_Mk.reshape(-1)
-  tile = grouped.default_tile(len(experts_R), num_experts, gate_up_EFD)
+  tile = grouped.default_tile(len(experts_R), num_experts, _leaf(gate_up_EFD))
   window = grouped.default_window(len(experts_R), num_experts)
   groups = grouped.make_groups(experts_R, E, tile, window)
   if isinstance(gate_up_EFD, layers.LowRank):

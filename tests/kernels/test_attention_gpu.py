@@ -99,6 +99,47 @@ def test_heads_out_of_few_bits(has_v, kind, group_size):
     )
 
 
+@pytest.mark.parametrize('has_v', [True, False])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_heads_that_are_there(has_v, dtype):
+  T, H = 32, 64
+  counts = {'q': 4, 'k': 2} | ({'v': 2} if has_v else {})
+  heads = {
+    name: jax.random.normal(jax.random.key(n), (T, n, H), dtype) * 3
+    for name, n in counts.items()
+  }
+  norms = {
+    name: 1 + 0.1 * jax.random.normal(jax.random.key(i), (H,))
+    for i, name in enumerate('qk')
+  }
+  positions = jnp.arange(T)[None] + 7
+  turns = layers.turns(positions, layers.rotary_frequencies(H, 1e4, 0.25))
+  assert gpu.suits_norm_and_turn(heads['q'])
+  assert not gpu.suits_norm_and_turn(heads['q'][:24])
+  flat = [turn[0] for turn in turns]
+  found = gpu.norm_and_turn(heads, norms, flat, epsilon=1e-6, interpret=True)
+  exact = {name: x[None].astype(jnp.float32) for name, x in heads.items()}
+  expected = attention._norm_and_turn(exact, norms, turns, 1e-6)
+  assert found.keys() == expected.keys() == {'q', 'k', 'v'}
+  tolerance = 1e-5 if dtype == 'float32' else 2.0**-8
+  for name, x_TNH in found.items():
+    assert x_TNH.dtype == dtype
+    np.testing.assert_allclose(
+      x_TNH.astype(jnp.float32), expected[name][0], rtol=tolerance, atol=1e-5
+    )
+
+
+def test_few_scores_of_long_heads_are_left_to_xla():
+  def suits(S, H):
+    array = jax.ShapeDtypeStruct
+    k_BSKH = array((1, S, 2, H), 'bfloat16')
+    return gpu.suits(array((1, 256, 16, H), 'bfloat16'), [(k_BSKH, k_BSKH)])
+
+  assert suits(2048, 256)
+  assert not suits(2048, 512)
+  assert suits(2049, 512)
+
+
 def test_what_is_too_small_for_the_kernel():
   def suits(L, N, K, H, S):
     k_BSKH = jnp.zeros((1, S, K, H))

@@ -1,6 +1,6 @@
 """The kernels for Hopper GPUs, interpreted, against the loops they stand for.
 
-What turns int4 into bfloat16 runs on such a GPU alone, which
+What turns int4 into bfloat16 runs on such a GPU alone, where
 `experiments/benchmarks/kernels.py` compares; here it is done in plain JAX, in
 the same order.
 """
@@ -43,11 +43,12 @@ def close(found, expected):
 
 
 @interpreted
+@pytest.mark.parametrize('inputs', [128, 640])  # Less than the room, and more.
 @pytest.mark.parametrize('kind, group_size', [('int8', None), ('int4', 64)])
-def test_products_are_those_of_the_loop(kind, group_size):
+def test_products_are_those_of_the_loop(kind, group_size, inputs):
   groups, here = lay_out(1)
-  w_EFD = make(F, 128, kind, group_size)
-  x_MD = jax.random.normal(jax.random.key(1), (M, 128)).astype(jnp.bfloat16)
+  w_EFD = make(F, inputs, kind, group_size)
+  x_MD = jax.random.normal(jax.random.key(1), (M, inputs)).astype(jnp.bfloat16)
   x_TD = grouped.scatter_to_tiles(x_MD, groups, 1)
   assert hopper.suits(w_EFD, TILE, x_TD.dtype)
   found = hopper.multiply_tiles(x_TD, w_EFD, groups, interpret=True)
@@ -56,8 +57,16 @@ def test_products_are_those_of_the_loop(kind, group_size):
 
 
 @interpreted
-@pytest.mark.parametrize('kind, group_size', [('int8', None), ('int4', 128)])
-def test_hidden_layer_of_the_experts(kind, group_size):
+@pytest.mark.parametrize(
+  'kind, group_size, D',
+  [
+    ('int8', None, D),
+    ('int8', 64, D),
+    ('int4', 128, 1280),
+    ('int4', None, 384),
+  ],
+)
+def test_hidden_layer_of_the_experts(kind, group_size, D):
   k = 2
   groups, here = lay_out(k)
   w_EFD = make(2 * 64, D, kind, group_size)
@@ -67,6 +76,16 @@ def test_hidden_layer_of_the_experts(kind, group_size):
   exact = grouped.gated_matmul(x_MD.astype(jnp.float32), w_EFD, groups, k)
   assert found.shape == exact.shape
   close(found[here], exact[here])
+
+
+@interpreted
+def test_no_rows():
+  groups = grouped.make_groups(jnp.full((M,), E), E, TILE)
+  x_TD = jnp.ones((len(groups.row_T), 128), jnp.bfloat16)
+  found = hopper.multiply_tiles(
+    x_TD, make(F, 128, 'int8'), groups, interpret=True
+  )
+  assert found.shape == (len(x_TD), F)
 
 
 def test_order_of_int4():
