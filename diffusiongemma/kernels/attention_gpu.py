@@ -14,6 +14,7 @@ Sizes of blocks, warps and stages are the fastest that were measured on an H200
 (`experiments/benchmarks/NOTES.md`).
 """
 
+from collections.abc import Container
 from collections.abc import Sequence
 import functools
 import math
@@ -231,7 +232,7 @@ def project(
   for name, w in weights.items():
     count = w.shape[1]
     parts = (w.values.reshape(1, D, -1), w.scales.reshape(1, -1, count * H))
-    targets = ('k', 'v') if name == 'k' and 'v' not in weights else (name,)
+    targets = _targets(name, weights)
     matrices.append((parts, [norms.get(target) for target in targets]))
     shape = jax.ShapeDtypeStruct((T, count, H), x_TD.dtype)
     made.append([shape] * len(targets))
@@ -252,6 +253,11 @@ def project(
     name='heads',
   )(x_TD, matrices, turns_TF)
   return dict(zip(names, jax.tree.leaves(found), strict=True))
+
+
+def _targets(name: str, names: Container[str]) -> tuple[str, ...]:
+  """What this product gives, where there are those of some names."""
+  return ('k', 'v') if name == 'k' and 'v' not in names else (name,)
 
 
 def _project(
@@ -327,14 +333,14 @@ def norm_and_turn(
   heads = {name: heads[name] for name in ('q', 'k', 'v') if name in heads}
   names, scales, made = [], [], []
   for name, x_TNH in heads.items():
-    targets = ('k', 'v') if name == 'k' and 'v' not in heads else (name,)
+    targets = _targets(name, heads)
     names += targets
     scales.append([norms.get(target) for target in targets])
     made.append([jax.ShapeDtypeStruct(x_TNH.shape, x_TNH.dtype)] * len(targets))
   x_TNH = jnp.concatenate([x.reshape(T, -1) for x in heads.values()], axis=1)
   x_TNH = x_TNH.reshape(T, -1, H)
   found = pl.pallas_call(
-    functools.partial(_norm_and_turn, epsilon=epsilon),
+    functools.partial(_norm_and_turn_rows, epsilon=epsilon),
     grid=(x_TNH.shape[1], T // _NORMED),
     out_shape=made,
     compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
@@ -344,7 +350,7 @@ def norm_and_turn(
   return dict(zip(names, jax.tree.leaves(found), strict=True))
 
 
-def _norm_and_turn(x_ref, scales_ref, turns_ref, *made_refs, epsilon):
+def _norm_and_turn_rows(x_ref, scales_ref, turns_ref, *made_refs, epsilon):
   which = pl.ds(pl.program_id(1) * _NORMED, _NORMED)
   place, H, start = pl.program_id(0), x_ref.shape[2], 0
   for norms, outs in zip(scales_ref, made_refs, strict=True):

@@ -277,15 +277,14 @@ def _multiply_tiles(x_TD, weights_EFD, groups, transposed=False):
       y_TF = jnp.zeros((x_TD.shape[0], outputs), x_TD.dtype)
     return _for_each_tile(tile, groups, y_TF)
 
-  on_gpu, on_tpu = (
-    functools.partial(kernels.multiply_tiles, transposed=transposed)
-    for kernels in (gpu, tpu)
-  )
   if not transposed:
     kernels = _gpu_kernels(x_TD, weights_EFD, groups)
     on_gpu = kernels and kernels.multiply_tiles
-  elif not gpu.suits(weights_EFD, groups.tile):
+  elif gpu.suits(weights_EFD, groups.tile):
+    on_gpu = functools.partial(gpu.multiply_tiles, transposed=True)
+  else:
     on_gpu = None
+  on_tpu = functools.partial(tpu.multiply_tiles, transposed=transposed)
   suits_tpu = tpu.suits(weights_EFD, groups.tile, transposed=transposed)
   return dispatch.run(
     *(plain, x_TD, weights_EFD, groups),

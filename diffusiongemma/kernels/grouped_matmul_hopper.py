@@ -232,7 +232,7 @@ def _call(x_TD, weights_EFD, groups, is_gated, interpret, name):
     grid=(2 if interpret else _num_programs(),),
     grid_names=('program',),
     num_threads=_WORKERS + 1,
-    thread_name='group',
+    thread_name='warp_group',
     kernel_name=name,
     interpret=plgpu.InterpretGPUParams() if interpret else None,
     compiler_params=plgpu.CompilerParams(
@@ -279,7 +279,7 @@ def _multiply(
   is_gated,
 ):
   columns, splits, depth, stages = plan
-  group = jax.lax.axis_index('group')
+  worker = jax.lax.axis_index('warp_group')  # The last one loads.
   program, programs = (
     jax.lax.axis_index('program'),
     jax.lax.axis_size('program'),
@@ -338,8 +338,8 @@ def _multiply(
     is_int4 = w_ref.dtype == jnp.int4
     if plain_smem is not None:
       plain = w.astype(jnp.bfloat16)
-      plain_smem[group] = in_order_of_int4(plain) if is_int4 else plain
-      return plain_smem.at[group]
+      plain_smem[worker] = in_order_of_int4(plain) if is_int4 else plain
+      return plain_smem.at[worker]
     if is_int4:
       return _from_int4(w)
     return plgpu.layout_cast(w, plgpu.Layout.WGMMA).astype(jnp.bfloat16)
@@ -415,16 +415,16 @@ def _multiply(
   def put_together(total, first, row, count):
     """The first worker adds up what all have, and does GeGLU."""
 
-    @pl.when(group > 0)
+    @pl.when(worker > 0)
     def _():
       @pl.when(count > 0)
       def _():
         plgpu.barrier_wait(parts_used)
 
-      parts_smem[group - 1] = total
+      parts_smem[worker - 1] = total
       plgpu.barrier_arrive(parts_made)
 
-    @pl.when(group == 0)
+    @pl.when(worker == 0)
     def _():
       plgpu.barrier_wait(parts_made)
       parts = [total]
@@ -435,7 +435,7 @@ def _multiply(
       write(activation.geglu(gate, up), 0, first, row)
 
   def work(expert, first, row, count):
-    column, split = group // splits, group % splits
+    column, split = worker // splits, worker % splits
     if has_groups:
       total = sum_of_groups(column, split, count)
     else:
@@ -445,13 +445,13 @@ def _multiply(
     else:
       write(total, column, first + column * _BLOCK, row)
 
-  @pl.when(group < _WORKERS)
+  @pl.when(worker < _WORKERS)
   def _():
     plgpu.set_max_registers(_WORKER_REGISTERS, action='increase')
     for_each_piece(work)
     plgpu.wait_smem_to_gmem(0)
 
-  @pl.when(group == _WORKERS)
+  @pl.when(worker == _WORKERS)
   def _():
     plgpu.set_max_registers(_LOADER_REGISTERS, action='decrease')
 

@@ -33,3 +33,17 @@ def test_kernels_can_be_switched_off():
   assert has_kernel()
   with dispatch.switched_off():
     assert not has_kernel()
+
+
+@pytest.mark.parametrize(
+  'capabilities, expected',
+  [([], True), (['9.0'], True), (['8.0'], False), (['9.0', '10.0'], False)],
+)
+def test_a_gpu_of_another_kind(monkeypatch, capabilities, expected):
+  gpus = [
+    types.SimpleNamespace(platform='gpu', compute_capability=capability)
+    for capability in capabilities
+  ]
+  here = [*jax.devices('cpu'), *gpus]
+  monkeypatch.setattr(jax, 'local_devices', lambda: here)
+  assert dispatch.has_hopper() is expected
