@@ -35,6 +35,7 @@ _LONGEST_HEAD = 512
 _FEW_SCORES = 2**23
 _MOST_SPLITS = 4
 _PROGRAMS = 256  # About as many keep a GPU busy.
+_PUT_TOGETHER = 4  # Heads of a query that a program puts together.
 _NORMED = 16  # Rows of a head that a program of `norm_and_turn` has.
 
 
@@ -113,10 +114,31 @@ def attend(
   )(q_BLNH, parts, mask_BLS.astype(jnp.int8))
   if splits == 1:
     return out_SBLNH[0]
-  weights_SBLN = total_SBLN * jnp.exp(top_SBLN - jnp.max(top_SBLN, axis=0))
-  out_BLNH = jnp.sum(out_SBLNH * weights_SBLN[..., None], axis=0)
-  out_BLNH /= jnp.sum(weights_SBLN, axis=0)[..., None]
-  return out_BLNH.astype(q_BLNH.dtype)
+  heads = math.gcd(N, _PUT_TOGETHER)
+  return pl.pallas_call(
+    functools.partial(_put_together, heads=heads),
+    grid=(B, L, N // heads),
+    out_shape=array(q_BLNH.shape, q_BLNH.dtype),
+    compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+    interpret=interpret,
+    name='put_together',
+  )(out_SBLNH, top_SBLN, total_SBLN)
+
+
+def _put_together(out_ref, top_ref, total_ref, made_ref, *, heads):
+  """What programs found that shared the keys of a query."""
+  row, query = pl.program_id(0), pl.program_id(1)
+  where = (row, query, pl.ds(pl.program_id(2) * heads, heads))
+  splits = range(out_ref.shape[0])
+  tops = [top_ref[split, *where] for split in splits]
+  most = functools.reduce(jnp.maximum, tops)
+  weights = [
+    total_ref[split, *where] * jnp.exp(tops[split] - most) for split in splits
+  ]
+  made = sum(
+    out_ref[split, *where, :] * weights[split][:, None] for split in splits
+  )
+  made_ref[*where, :] = (made / sum(weights)[:, None]).astype(made_ref.dtype)
 
 
 def _attend(

@@ -11,8 +11,9 @@ for each multiprocessor, take blocks of outputs in turn until none is left.
 
 A matrix unit wants two neighbouring inputs in a register, and a register of
 int4 has eight, of which a mask gives the first and the fifth, the second and
-the sixth, and so on. So they are taken for neighbours, and rows come in that
-order (`in_order_of_int4`).
+the sixth, and so on. So they are taken for neighbours where rows are fetched
+anyhow, for gate and up, and come in that order (`in_order_of_int4`); rows that
+lie there already would have to be written anew.
 
 Sizes are the fastest that were measured on an H200
 (`experiments/benchmarks/NOTES.md`).
@@ -106,8 +107,6 @@ def multiply_tiles(
 ) -> jax.Array:
   """See `grouped_matmul_gpu.multiply_tiles`; with `interpret` on any device,
   very slowly."""
-  if weights_EFD.values.dtype == jnp.int4:
-    x_TD = in_order_of_int4(x_TD)
   return _call(x_TD, weights_EFD, groups, False, interpret, 'grouped_matmul')
 
 
@@ -119,19 +118,18 @@ def gate_tiles(
   interpret: bool = False,
 ) -> jax.Array:
   """See `grouped_matmul_gpu.gate_tiles`."""
-  if gate_up_EFD.values.dtype == jnp.int4:
-    x_MD = in_order_of_int4(x_MD)
-  x_TD = _fetch(x_MD, groups, k, interpret)
+  is_int4 = gate_up_EFD.values.dtype == jnp.int4
+  x_TD = _fetch(x_MD, groups, k, is_int4, interpret)
   return _call(x_TD, gate_up_EFD, groups, True, interpret, 'grouped_gate')
 
 
-def _fetch(x_MD, groups, k, interpret):
-  """Tokens as they lie in tiles, [T, D]; those that are not used hold
-  anything."""
+def _fetch(x_MD, groups, k, is_int4, interpret):
+  """Tokens as they lie in tiles, [T, D], in the order of int4 if it meets them;
+  tiles that are not used hold anything."""
   (_, D), T = x_MD.shape, len(groups.row_T)
   width = math.gcd(D, 256)
   return pl.pallas_call(
-    functools.partial(_fetch_block, width=width, k=k),
+    functools.partial(_fetch_block, width=width, k=k, is_int4=is_int4),
     grid=(T // _ROWS, D // width),
     out_shape=jax.ShapeDtypeStruct((T, D), x_MD.dtype),
     compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
@@ -140,7 +138,7 @@ def _fetch(x_MD, groups, k, interpret):
   )(x_MD, groups.row_T, groups.end_E)
 
 
-def _fetch_block(x_ref, row_ref, end_ref, out_ref, *, width, k):
+def _fetch_block(x_ref, row_ref, end_ref, out_ref, *, width, k, is_int4):
   tile, first = pl.program_id(0), pl.program_id(1) * width
 
   @pl.when(tile < end_ref[end_ref.shape[0] - 1])
@@ -148,7 +146,8 @@ def _fetch_block(x_ref, row_ref, end_ref, out_ref, *, width, k):
     rows = pl.ds(tile * _ROWS, _ROWS)
     columns = pl.ds(first, width)
     taken = jnp.minimum(row_ref[rows] // k, x_ref.shape[0] - 1)
-    out_ref[rows, columns] = x_ref[taken, columns]
+    x = x_ref[taken, columns]
+    out_ref[rows, columns] = in_order_of_int4(x) if is_int4 else x
 
 
 def in_order_of_int4(x: jax.Array) -> jax.Array:
@@ -335,7 +334,7 @@ def _multiply(
 
   def widen(w):
     """A block of weights in bf16."""
-    is_int4 = w_ref.dtype == jnp.int4
+    is_int4 = w_ref.dtype == jnp.int4 and is_gated  # Whose rows are in order.
     if plain_smem is not None:
       plain = w.astype(jnp.bfloat16)
       plain_smem[worker] = in_order_of_int4(plain) if is_int4 else plain
