@@ -35,6 +35,12 @@ os.environ['XLA_FLAGS'] = f'{FLAGS} {os.environ.get("XLA_FLAGS", "")}'
 gc.freeze()
 
 
+def pytest_collection_modifyitems(items):
+  """From the last file to the first: those of training, which take longest, are
+  not what one worker is left with."""
+  items.sort(key=lambda item: item.path, reverse=True)
+
+
 @pytest.fixture(scope='module', autouse=True)
 def forget_programs():
   """What a module has compiled goes with it: every program is mapped into

@@ -126,6 +126,18 @@ def test_no_weight_is_rewritten(config, topology, canvas):
   assert not rewritten(text, sizes)
 
 
+def test_layers_are_lowered_once(config):
+  """One of each kind: so many layers take no longer to trace and to lower."""
+  mesh, pattern = make_mesh(config, 'local'), ('local', 'global')
+  products = []
+  for kinds in (pattern, pattern * 3):
+    config = fields.override(config, 'model.attention_pattern', str(kinds))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      lowered, _ = plan._lower_sampling(config, 1, 32, mesh)
+    products.append(lowered.as_text().count('stablehlo.dot_general'))
+  assert products[0] == products[1]
+
+
 @pytest.fixture(scope='module')
 def tpu_mesh():
   return make_mesh(configs.load_config(str(RELEASED)), 'v5e:2x2')

@@ -104,8 +104,12 @@ class Attention(nn.Module):
     return jnp.einsum('imnh,nhw->imw', out_IMNH, self.o_proj.astype(dtype))
 
 
+@nn.jit
 class Layer(nn.Module):
-  """Attention, then the MLP, a norm before and behind each."""
+  """Attention, then the MLP, a norm before and behind each.
+
+  Layers differ in nothing but weights, and are traced and lowered once.
+  """
 
   config: ModelConfig
 

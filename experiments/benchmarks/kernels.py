@@ -3,7 +3,8 @@
   python -m experiments.benchmarks.kernels --out=kernels.json
 
 takes the shapes of `configs/26b_a4b.py`, random weights, experts of int4 and
-all others of int8, a canvas of 256 tokens, and writes for each kernel
+all others of int8 unless it says otherwise, a canvas of 256 tokens, and writes
+for each kernel
 
   seconds   of one run among many, medians: the kernel, and XLA alone
   floor     max(bytes / bandwidth, FLOPs / peak) of this GPU
@@ -22,7 +23,6 @@ import json
 import pathlib
 import statistics
 import sys
-import time
 from typing import Any
 from typing import NamedTuple
 
@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusiongemma import benchmark
 from diffusiongemma import config as configs
 from diffusiongemma import plan
 from diffusiongemma.kernels import dispatch
@@ -44,7 +45,7 @@ from experiments import machine
 
 CONFIG = pathlib.Path(__file__).parents[2] / 'configs' / '26b_a4b.py'
 CONTEXTS = (1024, 8192, 32768)
-RUNS, MEDIAN_OF = 20, 7
+RUNS, MEDIAN_OF = 50, 7
 
 
 class Case(NamedTuple):
@@ -131,6 +132,9 @@ def make_cases(
     turns = layers.turns(jnp.arange(T)[None], frequencies)
     project = functools.partial(attention.project, epsilon=epsilon)
     yield Case(f'{kind} heads', project, (x_BLD, weights, scales, turns))
+    weights = {name: normal(D, n, H) * D**-0.5 for name, n in counts.items()}
+    given = (x_BLD, weights, scales, turns)
+    yield Case(f'{kind} heads, {model.dtype}', project, given)
     q_BLNH, own = normal(1, T, N, H), [normal(1, T, K, H) for _ in range(2)]
     for context in contexts if kind == 'global' else (model.sliding_window,):
       cached = [normal(1, context, K, H) for _ in range(2)]
@@ -162,27 +166,33 @@ def _bits(dtype: np.dtype) -> int:
 
 def measure(function: Callable, arguments: tuple) -> tuple[float, Any]:
   """(seconds of a run on the device, what it gives)."""
+  shapes = jax.eval_shape(function, *arguments)
 
-  def repeated(runs, *arguments):
+  @jax.jit
+  def repeated(*arguments):
     def again(_, out):
       # Else it would be run once, before the loop.
       given, _ = jax.lax.optimization_barrier((arguments, out))
       return function(*given)
 
-    return jax.lax.fori_loop(0, runs, again, function(*arguments))
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.fori_loop(0, RUNS, again, start)
 
-  program = jax.jit(repeated, static_argnums=0)
+  made = jax.block_until_ready(repeated(*arguments))  # This compiles.
+  whole = _median_seconds(lambda: repeated(*arguments))
+  return max(whole - _start_seconds(), 0.0) / RUNS, made
 
-  def seconds(runs):
-    taken = []
-    for _ in range(MEDIAN_OF + 1):  # The first one compiles.
-      start = time.perf_counter()
-      jax.block_until_ready(program(runs, *arguments))
-      taken.append(time.perf_counter() - start)
-    return statistics.median(taken[1:])
 
-  each = (seconds(RUNS) - seconds(0)) / RUNS
-  return max(each, 0.0), jax.jit(function)(*arguments)
+@functools.cache
+def _start_seconds() -> float:
+  """Of a program that does next to nothing."""
+  nothing = jax.jit(lambda x: x + 1)
+  nothing(0)
+  return _median_seconds(lambda: nothing(0))
+
+
+def _median_seconds(run: Callable) -> float:
+  return statistics.median(benchmark.seconds(run) for _ in range(MEDIAN_OF))
 
 
 def difference(ours: Any, theirs: Any) -> float:

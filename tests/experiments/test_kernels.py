@@ -23,8 +23,10 @@ CASES = (
   'shared MLP, gate',
   'shared MLP, down',
   'local heads',
+  'local heads, float32',
   'local attention, context 32',
   'global heads',
+  'global heads, float32',
   'global attention, context 64',
   'vocabulary',
 )

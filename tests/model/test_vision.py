@@ -358,6 +358,16 @@ def sizes(jaxpr):
         yield from sizes(getattr(inner, 'jaxpr', inner))
 
 
+def test_layers_are_lowered_once():
+  products = set()
+  for num_layers in (1, 3):
+    config = make_config(num_layers=num_layers)
+    given = (config, random_params(config), *make_images(config))
+    text = encode.lower(*given).as_text()
+    products.add(text.count('stablehlo.dot_general'))
+  assert len(products) == 1
+
+
 def test_parameters():
   """Names and shapes, which a table of checkpoint tensors relies on."""
   config = make_config()
