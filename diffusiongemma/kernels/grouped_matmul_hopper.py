@@ -6,8 +6,9 @@ shared memory, as far ahead as there is room. Others, the workers, turn weights
 into bf16 in their registers and multiply on the left, W x^T: a matrix unit
 takes 64 outputs at a time, but as few as 8 rows, so that all rows of an expert,
 up to 32, meet each weight once. Workers have other outputs, the gate or the up,
-or other inputs; what they found is put together in shared memory. Programs, one
-for each multiprocessor, take blocks of outputs in turn until none is left.
+or other inputs; what they found is put together in shared memory. While the
+matrix unit has weights of a worker, the worker makes the next ones. Programs,
+one for each multiprocessor, take blocks of outputs in turn until none is left.
 
 A matrix unit wants two neighbouring inputs in a register, and a register of
 int4 has eight, of which a mask gives the first and the fifth, the second and
@@ -54,12 +55,14 @@ class _Plan(NamedTuple):
     splits: how many workers share the inputs of a block of outputs.
     depth: blocks of inputs that a worker has at a time.
     stages: how many of these there is room for.
+    at_once: how many of these a worker multiplies without a loop.
   """
 
   columns: int
   splits: int
   depth: int
   stages: int
+  at_once: int
 
   @property
   def width(self) -> int:
@@ -70,10 +73,10 @@ class _Plan(NamedTuple):
 def _plan(dtype: jnp.dtype, inputs: int, is_gated: bool) -> _Plan:
   few = dtype == jnp.int4
   if not is_gated:
-    return _Plan(4, 1, 1, 8 if few else 4)
+    return _Plan(4, 1, 1, 8 if few else 5, at_once=4)
   if few and inputs % (4 * _BLOCK) == 0:
-    return _Plan(2, 2, 2, 4)
-  return _Plan(2, 2, 1, 6)
+    return _Plan(2, 2, 2, 4, at_once=1)  # More need too many registers.
+  return _Plan(2, 2, 1, 6, at_once=2 if few else 4)
 
 
 def suits(
@@ -199,7 +202,7 @@ def _call(x_TD, weights_EFD, groups, is_gated, interpret, name):
   (T, D), F = x_TD.shape, values.shape[1]
   outputs = F // 2 if is_gated else F
   plan = _plan(values.dtype, D, is_gated)
-  columns, splits, _, stages = plan
+  columns, splits, _, stages, _ = plan
   bits = jnp.iinfo(values.dtype).bits
   blocks = plan.width // _BLOCK if scales.shape[1] > 1 else 1
   scratch = {
@@ -277,7 +280,7 @@ def _multiply(
   plan,
   is_gated,
 ):
-  columns, splits, depth, stages = plan
+  columns, splits, depth, stages, at_once = plan
   worker = jax.lax.axis_index('warp_group')  # The last one loads.
   program, programs = (
     jax.lax.axis_index('program'),
@@ -332,40 +335,60 @@ def _multiply(
 
     jax.lax.fori_loop(0, steps, step, None)
 
-  def widen(w):
-    """A block of weights in bf16."""
-    is_int4 = w_ref.dtype == jnp.int4 and is_gated  # Whose rows are in order.
+  is_int4 = w_ref.dtype == jnp.int4
+  few_bits = (
+    plgpu.Layout.WGMMA_UPCAST_4X if is_int4 else plgpu.Layout.WGMMA_UPCAST_2X
+  )
+
+  def weights(stage, column, block):
+    """A block of them in bf16, in registers."""
+    where = (stage, column, slice(None), pl.ds(block * _BLOCK, _BLOCK))
+    w = plgpu.layout_cast(w_smem[where], few_bits)
+    in_order = is_int4 and is_gated  # As the rows are.
     if plain_smem is not None:
       plain = w.astype(jnp.bfloat16)
-      plain_smem[worker] = in_order_of_int4(plain) if is_int4 else plain
-      return plain_smem.at[worker]
-    if is_int4:
+      return in_order_of_int4(plain) if in_order else plain
+    if in_order:
       return _from_int4(w)
     return plgpu.layout_cast(w, plgpu.Layout.WGMMA).astype(jnp.bfloat16)
 
-  def over_inputs(body, total, column, split, count):
-    """`total = body(stage, block, weights, total)` for blocks of inputs."""
-    layout = (
-      plgpu.Layout.WGMMA_UPCAST_4X
-      if w_ref.dtype == jnp.int4
-      else plgpu.Layout.WGMMA_UPCAST_2X
+  def multiply(total_ref, w, stage, block):
+    """Starts to add a product, and does not wait for it."""
+    if plain_smem is not None:
+      plain_smem[worker] = w
+      w = plain_smem.at[worker]
+    rows = x_smem.at[stage, :, pl.ds(block * _BLOCK, _BLOCK)]
+    plgpu.wgmma(total_ref, w, rows.T)
+
+  def over_inputs(start, settle, total, split, count):
+    """`total = settle(total, start(stage, block))` for blocks of inputs, of
+    which each is settled when the product of the next has been started. A loop
+    ends with none under way: with one, the compiler would wait for each."""
+
+    def burst(first, number, total):
+      started = None
+      for index in range(number):
+        stage = jax.lax.rem(count * steps + first + index, stages)
+        plgpu.barrier_wait(loaded.at[stage])
+        for block in range(depth):
+          before = started
+          made = start(stage, split * depth + block)
+          started = (made, stage, block == depth - 1)
+          if before is not None:
+            total = finish(total, 1, *before)
+      return finish(total, 0, *started)
+
+    def finish(total, others, made, stage, is_last):
+      plgpu.wgmma_wait(others)
+      if is_last:
+        plgpu.barrier_arrive(used.at[stage])
+      return settle(total, made)
+
+    total = jax.lax.fori_loop(
+      0, steps // at_once, lambda i, t: burst(i * at_once, at_once, t), total
     )
-
-    def step(i, total):
-      stage = jax.lax.rem(count * steps + i, stages)
-      plgpu.barrier_wait(loaded.at[stage])
-      for index in range(depth):
-        block = split * depth + index
-        where = (stage, column, slice(None), pl.ds(block * _BLOCK, _BLOCK))
-        w = plgpu.layout_cast(w_smem[where], layout)
-        total = body(stage, block, widen(w), total)
-      plgpu.barrier_arrive(used.at[stage])
-      return total
-
-    return jax.lax.fori_loop(0, steps, step, total)
-
-  def rows_of(stage, block):
-    return x_smem.at[stage, :, pl.ds(block * _BLOCK, _BLOCK)].T
+    left = steps % at_once
+    return burst(steps - left, left, total) if left else total
 
   accumulator = plgpu.ACC((_BLOCK, _ROWS))
 
@@ -374,30 +397,31 @@ def _multiply(
     return total * jax.lax.broadcast_in_dim(scale, total.shape, [0])
 
   def sum_of_groups(column, split, count):
-    def add(stage, block, w, total):
+    def start(stage, block):
       scale = plgpu.layout_cast(scales_smem[stage, column, block], _ROW)
+      w = weights(stage, column, block)
 
-      def product(acc):
-        plgpu.wgmma(acc, w, rows_of(stage, block))
-        return acc[...]
+      def product(total_ref):
+        multiply(total_ref, w, stage, block)
+        return plgpu.wgmma_accumulator_load(total_ref, wait_n=None)
 
-      return total + scaled(pl.run_scoped(product, accumulator), scale)
+      return pl.run_scoped(product, accumulator), scale
 
     zeros = jnp.zeros((_BLOCK, _ROWS), jnp.float32)
     zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
-    return over_inputs(add, zeros, column, split, count)
+    settle = lambda total, made: total + scaled(*made)
+    return over_inputs(start, settle, zeros, split, count)
 
   def sum_of_all(column, split, count):
-    def products(acc):
-      def add(stage, block, w, _):
-        plgpu.wgmma(acc, w, rows_of(stage, block))
-        plgpu.wgmma_wait(0)
+    def products(total_ref):
+      def start(stage, block):
+        multiply(total_ref, weights(stage, column, block), stage, block)
         return plgpu.layout_cast(scales_smem[stage, column, 0], _ROW)
 
       zeros = jnp.zeros((_BLOCK,), scales_ref.dtype)
       zeros = plgpu.layout_cast(zeros, _ROW)
-      scale = over_inputs(add, zeros, column, split, count)
-      return scaled(acc[...], scale)
+      scale = over_inputs(start, lambda _, s: s, zeros, split, count)
+      return scaled(total_ref[...], scale)
 
     return pl.run_scoped(products, accumulator)
 
