@@ -7,8 +7,8 @@
 # writes FOLDER/{int4,canvas,int8,kernels,bf16,int4_grid}.json, one by one. Needs
 # `pip install '.[cuda13]'`; bf16 takes 52 GB, the others 28 and 18 GB. PYTHON
 # says which Python. On an H200 the first three took 256, 54 and 158 s, most of
-# it compilation, which has become shorter since (NOTES.md); it has not been run
-# to its end.
+# it compilation, of which much is gone since (NOTES.md), as far as it can be
+# measured without a GPU; it has not been run to its end.
 set -eu
 folder=${1:?say where to write: sh experiments/benchmarks/gpu.sh FOLDER}
 python=${PYTHON:-python}
