@@ -17,7 +17,8 @@ anyhow, for gate and up, and come in that order (`in_order_of_int4`); rows that
 lie there already would have to be written anew.
 
 Sizes are the fastest that were measured on an H200
-(`experiments/benchmarks/NOTES.md`).
+(`experiments/benchmarks/NOTES.md`); how many products follow each other without
+a loop is what there are registers for, and was not measured.
 """
 
 import functools
