@@ -17,8 +17,9 @@ anyhow, for gate and up, and come in that order (`in_order_of_int4`); rows that
 lie there already would have to be written anew.
 
 Sizes are the fastest that were measured on an H200
-(`experiments/benchmarks/NOTES.md`); how many products follow each other without
-a loop is what there are registers for, and was not measured.
+(`experiments/benchmarks/NOTES.md`), but for two: how many products follow each
+other without a loop is what there are registers for, and one stage more than
+was measured is for the one that is held longer in int8's way down.
 """
 
 import functools
