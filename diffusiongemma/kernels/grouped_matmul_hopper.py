@@ -18,8 +18,8 @@ lie there already would have to be written anew.
 
 Sizes are the fastest that were measured on an H200
 (`experiments/benchmarks/NOTES.md`), but for two: how many products follow each
-other without a loop is what there are registers for, and one stage more than
-was measured is for the one that is held longer in int8's way down.
+other without a loop is what there are registers for, and int8's way down has a
+stage more than was the fastest, as each is held longer since.
 """
 
 import functools
