@@ -89,9 +89,11 @@ def test_flops_of_training_are_those_of_the_formula(
     prefill = stack_flops(model, B * S, S) - 2 / 3 * (last - keys)
     prefill -= mlp_flops(model, B * S) / 3
   denoise = stack_flops(model, B * C, S + C)
-  first = denoise + 2 * 2.0 * B * C * D * V  # Logits and the soft embedding.
   second = denoise + self_conditioning + 2.0 * B * C * D * V
-  again = first + self_conditioning
+  # Every other row guesses: what layers give, logits, and the soft embedding.
+  assert train.self_conditioning_probability == 1 / 2
+  first = stack_flops(model, B * C // 2, S + C) + 2.0 * B * C * D * V
+  again = first + self_conditioning / 2
   expected = 3 * (prefill + second) + first + (passes - 1) * again
   counted = plan.count_flops(plan._lower_training(config, None))
   assert counted == pytest.approx(expected, rel=0.05)

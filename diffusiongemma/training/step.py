@@ -20,6 +20,7 @@ from diffusiongemma import sharding
 from diffusiongemma.config import Config
 from diffusiongemma.diffusion import loss
 from diffusiongemma.model import moe
+from diffusiongemma.model import parallel
 from diffusiongemma.training import data
 from diffusiongemma.training import evaluate
 from diffusiongemma.training import optimizer as optimizers
@@ -133,6 +134,11 @@ def compute_gradients(
   train = config.train
   parts = train.accumulate_steps
   counts = jax.tree.map(lambda n: n / parts, loss.count(batch))
+  rows = len(drawn.start_BK) // parts
+  with sharding.activate(config.model, rows):
+    rows_of_a_device = rows // parallel.parts('batch')
+  if rows_of_a_device % drawn.neighbours:
+    drawn = drawn.replace(neighbours=1)  # Some are not on the same device.
 
   def loss_fn(params, batch, drawn):
     params = optimizers.stop_frozen(config, params)

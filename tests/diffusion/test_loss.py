@@ -141,7 +141,7 @@ def test_self_conditioning_off_in_one_row_of_a_mixed_batch(network, batch):
 
   @jax.jit
   def run(guesses_B):
-    drawn = drawn_for(batch, 1)._replace(guesses_B=guesses_B)
+    drawn = drawn_for(batch, 1).replace(guesses_B=guesses_B)
     return loss.denoise_canvases(network, cache, drawn)
 
   off, mixed = run(jnp.array([0, 0])), run(jnp.array([0, 1]))
@@ -153,7 +153,7 @@ def test_self_conditioning_off_in_one_row_of_a_mixed_batch(network, batch):
 @pytest.mark.parametrize('guesses_B', [(1, 1), (2, 1)])
 def test_a_guess_is_a_constant(model_config, params, network, batch, guesses_B):
   """After one pass or more: the gradient is that of a constant signal."""
-  drawn = drawn_for(batch, 1)._replace(guesses_B=jnp.array(guesses_B))
+  drawn = drawn_for(batch, 1).replace(guesses_B=jnp.array(guesses_B))
   _, cache, _ = network.prefill(batch['tokens_BS'], batch['length_B'])
   cut = cache.replace(length_B=drawn.start_BK[:, 0])
 
@@ -242,6 +242,43 @@ def test_noise_covers_all_canvases_and_no_more(model_config, batch):
   assert len(np.unique(noisy, axis=0)) == len(noisy), 'rows share their noise'
 
 
+@pytest.mark.parametrize('guesses_B', [(1, 0), (0, 2), (0, 0)])
+def test_a_row_that_is_told_nothing_needs_no_guess(network, batch, guesses_B):
+  """Of two neighbours one guesses: all as where both do."""
+  _, cache, _ = network.prefill(batch['tokens_BS'], batch['length_B'])
+  drawn = drawn_for(batch, 1).replace(guesses_B=jnp.array(guesses_B))
+
+  def run(neighbours):
+    rows = []
+
+    def denoise(tokens_BL, *args):
+      rows.append(len(tokens_BL))
+      return network.frozen.denoise(tokens_BL, *args)
+
+    counting = network._replace(frozen=network.frozen._replace(denoise=denoise))
+    told = drawn.replace(neighbours=neighbours)
+    return loss.denoise_canvases(counting, cache, told, 2), set(rows)
+
+  (wanted, all_rows), (found, rows) = run(1), run(2)
+  assert (all_rows, rows) == ({2}, {1})
+  np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  'p, rows, neighbours', [(0.5, 4, 2), (0.5, 3, 1), (0.3, 6, 3), (0.8, 6, 1)]
+)
+def test_each_row_is_told_as_often_and_few_neighbours(
+  batch, p, rows, neighbours
+):
+  some = jax.tree.map(lambda x: jnp.repeat(x[:1], rows, axis=0), batch)
+  draw = lambda key: loss.draw_noise(key, some, C, 97, p)
+  assert draw(jax.random.key(0)).neighbours == neighbours
+  drawn_M = jax.vmap(draw)(jax.random.split(jax.random.key(0), 4000))
+  told_MB = np.asarray(drawn_M.guesses_B)
+  np.testing.assert_allclose(told_MB.mean(0), p, atol=0.03)
+  assert told_MB.reshape(-1, neighbours).sum(1).max() == 1
+
+
 def test_guesses_after_one_pass_or_more(batch):
   many = jax.tree.map(lambda x: jnp.repeat(x, 400, axis=0), batch)
   drawn = loss.draw_noise(
@@ -300,7 +337,7 @@ def all_canvases(batch):
 def only(drawn, index):
   """The noise of one canvas of each row."""
   canvas = slice(index * C, (index + 1) * C)
-  return drawn._replace(
+  return drawn.replace(
     **{
       name: getattr(drawn, name)[:, index : index + 1]
       for name in ('start_BK', 'first_BK', 'valid_BK', 't_BK')
@@ -315,7 +352,8 @@ def test_all_canvases_at_once_are_the_mean_of_single_ones(
   network, batch, objective
 ):
   drawn = all_canvases(batch)
-  one_row = lambda b: jax.tree.map(lambda x: x[b : b + 1], (batch, drawn))
+  rows = batch, drawn.replace(neighbours=1)
+  one_row = lambda b: jax.tree.map(lambda x: x[b : b + 1], rows)
 
   @jax.jit
   def run(batch, drawn):
@@ -391,9 +429,10 @@ def test_rows_without_a_canvas_do_not_count(network, batch):
   drawn = all_canvases(batch)
   run = jax.jit(lambda *given: loss.diffusion_loss(network, *given, 1.0)[1])
   none = batch['canvas_start_BK'].at[1].set(-1)
-  noise = drawn._replace(valid_BK=drawn.valid_BK.at[1].set(False))
+  noise = drawn.replace(valid_BK=drawn.valid_BK.at[1].set(False))
   both = run({**batch, 'canvas_start_BK': none}, noise)
-  alone = run(*jax.tree.map(lambda x: x[:1], (batch, drawn)))
+  row = batch, drawn.replace(neighbours=1)
+  alone = run(*jax.tree.map(lambda x: x[:1], row))
   np.testing.assert_allclose(
     both['loss_denoise'], alone['loss_denoise'], rtol=1e-5
   )
