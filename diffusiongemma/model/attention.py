@@ -31,6 +31,8 @@ MAX_SCORES = 2**26
 # a cache; and the keys that are still worth a product.
 _CACHED_SCORES = 2**21
 _FEWEST_KEYS = 256
+# Queries of a block that has keys of its own.
+_SHORTEST_BLOCK = 64
 
 
 def attend(
@@ -38,6 +40,7 @@ def attend(
   parts: Sequence[tuple[jax.Array, jax.Array]],
   mask_BLS: jax.Array,
   max_scores: int = MAX_SCORES,
+  window: int | None = None,
 ) -> jax.Array:
   """Softmax attention [B, L, N, H] with N = K * G query heads.
 
@@ -52,7 +55,13 @@ def attend(
     mask_BLS: bool, True where seen, over all parts one after the other; its L
       may be 1 (the same for all).
     max_scores: see above.
+    window: if all keys are those of the queries' own positions, and query i
+      sees none but i - window < j <= i: then no others are multiplied.
   """
+  if window is not None and parallel.parts('length') == 1:
+    length, before = _band(window)
+    if (1 + before) * length < q_BLNH.shape[1]:
+      return _attend_in_bands(q_BLNH, parts, mask_BLS, max_scores, window)
   given = (q_BLNH, list(map(tuple, parts)), mask_BLS)
   plain = functools.partial(_attend_in_blocks, max_scores=max_scores)
   if parallel.is_active():
@@ -67,6 +76,51 @@ def attend(
     cpu=in_chunks,
     cuda=gpu.attend if gpu.suits(q_BLNH, parts) else None,
   )
+
+
+def _band(window: int) -> tuple[int, int]:
+  """(queries of a block, how many blocks before it have keys that they see)."""
+  length = max(_SHORTEST_BLOCK, -(-window // 2))
+  return length, -(-(window - 1) // length)
+
+
+def _attend_in_bands(
+  q_BLNH: jax.Array,
+  parts: Sequence[tuple[jax.Array, jax.Array]],
+  mask_BLL: jax.Array,
+  max_scores: int,
+  window: int,
+) -> jax.Array:
+  """`attend` with blocks of queries as rows of their own, which have their own
+  keys and those of the blocks before that the window reaches."""
+  (B, L, N, H), (length, before) = q_BLNH.shape, _band(window)
+  count = -(-L // length)
+
+  def pad(x, *axes):
+    padding = [(0, 0)] * x.ndim
+    for axis, left in axes:
+      padding[axis] = (left * length, count * length - L)
+    return jnp.pad(x, padding)
+
+  def with_those_before(x_BLKH):
+    padded = pad(x_BLKH, (1, before)).reshape(B, -1, length, *x_BLKH.shape[2:])
+    each = [padded[:, i : i + count] for i in range(before + 1)]
+    whole = jnp.concatenate(each, axis=2)
+    return whole.reshape(B * count, -1, *x_BLKH.shape[2:])
+
+  ((k_BLKH, v_BLKH),) = (part for part in parts if part[0].shape[1])
+  mask = pad(mask_BLL, (1, 0), (2, before))
+  mask = mask.reshape(B, count, length, before + count, length)
+  # Of block i of the queries, block i + j of the padded keys.
+  seen = [jnp.diagonal(mask, j, 1, 3) for j in range(before + 1)]
+  seen = jnp.moveaxis(jnp.concatenate(seen, axis=2), -1, 1)
+  out = attend(
+    pad(q_BLNH, (1, 0)).reshape(B * count, length, N, H),
+    [(with_those_before(k_BLKH), with_those_before(v_BLKH))],
+    seen.reshape(B * count, length, -1),
+    max_scores,
+  )
+  return out.reshape(B, -1, N, H)[:, :L]
 
 
 def _default_chunk(rows: int) -> int:

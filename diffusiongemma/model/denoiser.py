@@ -67,27 +67,28 @@ class Layer(nn.Module):
     self.prefill_scalar = self.param('prefill_scalar', ones, (1,), jnp.float32)
     self.denoise_scalar = self.param('denoise_scalar', ones, (1,), jnp.float32)
 
-  def prefill(self, x_BPD, positions_BP, mask_BPS, cached):
+  def prefill(self, x_BPD, positions_BP, mask, cached):
     """One layer over new tokens: (x, their (k, v), routing).
 
     `cached` is the layer's (k, v) of the text before.
     """
-    out, new = self.attend(x_BPD, positions_BP, mask_BPS, cached)
+    out, new = self.attend(x_BPD, positions_BP, mask, cached)
     x_BPD, routing = self.finish(x_BPD, out, self.prefill_scalar)
     return x_BPD, new, routing
 
-  def denoise(self, x_BLD, positions_BL, mask_BLS, cached):
+  def denoise(self, x_BLD, positions_BL, mask, cached):
     """One layer over the canvas, which its mask lets see itself."""
-    out, _ = self.attend(x_BLD, positions_BL, mask_BLS, cached)
+    out, _ = self.attend(x_BLD, positions_BL, mask, cached)
     x_BLD, _ = self.finish(x_BLD, out, self.denoise_scalar)
     return x_BLD
 
-  def attend(self, x_BLD, positions_BL, mask_BLS, cached):
+  def attend(self, x_BLD, positions_BL, mask, cached):
     """Attention over the cached keys, then those of x: (out, (k, v) of x)."""
     q, k, v = self.attention.project(self.norm_in(x_BLD), positions_BL)
     old_k, old_v = cached[0].astype(k.dtype), cached[1].astype(v.dtype)
     parts = ((old_k, old_v), (k, v))
-    return attention.attend(q, parts, mask_BLS), (k, v)
+    out_BLNH = attention.attend(q, parts, mask.seen_BLS, window=mask.window)
+    return out_BLNH, (k, v)
 
   def finish(self, x_BLD, attended_BLNH, scalar):
     """Residuals and both feed-forward branches."""

@@ -36,8 +36,24 @@ Prefill of two documents packed into a row, `a b` and `c d e`; a canvas after
     e . . x x x
 """
 
+import flax
 import jax
 import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class Mask:
+  """What queries see, and how far at most.
+
+  Attributes:
+    seen_BLS: bool, True: the query sees the key. Its L may be 1, the same for
+      all.
+    window: where it is known that query i sees none but keys i - window < j <=
+      i, the window; else None.
+  """
+
+  seen_BLS: jax.Array
+  window: int | None = flax.struct.field(pytree_node=False, default=None)
 
 
 def prefill_mask(
@@ -47,7 +63,7 @@ def prefill_mask(
   window: int | None,
   image_BP: jax.Array | None = None,
   first_BP: jax.Array | None = None,
-) -> jax.Array:
+) -> Mask:
   """Causal mask [B, P, S + P] over the cache, then the new tokens themselves.
 
   Args:
@@ -72,7 +88,8 @@ def prefill_mask(
     mask_BPS |= (image_BP[:, :, None] == image_B1S) & (image_B1S >= 0)
   if first_BP is not None:
     mask_BPS &= key_B1S >= first_BP[:, :, None]
-  return mask_BPS
+  is_band = cached_BS.shape[1] == 0 and image_BP is None
+  return Mask(mask_BPS, window if is_band else None)
 
 
 def denoise_mask(
@@ -81,7 +98,7 @@ def denoise_mask(
   canvas_length: int,
   window: int | None,
   first_BK: jax.Array | None = None,
-) -> jax.Array:
+) -> Mask:
   """What canvases see: what is before them, and themselves.
 
   A local layer sees the last W - 1 tokens before the canvas (the cache of the
@@ -108,8 +125,8 @@ def denoise_mask(
     prefix_BKS &= key_B1S >= first_BK[:, :, None]
   if K == 1:
     own_B1L = jnp.ones((B, 1, C), bool)
-    return jnp.concatenate([prefix_BKS, own_B1L], axis=-1)
+    return Mask(jnp.concatenate([prefix_BKS, own_B1L], axis=-1))
   canvas_L = jnp.arange(K * C) // C
   own_BLL = jnp.tile(canvas_L[:, None] == canvas_L, (B, 1, 1))
   prefix_BLS = jnp.repeat(prefix_BKS, C, axis=1)
-  return jnp.concatenate([prefix_BLS, own_BLL], axis=-1)
+  return Mask(jnp.concatenate([prefix_BLS, own_BLL], axis=-1))

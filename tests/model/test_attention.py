@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusiongemma import plan
 from diffusiongemma.model import attention
+from diffusiongemma.model import masks
 
 B, L, N, K, H = 2, 13, 4, 2, 8
 
@@ -49,6 +51,41 @@ def test_blocks_of_queries_equal_all_at_once(num_blocks, same_for_all):
   np.testing.assert_allclose(blocked, whole, rtol=0, atol=1e-6)
   for ours, theirs in zip(
     jax.tree.leaves(gradients), jax.tree.leaves(whole_gradients), strict=True
+  ):
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize('L', [24, 29])
+@pytest.mark.parametrize('window', [1, 2, 5, 8])
+def test_bands_equal_all_at_once(monkeypatch, window, L):
+  """Of two documents a row too; and few keys are multiplied."""
+  monkeypatch.setattr(attention, '_SHORTEST_BLOCK', 4)
+  keys = jax.random.split(jax.random.key(2), 3)
+  shapes = ((B, L, N, H), (B, L, K, H), (B, L, K, H))
+  q_BLNH, *part = map(jax.random.normal, keys, shapes)
+  empty = jnp.zeros((B, 0, K, H))
+  first_BL = jnp.where(jnp.arange(L) < 7, 0, 7)[None] * jnp.array([[0], [1]])
+  zero_B, none_BS = jnp.zeros(B, jnp.int32), jnp.zeros((B, 0), jnp.int32)
+  mask = masks.prefill_mask(zero_B, none_BS, L, window, None, first_BL)
+
+  def total(window, q_BLNH, part):
+    out = attention.attend(
+      q_BLNH, [(empty, empty), part], mask.seen_BLS, window=window
+    )
+    return jnp.sum(jnp.sin(out)), out
+
+  def run(window):
+    function = functools.partial(total, window)
+    of_all = jax.value_and_grad(function, argnums=(0, 1), has_aux=True)
+    flops = plan.count_flops(jax.make_jaxpr(of_all)(q_BLNH, part))
+    (_, out), gradients = jax.jit(of_all)(q_BLNH, part)
+    return flops, (out, gradients)
+
+  all_flops, whole = run(None)
+  flops, banded = run(mask.window)
+  assert flops < all_flops * (12 + 4) / L
+  for ours, theirs in zip(
+    jax.tree.leaves(banded), jax.tree.leaves(whole), strict=True
   ):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-6)
 

@@ -16,7 +16,7 @@ def test_prefill_mask(window):
   image_BP = np.array([[-1, 0, 0, 0, -1], [2, 2, 3, 3, -1], [-1] * 5])
   mask_BPS = masks.prefill_mask(
     jnp.asarray(START_B), jnp.asarray(CACHED_BS), 5, window, image_BP
-  )
+  ).seen_BLS
   assert mask_BPS.shape == (3, 5, 9)
   for b, start in enumerate(START_B):
     keys = [*CACHED_BS[b], *(start + np.arange(5))]
@@ -37,16 +37,19 @@ def test_masks_of_packed_documents(window):
   first = np.array([0, 0, 2, 2, 2, 5])
   mask = masks.prefill_mask(start_B, none_BS, 6, window, None, first[None])
   plain = masks.prefill_mask(start_B, none_BS, 6, window)
+  assert mask.window == plain.window == window
   for i in range(6):
     for s in range(6):
-      assert mask[0, i, s] == (plain[0, i, s] and s >= first[i])
+      assert mask.seen_BLS[0, i, s] == (
+        plain.seen_BLS[0, i, s] and s >= first[i]
+      )
   start_BK, cached_BS = jnp.array([[1, 4]]), jnp.arange(6)[None]
   mask = masks.denoise_mask(start_BK, cached_BS, 2, window, jnp.array([[0, 2]]))
   plain = masks.denoise_mask(start_BK, cached_BS, 2, window)
   for i in range(4):
     for s in range(10):
       before = s < 6 and s < (0, 2)[i // 2]
-      assert mask[0, i, s] == (plain[0, i, s] and not before)
+      assert mask.seen_BLS[0, i, s] == (plain.seen_BLS[0, i, s] and not before)
 
 
 @pytest.mark.parametrize('window', [None, 2, 4, 50])
@@ -54,7 +57,7 @@ def test_denoise_mask(window):
   """Local layers see W - 1 tokens of the prefix, whatever the query."""
   mask = masks.denoise_mask(
     jnp.asarray(START_B)[:, None], jnp.asarray(CACHED_BS), 4, window
-  )
+  ).seen_BLS
   assert mask.shape == (3, 1, 8)
   for b, length in enumerate(START_B):
     first = 0 if window is None else max(0, length - (window - 1))
@@ -69,7 +72,7 @@ def test_denoise_mask_of_several_canvases(window):
   cached_BS = np.array([[0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, -3, -2, -1]])
   mask = masks.denoise_mask(
     jnp.asarray(start_BK), jnp.asarray(cached_BS), 2, window
-  )
+  ).seen_BLS
   assert mask.shape == (2, 6, 14)
   for b in range(2):
     for i in range(6):
