@@ -161,15 +161,18 @@ def plan(
   shape = tuple(mesh.shape.values())
   sharding.validate(config, shape, batch=program == 'train')
   if program == 'train':
-    make = functools.partial(_lower_training, config)
+    trace = functools.partial(steps.trace_step, config, mesh.abstract_mesh)
+    lower = functools.partial(_lower_training, config, mesh)
     tokens = config.data.batch_size * config.data.sequence_length
   else:
-    make = functools.partial(_lower_sampling, config, batch_size, context)
+    given = (config, batch_size, context)
+    trace = functools.partial(_lower_sampling, *given, None)
+    lower = functools.partial(_lower_sampling, *given, mesh)
     tokens = batch_size * config.diffusion.canvas_length
-  flops = count_flops(make(None))
+  flops = count_flops(trace())
   start = time.perf_counter()
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    lowered, parts = make(mesh)
+    lowered, parts = lower()
     try:
       compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -269,18 +272,15 @@ def _too_large(error: Exception, topology: str) -> str:
   return f'{topology}: does not fit, says the compiler. ' + ' '.join(lines[:3])
 
 
-def _lower_training(config: Config, mesh: Mesh | None) -> Any:
-  """The training step lowered for a mesh, with its parts; without a mesh, its
-  jaxpr."""
-  if mesh is not None:
-    return steps.lower_step(config, steps.abstract_state(config, mesh), mesh)
-  return steps.trace_step(config)
+def _lower_training(config: Config, mesh: Mesh) -> Any:
+  """The training step lowered for a mesh, with its parts."""
+  return steps.lower_step(config, steps.abstract_state(config, mesh), mesh)
 
 
 def _lower_sampling(
   config: Config, batch_size: int, context: int, mesh: Mesh | None
 ) -> Any:
-  """The loop that writes a canvas, the same way."""
+  """The loop that writes a canvas, the same way; without a mesh its jaxpr."""
   model = config.model
 
   def given():

@@ -16,6 +16,13 @@ from diffusiongemma import plan
 from diffusiongemma import sharding
 from diffusiongemma.kernels import grouped_matmul
 from diffusiongemma.model import layers
+from diffusiongemma.training import step as steps
+
+
+def count_training(config, rows_apart=1) -> float:
+  """FLOPs of a step on so many devices, which share the rows."""
+  mesh = jax.sharding.AbstractMesh((rows_apart, 1, 1, 1), sharding.AXES)
+  return plan.count_flops(steps.trace_step(config, mesh))
 
 
 @pytest.fixture(scope='module')
@@ -95,8 +102,29 @@ def test_flops_of_training_are_those_of_the_formula(
   first = stack_flops(model, B * C // 2, S + C) + 2.0 * B * C * D * V
   again = first + self_conditioning / 2
   expected = 3 * (prefill + second) + first + (passes - 1) * again
-  counted = plan.count_flops(plan._lower_training(config, None))
+  counted = count_training(config)
   assert counted == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize(
+  'devices, parts, told', [(1, 1, 1 / 2), (2, 1, 1 / 2), (4, 1, 1), (2, 2, 1)]
+)
+def test_rows_share_a_guess_where_they_are_together(
+  config, devices, parts, told
+):
+  """Four rows in parts one by one, on devices side by side."""
+  config = fields.override(config, 'train.accumulate_steps', str(parts))
+  never = fields.override(config, 'train.self_conditioning_probability', '0')
+  every = fields.override(config, 'train.self_conditioning_probability', '1')
+  some, none, all_rows = (
+    count_training(c, devices) for c in (config, never, every)
+  )
+  model, C = config.model, config.diffusion.canvas_length
+  B, D = 4, model.embed_dim
+  # Three times for each row: the conditioning itself, there and back.
+  mixed = 3 * 2.0 * B * C * 3 * D * model.mlp_dim
+  guesses = (some - none - mixed) / (all_rows - none - mixed)
+  assert guesses == pytest.approx(told, abs=0.05)  # But for padded tiles.
 
 
 def test_flops_of_a_denoising_step_are_those_of_the_formula(config):
@@ -127,9 +155,7 @@ def test_gradients_of_what_is_frozen_are_not_counted():
 
 def test_recomputing_is_counted(config):
   none, dots, full = (
-    plan.count_flops(
-      plan._lower_training(fields.override(config, 'train.remat', kind), None)
-    )
+    count_training(fields.override(config, 'train.remat', kind))
     for kind in ('none', 'dots', 'full')
   )
   assert full > 1.1 * none

@@ -72,7 +72,7 @@ class Noise:
     guesses_B: int32, passes without gradient before the one that is learnt
       from, each of which sees what the one before it gave; 0 for a row that
       sees nothing. None where no row ever does.
-    neighbours: of so many rows, which follow each other, at most one sees its
+    group_size: of so many rows, which follow each other, at most one sees its
       guess, so that the others need not make any.
   """
 
@@ -83,8 +83,11 @@ class Noise:
   canvas_BL: jax.Array
   corrupted_BL: jax.Array
   guesses_B: jax.Array | None
-  neighbours: int = flax.struct.field(pytree_node=False, default=1)
+  group_size: int = flax.struct.field(pytree_node=False, default=1)
 
+
+# Rows of a group that shares a guess, at most: more would save little.
+_LARGEST_GROUP = 8
 
 BATCH_KEYS = (
   'tokens_BS',
@@ -131,9 +134,9 @@ def draw_noise(
 
   `canvases` is 'one', drawn from those of the row, or 'all' of them. A row
   that is told of its own guess is told of one after 1 to
-  `self_conditioning_passes` passes. Each is told with the same probability, but
-  neighbours are not, as far as that goes, so that there is less to compute; the
-  loss is the same in the mean, and varies less.
+  `self_conditioning_passes` passes. Each is told with the same probability p,
+  but not each for itself: of up to 1 / p rows after each other one at most, so
+  that there is less to compute. The loss is the same in the mean.
   """
   select_key, time_key, corrupt_key, sc_key = jax.random.split(key, 4)
   C, start_BK = canvas_length, batch['canvas_start_BK']
@@ -155,13 +158,13 @@ def draw_noise(
   canvas_BL, corrupted_BL = noise.corrupt(
     corrupt_key, clean_BL, jnp.repeat(t_BK, C, axis=1), vocab_size
   )
-  guesses_B, neighbours = None, 1
+  guesses_B, group_size = None, 1
   if self_conditioning_probability:
-    most = int(1 / self_conditioning_probability)
-    neighbours = max(n for n in range(1, most + 1) if B % n == 0)
-    uniform_G1 = jax.random.uniform(sc_key, (B // neighbours, 1))
+    most = int(min(_LARGEST_GROUP, 1 / self_conditioning_probability))
+    group_size = max(n for n in range(1, most + 1) if B % n == 0)
+    uniform_G1 = jax.random.uniform(sc_key, (B // group_size, 1))
     told_G1 = jnp.floor(uniform_G1 / self_conditioning_probability)
-    told_B = (told_G1 == jnp.arange(neighbours)).reshape(B)
+    told_B = (told_G1 == jnp.arange(group_size)).reshape(B)
     passes_B = jax.random.randint(
       jax.random.fold_in(sc_key, 1), (B,), 1, self_conditioning_passes + 1
     )
@@ -174,7 +177,7 @@ def draw_noise(
     canvas_BL,
     corrupted_BL,
     guesses_B,
-    neighbours,
+    group_size,
   )
 
 
@@ -272,10 +275,10 @@ def denoise_canvases(
   places = (drawn.start_BK, drawn.first_BK)
   if drawn.guesses_B is None:
     return network.denoise(drawn.canvas_BL, None, cache, *places)
-  guesses_GN = drawn.guesses_B.reshape(-1, drawn.neighbours)
+  guesses_GN = drawn.guesses_B.reshape(-1, drawn.group_size)
   which_G = jnp.argmax(guesses_GN, axis=1)
   canvas_GL, guesses_G, frozen_cache, *guess_places = jax.tree.map(
-    lambda x: _one_of_each_group(x, which_G, drawn.neighbours),
+    lambda x: _one_of_each_group(x, which_G, drawn.group_size),
     jax.lax.stop_gradient((drawn.canvas_BL, drawn.guesses_B, cache, *places)),
   )
 

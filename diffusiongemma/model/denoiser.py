@@ -36,16 +36,15 @@ KEPT = {
 }
 
 
-@functools.partial(nn.jit, methods=['prefill', 'denoise'])
 class Layer(nn.Module):
   """Attention, then shared MLP and experts side by side.
 
-  Layers that differ in nothing but weights are traced and lowered once, and
-  bear the name of the first in profiles.
+  `rules` are Flax's logical axis rules, where a trace is kept for others.
   """
 
   config: ModelConfig
   kind: str
+  rules: tuple = ()
 
   def setup(self):
     cfg = self.config
@@ -108,6 +107,9 @@ class Layer(nn.Module):
     return parallel.constrain(h_BLD, 'batch', 'length', None), routing
 
 
+LayerLoweredOnce = nn.jit(Layer, methods=['prefill', 'denoise'])
+
+
 class SelfConditioning(nn.Module):
   """Mixes the previous step's soft embedding into the canvas embedding."""
 
@@ -147,11 +149,17 @@ class Denoiser(nn.Module):
   >>> h_BPD, cache, _ = model.apply(
   ...     {'params': params}, tokens_BP, length_B, method='prefill')
 
-  `remat` is what a backward pass computes again, see `config.TrainConfig`.
+  `remat` is what a backward pass computes again, see `config.TrainConfig`. With
+  `lower_once`, layers that differ in nothing but weights are traced and lowered
+  once, so that programs take a fraction of the time to start. Then the layers
+  bear the name of the first in profiles, and what Flax looks up while it
+  traces, interceptors and `capture_intermediates`, must not be in use: a trace
+  is kept whatever they do.
   """
 
   config: ModelConfig
   remat: str = 'none'
+  lower_once: bool = False
 
   def setup(self):
     cfg = self.config
@@ -160,19 +168,21 @@ class Denoiser(nn.Module):
     self.embedding = self.param(
       'embedding', init, shape, jnp.dtype(cfg.param_dtype)
     )
-    layer = Layer
+    layer, rules = Layer, ()
+    if self.lower_once:
+      layer, rules = LayerLoweredOnce, tuple(nn.get_logical_axis_rules())
     if self.remat != 'none':
       layer = nn.remat(
-        Layer, policy=KEPT[self.remat], methods=['prefill', 'denoise']
+        layer, policy=KEPT[self.remat], methods=['prefill', 'denoise']
       )
     self.layers = [
-      layer(cfg, kind, name=f'layer_{index:02d}')
+      layer(cfg, kind, rules, name=f'layer_{index:02d}')
       for index, kind in enumerate(cfg.attention_pattern)
     ]
     self.final_norm = layers.RMSNorm(cfg.embed_dim, cfg.norm_epsilon)
     self.self_conditioning = SelfConditioning(cfg)
     if cfg.vision:
-      self.vision = vision.VisionEncoder(cfg)
+      self.vision = vision.VisionEncoder(cfg, self.lower_once)
 
   def __call__(self) -> None:
     """Makes every parameter and computes nothing; what `init_params` runs. The

@@ -104,12 +104,8 @@ class Attention(nn.Module):
     return jnp.einsum('imnh,nhw->imw', out_IMNH, self.o_proj.astype(dtype))
 
 
-@nn.jit
 class Layer(nn.Module):
-  """Attention, then the MLP, a norm before and behind each.
-
-  Layers differ in nothing but weights, and are traced and lowered once.
-  """
+  """Attention, then the MLP, a norm before and behind each."""
 
   config: ModelConfig
 
@@ -131,15 +127,20 @@ class Layer(nn.Module):
     return h_IMW + self.norm_post_ffw(self.mlp(self.norm_pre_ffw(h_IMW)))
 
 
+LayerLoweredOnce = nn.jit(Layer)
+
+
 class VisionEncoder(nn.Module):
   """Encoder and projection of `config.vision`, which must be there.
 
   Source: transformers' Gemma4VisionModel and its multimodal embedder. The
   rotation stays in float32 where the network computes in bfloat16, and so do
   the pooled features up to the standardisation; theirs are rounded.
+  `lower_once` is that of `denoiser.Denoiser`.
   """
 
   config: ModelConfig
+  lower_once: bool = False
 
   def setup(self):
     cfg, dtype = self.config.vision, jnp.dtype(self.config.param_dtype)
@@ -155,8 +156,9 @@ class VisionEncoder(nn.Module):
       (2, cfg.position_table_size, W),
       dtype,
     )
+    layer = LayerLoweredOnce if self.lower_once else Layer
     self.layers = [
-      Layer(self.config, name=f'layer_{index:02d}')
+      layer(self.config, name=f'layer_{index:02d}')
       for index in range(cfg.num_layers)
     ]
     if cfg.standardize:

@@ -77,7 +77,7 @@ def make_denoise_fn(
   `logit_hook` (logits_BLV, step) -> logits_BLV changes the logits before the
   temperature: -inf bans a token, all others at -inf force it.
   """
-  model = denoiser.Denoiser(config)
+  model = denoiser.Denoiser(config, lower_once=True)
   apply = functools.partial(model.apply, {'params': params})
 
   def denoise(tokens_BL, sc_BLD, temperature, uniforms_BL2, step):
@@ -115,7 +115,7 @@ def prefill(
   images: denoiser.SoftTokens | None = None,
 ) -> kv_cache.KVCache:
   """Reads new tokens into the cache; also commits a canvas. No head."""
-  model = denoiser.Denoiser(config)
+  model = denoiser.Denoiser(config, lower_once=True)
   with sharding.activate(config, *tokens_BP.shape):
     _, cache, _ = model.apply(
       {'params': params}, tokens_BP, length_B, cache, images, method='prefill'
@@ -131,7 +131,7 @@ def encode_images(
   positions_IM2: jax.Array,
 ) -> jax.Array:
   """Soft tokens [I, T, D] of preprocessed images; see `images.preprocess`."""
-  model = denoiser.Denoiser(config)
+  model = denoiser.Denoiser(config, lower_once=True)
   return model.apply(
     {'params': params}, patches_IMX, positions_IM2, method='encode_images'
   )

@@ -50,7 +50,7 @@ def bind_network(
   config: Config, params: dict, remat: str = 'none'
 ) -> loss.Network:
   """The loss's view of a network: its functions with parameters bound."""
-  model = denoiser.Denoiser(config.model, remat)
+  model = denoiser.Denoiser(config.model, remat, lower_once=True)
 
   def bind(params, method):
     def call(rows, *args, **kwargs):

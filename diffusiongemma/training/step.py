@@ -9,10 +9,12 @@ is allocated, for devices that are not there too.
 
 from collections.abc import Callable
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 from jax.sharding import Mesh
 
 from diffusiongemma import memory
@@ -28,11 +30,14 @@ from diffusiongemma.training import train_state
 from diffusiongemma.training import workdir as workdirs
 
 
-def make_train_step(config: Config, shardings: Any = None):
+def make_train_step(
+  config: Config, shardings: Any = None, rows_at_once: int | None = None
+):
   """The jitted (state, batch, base) -> (state, metrics) of a run.
 
   The state is donated: use the one that is returned. It lies as `shardings`
-  say, and the metrics on every device.
+  say, and the metrics on every device. For `rows_at_once` see
+  `compute_gradients`.
   """
   optimizer = optimizers.make_optimizer(config)
   train, seed = config.train, jax.random.key(config.train.seed)
@@ -50,7 +55,7 @@ def make_train_step(config: Config, shardings: Any = None):
       train.self_conditioning_passes,
     )
     gradients, metrics = compute_gradients(
-      config, state.params, batch, drawn, base
+      config, state.params, batch, drawn, base, rows_at_once
     )
     state, norm = train_state.apply_gradients(
       config, optimizer, state, gradients, metrics['loss']
@@ -92,14 +97,25 @@ def lower_step(
   return lowered, {k: v for k, v in parts.items() if jax.tree.leaves(v)}
 
 
-def trace_step(config: Config) -> Any:
-  """The training step as a jaxpr, of the whole batch on one device."""
+def trace_step(config: Config, mesh: AbstractMesh) -> Any:
+  """The training step as a jaxpr, of the whole batch on one device, which does
+  what the devices of the mesh do together."""
   abstract = workdirs.abstract_state(config)
   base = None
   if config.lora.rank:
     base = jax.eval_shape(lambda: train_state.fresh_params(config))
   batch = data.abstract_batch(config.data, config.diffusion.canvas_length)
-  return jax.make_jaxpr(make_train_step(config))(abstract, batch, base)
+  with jax.sharding.use_abstract_mesh(mesh):
+    rows = _rows_at_once(config, config.data.batch_size)
+  step = make_train_step(config, rows_at_once=rows)
+  return jax.make_jaxpr(step)(abstract, batch, base)
+
+
+def _rows_at_once(config: Config, batch_size: int) -> int:
+  """Rows of a batch that each device of the mesh works through at once."""
+  rows = batch_size // config.train.accumulate_steps
+  with sharding.activate(config.model, rows):
+    return rows // parallel.parts('batch')
 
 
 def compile_step(
@@ -125,20 +141,20 @@ def compute_gradients(
   batch: dict,
   drawn: loss.Noise,
   base: dict | None = None,
+  rows_at_once: int | None = None,
 ) -> tuple[dict, dict]:
   """Gradients and metrics of a batch, worked through in parts one by one.
 
   The parts see the noise of the whole batch and are divided by its counts, so
   that the mean of their losses and gradients is what the batch gives at once.
+  Rows share a guess where one device works through them at once: of
+  `rows_at_once` rows, by default as many as there are on this mesh.
   """
   train = config.train
   parts = train.accumulate_steps
   counts = jax.tree.map(lambda n: n / parts, loss.count(batch))
-  rows = len(drawn.start_BK) // parts
-  with sharding.activate(config.model, rows):
-    rows_of_a_device = rows // parallel.parts('batch')
-  if rows_of_a_device % drawn.neighbours:
-    drawn = drawn.replace(neighbours=1)  # Some are not on the same device.
+  rows = rows_at_once or _rows_at_once(config, len(drawn.start_BK))
+  drawn = drawn.replace(group_size=math.gcd(drawn.group_size, rows))
 
   def loss_fn(params, batch, drawn):
     params = optimizers.stop_frozen(config, params)

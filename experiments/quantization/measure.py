@@ -51,7 +51,7 @@ def matrix_errors(params: dict, exact: dict) -> list[float]:
 def look(config, params, tokens_BS, length_B, canvas_BL):
   """(hidden states after each layer of the prefill, denoising logits)."""
   model = denoiser.Denoiser(config.model)
-  ends_layer = lambda module, method: method == 'finish'
+  is_layer = lambda module, method: isinstance(module, denoiser.Layer)
 
   @jax.jit
   def run(params):
@@ -60,7 +60,7 @@ def look(config, params, tokens_BS, length_B, canvas_BL):
       tokens_BS,
       length_B,
       method='prefill',
-      capture_intermediates=ends_layer,
+      capture_intermediates=is_layer,
       mutable=['intermediates'],
     )
     h_BLD = model.apply(
@@ -70,7 +70,7 @@ def look(config, params, tokens_BS, length_B, canvas_BL):
     return seen['intermediates'], logits_BLV
 
   seen, logits_BLV = run(params)
-  return [seen[k]['finish'][0][0] for k in sorted(seen)], logits_BLV
+  return [seen[k]['prefill'][0][0] for k in sorted(seen)], logits_BLV
 
 
 def main() -> None:

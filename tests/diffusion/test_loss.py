@@ -248,7 +248,7 @@ def test_a_row_that_is_told_nothing_needs_no_guess(network, batch, guesses_B):
   _, cache, _ = network.prefill(batch['tokens_BS'], batch['length_B'])
   drawn = drawn_for(batch, 1).replace(guesses_B=jnp.array(guesses_B))
 
-  def run(neighbours):
+  def run(group_size):
     rows = []
 
     def denoise(tokens_BL, *args):
@@ -256,7 +256,7 @@ def test_a_row_that_is_told_nothing_needs_no_guess(network, batch, guesses_B):
       return network.frozen.denoise(tokens_BL, *args)
 
     counting = network._replace(frozen=network.frozen._replace(denoise=denoise))
-    told = drawn.replace(neighbours=neighbours)
+    told = drawn.replace(group_size=group_size)
     return loss.denoise_canvases(counting, cache, told, 2), set(rows)
 
   (wanted, all_rows), (found, rows) = run(1), run(2)
@@ -272,7 +272,7 @@ def test_each_row_is_told_as_often_and_few_neighbours(
 ):
   some = jax.tree.map(lambda x: jnp.repeat(x[:1], rows, axis=0), batch)
   draw = lambda key: loss.draw_noise(key, some, C, 97, p)
-  assert draw(jax.random.key(0)).neighbours == neighbours
+  assert draw(jax.random.key(0)).group_size == neighbours
   drawn_M = jax.vmap(draw)(jax.random.split(jax.random.key(0), 4000))
   told_MB = np.asarray(drawn_M.guesses_B)
   np.testing.assert_allclose(told_MB.mean(0), p, atol=0.03)
@@ -352,7 +352,7 @@ def test_all_canvases_at_once_are_the_mean_of_single_ones(
   network, batch, objective
 ):
   drawn = all_canvases(batch)
-  rows = batch, drawn.replace(neighbours=1)
+  rows = batch, drawn.replace(group_size=1)
   one_row = lambda b: jax.tree.map(lambda x: x[b : b + 1], rows)
 
   @jax.jit
@@ -431,7 +431,7 @@ def test_rows_without_a_canvas_do_not_count(network, batch):
   none = batch['canvas_start_BK'].at[1].set(-1)
   noise = drawn.replace(valid_BK=drawn.valid_BK.at[1].set(False))
   both = run({**batch, 'canvas_start_BK': none}, noise)
-  row = batch, drawn.replace(neighbours=1)
+  row = batch, drawn.replace(group_size=1)
   alone = run(*jax.tree.map(lambda x: x[:1], row))
   np.testing.assert_allclose(
     both['loss_denoise'], alone['loss_denoise'], rtol=1e-5

@@ -110,7 +110,7 @@ def random_params(config):
 
 @functools.partial(jax.jit, static_argnums=0)
 def encode(config, params, patches_IMX, positions_IM2):
-  encoder = vision.VisionEncoder(config)
+  encoder = vision.VisionEncoder(config, lower_once=True)
   return encoder.apply({'params': params}, patches_IMX, positions_IM2)
 
 
