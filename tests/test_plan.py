@@ -107,7 +107,15 @@ def test_flops_of_training_are_those_of_the_formula(
 
 
 @pytest.mark.parametrize(
-  'devices, parts, told', [(1, 1, 1 / 2), (2, 1, 1 / 2), (4, 1, 1), (2, 2, 1)]
+  'devices, parts, told',
+  [
+    (1, 1, 1 / 2),
+    (2, 1, 1 / 2),
+    (1, 2, 1 / 2),
+    (4, 1, 1),
+    (2, 2, 1),
+    (1, 4, 1),
+  ],
 )
 def test_rows_share_a_guess_where_they_are_together(
   config, devices, parts, told
@@ -124,7 +132,7 @@ def test_rows_share_a_guess_where_they_are_together(
   # Three times for each row: the conditioning itself, there and back.
   mixed = 3 * 2.0 * B * C * 3 * D * model.mlp_dim
   guesses = (some - none - mixed) / (all_rows - none - mixed)
-  assert guesses == pytest.approx(told, abs=0.05)  # But for padded tiles.
+  assert guesses == pytest.approx(told, abs=0.1)  # But for padded tiles.
 
 
 def test_flops_of_a_denoising_step_are_those_of_the_formula(config):

@@ -86,6 +86,77 @@ def test_no_rows():
   assert found.shape == (len(x_TD), F)
 
 
+def bursts(jaxpr):
+  """What a worker does with products and barriers, in order, a list for each
+  loop and one for what is left: ('wgmma_wait', how many may be under way)."""
+  here = []
+
+  def visit(jaxpr):
+    for eqn in jaxpr.eqns:
+      name = eqn.primitive.name
+      if name in ('wgmma_ref', 'wgmma_wait', 'barrier_wait', 'barrier_arrive'):
+        here.append((name, getattr(eqn.invars[0], 'val', None)))
+      elif name == 'run_scoped':  # An accumulator's.
+        visit(eqn.params['jaxpr'])
+      elif name == 'scan':
+        yielded.extend(bursts(eqn.params['jaxpr'].jaxpr))
+      else:
+        for inner in jax.tree.leaves(
+          list(eqn.params.values()), is_leaf=lambda x: hasattr(x, 'jaxpr')
+        ):
+          inner = getattr(inner, 'jaxpr', inner)
+          if hasattr(inner, 'eqns'):
+            yielded.extend(bursts(inner))
+
+  yielded = []
+  visit(jaxpr)
+  with_products = any(name == 'wgmma_ref' for name, _ in here)
+  return yielded + ([here] if with_products else [])
+
+
+@pytest.mark.parametrize(
+  'kind, group_size, is_gated, inputs, number',
+  [
+    ('int8', None, False, 640, [4, 2]),
+    ('int4', 64, False, 640, [4, 2]),
+    ('int8', None, True, 768, [4, 2]),
+    ('int4', None, True, 384, [2, 1]),
+    ('int4', 64, True, 1280, [2]),
+  ],
+)
+def test_a_block_is_given_back_after_its_product(
+  kind, group_size, is_gated, inputs, number
+):
+  """And multiplied after it was loaded, while the one before still may be."""
+  groups, _ = lay_out(1)
+  w_EFD = make(F, inputs, kind, group_size)
+  x_TD = jnp.ones((len(groups.row_T), inputs), jnp.bfloat16)
+  jaxpr = jax.make_jaxpr(
+    lambda x, w: hopper._call(x, w, groups, is_gated, False, 'kernel')
+  )(x_TD, w_EFD)
+  depth = hopper._plan(w_EFD.values.dtype, inputs, is_gated).depth
+  found = bursts(jaxpr.jaxpr)
+  started_of_each = []
+  for burst in found:
+    started = ended = loaded = given_back = 0
+    under_way = []
+    for name, value in burst:
+      if name == 'barrier_wait':
+        loaded += depth
+      elif name == 'wgmma_ref':
+        started += 1
+      elif name == 'wgmma_wait':
+        ended = max(ended, started - int(value))
+        under_way.append(started - ended)
+      else:
+        given_back += depth
+      assert given_back <= ended <= started <= loaded
+    assert given_back == ended == started == loaded
+    assert under_way == [1] * (started - 1) + [0]
+    started_of_each.append(started)
+  assert started_of_each == number
+
+
 def test_order_of_int4():
   """Each register, eight neighbours, gives four pairs: of its first and its
   fifth, its second and its sixth, ... A lane has the pairs of the same number

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -201,6 +202,34 @@ def test_partial_rotary_leaves_the_rest_alone():
   np.testing.assert_array_equal(turned[..., still], x[..., still])
   np.testing.assert_allclose(turned[:, 0], x[:, 0], atol=1e-6)
   assert np.abs(turned[:, 1] - x[:, 1]).max() > 0.1
+
+
+def test_what_looks_into_a_network_leaves_it_as_it_was(
+  model_config, params, tokens_BP
+):
+  """Without `lower_once`, which keeps what was traced."""
+  model = denoiser.Denoiser(model_config)
+
+  def prefill(**kwargs):
+    run = functools.partial(model.apply, method='prefill', **kwargs)
+    return jax.jit(run)({'params': params}, tokens_BP, jnp.array([P, P]))
+
+  def without_mlp(next_function, args, kwargs, context):
+    made = next_function(*args, **kwargs)
+    called = context.module.name, context.method_name
+    return made * 0 if called == ('shared_mlp', '__call__') else made
+
+  before = prefill()[0]
+  with nn.intercept_methods(without_mlp):
+    changed = prefill()[0]
+  assert np.abs(changed - before).max() > 0.01
+  np.testing.assert_array_equal(prefill()[0], before)
+  for name in ('router', 'norm_in'):
+    _, seen = prefill(
+      capture_intermediates=lambda module, _, name=name: module.name == name,
+      mutable=['intermediates'],
+    )
+    assert list(seen['intermediates']['layer_00']) == [name]
 
 
 def test_bfloat16_is_bfloat16(model_config, params, tokens_BP):

@@ -52,6 +52,16 @@ def test_masks_of_packed_documents(window):
       assert mask.seen_BLS[0, i, s] == (plain.seen_BLS[0, i, s] and not before)
 
 
+def test_only_text_read_afresh_is_known_to_stay_within_the_window():
+  start_B, none_BS = jnp.zeros(1, jnp.int32), jnp.zeros((1, 0), jnp.int32)
+  image_BP = jnp.array([[-1, 0, 0, 0, 0, -1]])
+  assert masks.prefill_mask(start_B, none_BS, 6, 2).window == 2
+  assert masks.prefill_mask(start_B, none_BS, 6, 2, image_BP).window is None
+  assert masks.prefill_mask(start_B, none_BS[:, :1], 6, None).window is None
+  cached_BS = jnp.array([[0, 1]])
+  assert masks.prefill_mask(start_B + 2, cached_BS, 6, 2).window is None
+
+
 @pytest.mark.parametrize('window', [None, 2, 4, 50])
 def test_denoise_mask(window):
   """Local layers see W - 1 tokens of the prefix, whatever the query."""
