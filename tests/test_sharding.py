@@ -91,13 +91,22 @@ def compare(found, expected, what):
 
 
 # Local layers take blocks of queries with the keys that their window reaches.
-attention._SHORTEST_BLOCK = 4
+attention._BLOCK_UNIT = 4
 length, before = attention._band(model.sliding_window)
 assert (1 + before) * length < S
 # Logits of three positions at a time on eight devices.
 chunks.CHUNK_LOGITS = 3 * V * B // 8
 expected = compute(params, batch, drawn)
 tokens, single = write(params, prompts), write(params, prompts[:1])
+
+
+def read(params):
+  # One row afresh, whose positions devices share.
+  given = batch['tokens_BS'][:1], batch['length_B'][:1]
+  return generate.prefill(config.model, params, *given, None)
+
+
+expected_cache = read(params)
 for sizes in MESHES:
   mesh = sharding.make_mesh(configs.MeshConfig(*sizes))
   placed = place(params, mesh)
@@ -106,6 +115,7 @@ for sizes in MESHES:
     given = jax.device_put((batch, drawn), rows)
     program = compute.lower(placed, *given).compile()
     compare(program(placed, *given), expected, sizes)
+    compare(read(placed), expected_cache, f'cache {sizes}')
     assert write(placed, prompts) == tokens, sizes
     if sizes[2] > 1:
       assert write(placed, prompts[:1]) == single, sizes

@@ -135,8 +135,9 @@ def draw_noise(
   `canvases` is 'one', drawn from those of the row, or 'all' of them. A row
   that is told of its own guess is told of one after 1 to
   `self_conditioning_passes` passes. Each is told with the same probability p,
-  but not each for itself: of up to 1 / p rows after each other one at most, so
-  that there is less to compute. The loss is the same in the mean.
+  but not each for itself: of a group of rows after each other one at most, so
+  that there is less to compute. A group has as many as divide the batch, up to
+  1 / p and 8. The loss is the same in the mean.
   """
   select_key, time_key, corrupt_key, sc_key = jax.random.split(key, 4)
   C, start_BK = canvas_length, batch['canvas_start_BK']

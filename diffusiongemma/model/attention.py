@@ -31,8 +31,10 @@ MAX_SCORES = 2**26
 # a cache; and the keys that are still worth a product.
 _CACHED_SCORES = 2**21
 _FEWEST_KEYS = 256
-# Queries of a block that has keys of its own.
-_SHORTEST_BLOCK = 64
+# Queries of a block that has keys of its own are so many times as many; and the
+# share of all scores that blocks may have at most, to be worth it.
+_BLOCK_UNIT = 64
+_MOST_IN_BANDS = 0.8
 
 
 def attend(
@@ -56,11 +58,14 @@ def attend(
       may be 1 (the same for all).
     max_scores: see above.
     window: if all keys are those of the queries' own positions, and query i
-      sees none but i - window < j <= i: then no others are multiplied.
+      sees none but i - window < j <= i: then most others of a long text are not
+      multiplied. The L of the mask is that of the queries.
   """
   if window is not None and parallel.parts('length') == 1:
     length, before = _band(window)
-    if (1 + before) * length < q_BLNH.shape[1]:
+    L = q_BLNH.shape[1]
+    scores = -(-L // length) * length * (1 + before) * length
+    if scores <= _MOST_IN_BANDS * L * L:
       return _attend_in_bands(q_BLNH, parts, mask_BLS, max_scores, window)
   given = (q_BLNH, list(map(tuple, parts)), mask_BLS)
   plain = functools.partial(_attend_in_blocks, max_scores=max_scores)
@@ -80,7 +85,7 @@ def attend(
 
 def _band(window: int) -> tuple[int, int]:
   """(queries of a block, how many blocks before it have keys that they see)."""
-  length = max(_SHORTEST_BLOCK, -(-window // 2))
+  length = -(-window // (2 * _BLOCK_UNIT)) * _BLOCK_UNIT
   return length, -(-(window - 1) // length)
 
 

@@ -39,7 +39,8 @@ KEPT = {
 class Layer(nn.Module):
   """Attention, then shared MLP and experts side by side.
 
-  `rules` are Flax's logical axis rules, where a trace is kept for others.
+  Nothing reads `rules`, Flax's logical axis rules: they are part of what a
+  trace is kept under, as it depends on them.
   """
 
   config: ModelConfig
@@ -152,9 +153,8 @@ class Denoiser(nn.Module):
   `remat` is what a backward pass computes again, see `config.TrainConfig`. With
   `lower_once`, layers that differ in nothing but weights are traced and lowered
   once, so that programs take a fraction of the time to start. Then the layers
-  bear the name of the first in profiles, and what Flax looks up while it
-  traces, interceptors and `capture_intermediates`, must not be in use: a trace
-  is kept whatever they do.
+  bear the name of the first in profiles, and Flax's interceptors and
+  `capture_intermediates` find nothing in them, or what others found before.
   """
 
   config: ModelConfig

@@ -105,9 +105,11 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-  """Attention, then the MLP, a norm before and behind each."""
+  """Attention, then the MLP, a norm before and behind each; for `rules` see
+  `denoiser.Layer`."""
 
   config: ModelConfig
+  rules: tuple = ()
 
   def setup(self):
     cfg = self.config.vision
@@ -156,9 +158,11 @@ class VisionEncoder(nn.Module):
       (2, cfg.position_table_size, W),
       dtype,
     )
-    layer = LayerLoweredOnce if self.lower_once else Layer
+    layer, rules = Layer, ()
+    if self.lower_once:
+      layer, rules = LayerLoweredOnce, tuple(nn.get_logical_axis_rules())
     self.layers = [
-      layer(self.config, name=f'layer_{index:02d}')
+      layer(self.config, rules, name=f'layer_{index:02d}')
       for index in range(cfg.num_layers)
     ]
     if cfg.standardize:

@@ -5,7 +5,8 @@
            cache = prefill(canvas, cache)                    ("commit")
 
 This is where the network and the sampler meet: `make_denoise_fn` binds
-parameters and cache into the function that the sampler calls.
+parameters and cache into the function that the sampler calls. Layers are
+lowered once here: to look into them, apply a `denoiser.Denoiser` yourself.
 """
 
 from collections.abc import Callable

@@ -98,8 +98,8 @@ def lower_step(
 
 
 def trace_step(config: Config, mesh: AbstractMesh) -> Any:
-  """The training step as a jaxpr, of the whole batch on one device, which does
-  what the devices of the mesh do together."""
+  """The training step as a jaxpr, of the whole batch on one device, with as
+  many guesses as the devices of the mesh make together."""
   abstract = workdirs.abstract_state(config)
   base = None
   if config.lora.rank:

@@ -42,7 +42,7 @@ SURE = -0.003
 
 def make_judge(run: workdirs.Run) -> Callable:
   """(cache, tokens_BL) -> the sums, float32 [B]."""
-  model = dg.Denoiser(run.config.model)
+  model = dg.Denoiser(run.config.model, lower_once=True)
 
   @jax.jit
   def judge(params, cache, tokens_BL):

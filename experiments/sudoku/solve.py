@@ -175,7 +175,7 @@ def write_greedily(
   Returns:
     int32 [B, count].
   """
-  model = dg.Denoiser(config)
+  model = dg.Denoiser(config, lower_once=True)
   apply = functools.partial(model.apply, {'params': params})
   B, P = tokens_BP.shape
 

@@ -279,7 +279,7 @@ def test_a_row_that_is_told_nothing_needs_no_guess(network, batch, guesses_B):
 def test_each_row_is_told_as_often_and_one_of_a_group(
   batch, p, rows, group_size
 ):
-  """Whatever else is drawn."""
+  """And it has nothing to do with the time or what is corrupted."""
   some = jax.tree.map(lambda x: jnp.repeat(x[:1], rows, axis=0), batch)
   draw = lambda key: loss.draw_noise(key, some, C, 97, p)
   assert draw(jax.random.key(0)).group_size == group_size

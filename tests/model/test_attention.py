@@ -59,7 +59,7 @@ def test_blocks_of_queries_equal_all_at_once(num_blocks, same_for_all):
 @pytest.mark.parametrize('window', [1, 2, 5, 8])
 def test_bands_equal_all_at_once(monkeypatch, window, L):
   """Of two documents a row too; and few keys are multiplied."""
-  monkeypatch.setattr(attention, '_SHORTEST_BLOCK', 4)
+  monkeypatch.setattr(attention, '_BLOCK_UNIT', 4)
   keys = jax.random.split(jax.random.key(2), 3)
   shapes = ((B, L, N, H), (B, L, K, H), (B, L, K, H))
   q_BLNH, *part = map(jax.random.normal, keys, shapes)
@@ -88,6 +88,21 @@ def test_bands_equal_all_at_once(monkeypatch, window, L):
     jax.tree.leaves(banded), jax.tree.leaves(whole), strict=True
   ):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize('L, is_banded', [(1536, False), (2048, True)])
+def test_bands_where_they_are_less(L, is_banded):
+  """For a window of 1,024, in blocks of 512."""
+  shapes = ((1, L, N, H), (1, L, K, H), (1, L, K, H))
+  q, *part = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+  mask = jax.ShapeDtypeStruct((1, L, L), jnp.bool_)
+
+  def count(window):
+    attend = functools.partial(attention.attend, window=window)
+    return plan.count_flops(jax.make_jaxpr(attend)(q, [part], mask))
+
+  assert count(None) == 4 * L * L * N * H
+  assert count(1024) == 4 * L * (1536 if is_banded else L) * N * H
 
 
 @pytest.mark.parametrize('same_for_all', [True, False])
