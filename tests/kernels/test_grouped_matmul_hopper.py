@@ -95,7 +95,10 @@ def bursts(jaxpr):
     for eqn in jaxpr.eqns:
       name = eqn.primitive.name
       if name in ('wgmma_ref', 'wgmma_wait', 'barrier_wait', 'barrier_arrive'):
-        here.append((name, getattr(eqn.invars[0], 'val', None)))
+        others = eqn.params.get('n')  # From JAX 0.12 on, before an operand.
+        if others is None and name == 'wgmma_wait':
+          others = eqn.invars[0].val
+        here.append((name, others))
       elif name == 'run_scoped':  # An accumulator's.
         visit(eqn.params['jaxpr'])
       elif name == 'scan':
