@@ -186,8 +186,10 @@ class TrainConfig:
   its logits, which leave out what a token tells of itself, as they are. A row
   that is told of its own guess, with `self_conditioning_probability`, is told
   of one after 1 to `self_conditioning_passes` passes: more than one is for a
-  sampler that makes many. Without an `ar_loss_weight` the text of the last
-  canvas is not read, and the network does not learn to write left to right.
+  sampler that makes many. With a probability of up to one half and an even
+  number of rows a device, most rows that are not told make no guess. Without an
+  `ar_loss_weight` the text of the last canvas is not read, and the network does
+  not learn to write left to right.
 
   A batch is worked through in `accumulate_steps` parts. With `remat` the
   backward pass computes again what a layer computed, instead of keeping it: all
