@@ -92,8 +92,7 @@ def compare(found, expected, what):
 
 # Local layers take blocks of queries with the keys that their window reaches.
 attention._BLOCK_UNIT = 4
-length, before = attention._band(model.sliding_window)
-assert (1 + before) * length < S
+assert attention._has_bands(S, model.sliding_window)
 # Logits of three positions at a time on eight devices.
 chunks.CHUNK_LOGITS = 3 * V * B // 8
 expected = compute(params, batch, drawn)

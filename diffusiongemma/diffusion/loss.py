@@ -23,6 +23,8 @@ from diffusiongemma.diffusion import cross_entropy
 from diffusiongemma.diffusion import noise
 
 T_MARGIN = 1e-4
+# Rows of which one makes a guess, at most: more would save little.
+_LARGEST_GROUP = 8
 
 
 class Network(NamedTuple):
@@ -85,9 +87,6 @@ class Noise:
   guesses_B: jax.Array | None
   group_size: int = flax.struct.field(pytree_node=False, default=1)
 
-
-# Rows of a group that shares a guess, at most: more would save little.
-_LARGEST_GROUP = 8
 
 BATCH_KEYS = (
   'tokens_BS',

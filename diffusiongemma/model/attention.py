@@ -61,12 +61,8 @@ def attend(
       sees none but i - window < j <= i: then most others of a long text are not
       multiplied. The L of the mask is that of the queries.
   """
-  if window is not None and parallel.parts('length') == 1:
-    length, before = _band(window)
-    L = q_BLNH.shape[1]
-    scores = -(-L // length) * length * (1 + before) * length
-    if scores <= _MOST_IN_BANDS * L * L:
-      return _attend_in_bands(q_BLNH, parts, mask_BLS, max_scores, window)
+  if window is not None and _has_bands(q_BLNH.shape[1], window):
+    return _attend_in_bands(q_BLNH, parts, mask_BLS, max_scores, window)
   given = (q_BLNH, list(map(tuple, parts)), mask_BLS)
   plain = functools.partial(_attend_in_blocks, max_scores=max_scores)
   if parallel.is_active():
@@ -87,6 +83,13 @@ def _band(window: int) -> tuple[int, int]:
   """(queries of a block, how many blocks before it have keys that they see)."""
   length = -(-window // (2 * _BLOCK_UNIT)) * _BLOCK_UNIT
   return length, -(-(window - 1) // length)
+
+
+def _has_bands(L: int, window: int) -> bool:
+  """Whether a text of L tokens, whole on a device, is worth blocks."""
+  length, before = _band(window)
+  scores = -(-L // length) * length * (1 + before) * length
+  return scores <= _MOST_IN_BANDS * L * L and parallel.parts('length') == 1
 
 
 def _attend_in_bands(

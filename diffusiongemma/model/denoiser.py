@@ -168,9 +168,8 @@ class Denoiser(nn.Module):
     self.embedding = self.param(
       'embedding', init, shape, jnp.dtype(cfg.param_dtype)
     )
-    layer, rules = Layer, ()
-    if self.lower_once:
-      layer, rules = LayerLoweredOnce, tuple(nn.get_logical_axis_rules())
+    layer = LayerLoweredOnce if self.lower_once else Layer
+    rules = tuple(nn.get_logical_axis_rules())
     if self.remat != 'none':
       layer = nn.remat(
         layer, policy=KEPT[self.remat], methods=['prefill', 'denoise']

@@ -158,9 +158,8 @@ class VisionEncoder(nn.Module):
       (2, cfg.position_table_size, W),
       dtype,
     )
-    layer, rules = Layer, ()
-    if self.lower_once:
-      layer, rules = LayerLoweredOnce, tuple(nn.get_logical_axis_rules())
+    layer = LayerLoweredOnce if self.lower_once else Layer
+    rules = tuple(nn.get_logical_axis_rules())
     self.layers = [
       layer(self.config, rules, name=f'layer_{index:02d}')
       for index in range(cfg.num_layers)
