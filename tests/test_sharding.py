@@ -155,19 +155,30 @@ with jax.set_mesh(mesh):
   found = compute(place(adapters, mesh), *given, place(params, mesh))
   compare(found, expected, 'adapters')
 
-# Attention in blocks of queries, of which a device has 2 of 8 heads' scores.
+# Attention in blocks of queries, of which a device has 2 of 8 heads' scores,
+# and in bands, a group of blocks at a time.
 q_BLNH = jax.random.normal(key, (B, 12, 4, 8))
 k_BSKH, v_BSKH = jax.random.normal(key, (2, B, 12, 2, 8))
-mask_BLS = jnp.broadcast_to(jnp.tril(jnp.ones((12, 12), bool)), (B, 12, 12))
-def attend(*given):
-  q, k, v, mask = given
-  return attention.attend(q, [(k, v)], mask, max_scores=60)
-for rows in (B, 1):  # Along the batch, or along the length.
-  given = tuple(x[:rows] for x in (q_BLNH, k_BSKH, v_BSKH, mask_BLS))
-  expected = jax.jit(attend)(*given)
+i = jnp.arange(12)
+mask_LL = (i <= i[:, None]) & (i > i[:, None] - 3)
+mask_BLS = jnp.broadcast_to(mask_LL, (B, 12, 12))
+
+
+def attend(mask, window, max_scores, *given):
+  def total(q, k, v):
+    out = attention.attend(q, [(k, v)], mask, max_scores, window)
+    return jnp.sin(out).sum(), out
+
+  return jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(*given)
+
+
+# Along the batch, or along the length.
+for rows, window in ((B, None), (1, None), (B, 3)):
+  given = tuple(x[:rows] for x in (q_BLNH, k_BSKH, v_BSKH))
+  expected = attend(mask_BLS[:rows], None, attention.MAX_SCORES, *given)
   with jax.set_mesh(mesh), sharding.activate(model, rows, 12):
-    found = jax.jit(lambda *given: attend(*given))(*given)
-  compare(found, expected, f'attention {rows}')
+    found = attend(mask_BLS[:rows], window, 60, *given)
+  compare(found, expected, f'attention {rows} {window}')
 print('equal')
 """
 

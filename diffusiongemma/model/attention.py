@@ -100,35 +100,56 @@ def _attend_in_bands(
   window: int,
 ) -> jax.Array:
   """`attend` with blocks of queries as rows of their own, which have their own
-  keys and those of the blocks before that the window reaches."""
+  keys and those of the blocks before that the window reaches; a few blocks at a
+  time, where all have more than `max_scores`."""
   (B, L, N, H), (length, before) = q_BLNH.shape, _band(window)
-  count = -(-L // length)
+  count, reach = -(-L // length), (1 + before) * length
+  rows = B * N // math.prod(map(parallel.parts, ('batch', 'q_heads')))
+  most = max_scores // (max(1, rows) * length * reach)
+  num_groups = -(-count // max(1, min(count, most)))
+  at_once = -(-count // num_groups)
+  ((k_BLKH, v_BLKH),) = (part for part in parts if part[0].shape[1])
 
   def pad(x, *axes):
     padding = [(0, 0)] * x.ndim
     for axis, left in axes:
-      padding[axis] = (left * length, count * length - L)
+      padding[axis] = (left * length, num_groups * at_once * length - L)
     return jnp.pad(x, padding)
 
-  def with_those_before(x_BLKH):
-    padded = pad(x_BLKH, (1, before)).reshape(B, -1, length, *x_BLKH.shape[2:])
-    each = [padded[:, i : i + count] for i in range(before + 1)]
-    whole = jnp.concatenate(each, axis=2)
-    return whole.reshape(B * count, -1, *x_BLKH.shape[2:])
+  q_BLNH, mask_BLL = pad(q_BLNH, (1, 0)), pad(mask_BLL, (1, 0), (2, before))
+  k_BLKH, v_BLKH = pad(k_BLKH, (1, before)), pad(v_BLKH, (1, before))
 
-  ((k_BLKH, v_BLKH),) = (part for part in parts if part[0].shape[1])
-  mask = pad(mask_BLL, (1, 0), (2, before))
-  mask = mask.reshape(B, count, length, before + count, length)
-  # Of block i of the queries, block i + j of the padded keys.
-  seen = [jnp.diagonal(mask, j, 1, 3) for j in range(before + 1)]
-  seen = jnp.moveaxis(jnp.concatenate(seen, axis=2), -1, 1)
-  out = attend(
-    pad(q_BLNH, (1, 0)).reshape(B * count, length, N, H),
-    [(with_those_before(k_BLKH), with_those_before(v_BLKH))],
-    seen.reshape(B * count, length, -1),
-    max_scores,
-  )
-  return out.reshape(B, -1, N, H)[:, :L]
+  def one_group(index):
+    def cut(x, axis, blocks):
+      first = index * at_once * length
+      return jax.lax.dynamic_slice_in_dim(x, first, blocks * length, axis)
+
+    def with_those_before(x_BLKH):
+      x_BLKH = cut(x_BLKH, 1, at_once + before)
+      x_BnlKH = x_BLKH.reshape(B, -1, length, *x_BLKH.shape[2:])
+      each = [x_BnlKH[:, i : i + at_once] for i in range(before + 1)]
+      whole = jnp.concatenate(each, axis=2)
+      return whole.reshape(B * at_once, -1, *x_BLKH.shape[2:])
+
+    mask = cut(cut(mask_BLL, 1, at_once), 2, at_once + before)
+    mask = mask.reshape(B, at_once, length, at_once + before, length)
+    # Of block i of the queries, block i + j of the padded keys.
+    seen = [jnp.diagonal(mask, j, 1, 3) for j in range(before + 1)]
+    seen = jnp.moveaxis(jnp.concatenate(seen, axis=2), -1, 1)
+    out = attend(
+      cut(q_BLNH, 1, at_once).reshape(B * at_once, length, N, H),
+      [(with_those_before(k_BLKH), with_those_before(v_BLKH))],
+      seen.reshape(B * at_once, length, -1),
+      max_scores,
+    )
+    return out.reshape(B, -1, N, H)
+
+  if num_groups == 1:
+    return one_group(0)[:, :L]
+  # Without the checkpoint the gradient would keep the scores of all groups.
+  groups = jnp.arange(num_groups)
+  out_gBlNH = jax.lax.map(jax.checkpoint(one_group), groups)
+  return jnp.moveaxis(out_gBlNH, 0, 1).reshape(B, -1, N, H)[:, :L]
 
 
 def _default_chunk(rows: int) -> int:

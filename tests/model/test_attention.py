@@ -1,6 +1,7 @@
 """Attention block by block against all at once."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -55,9 +56,11 @@ def test_blocks_of_queries_equal_all_at_once(num_blocks, same_for_all):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-6)
 
 
+# All blocks at once, two of them, and parts of one.
+@pytest.mark.parametrize('max_scores', [attention.MAX_SCORES, 800, 50])
 @pytest.mark.parametrize('L', [24, 29])
 @pytest.mark.parametrize('window', [1, 2, 5, 8])
-def test_bands_equal_all_at_once(monkeypatch, window, L):
+def test_bands_equal_all_at_once(monkeypatch, window, L, max_scores):
   """Of two documents a row too; and few keys are multiplied."""
   monkeypatch.setattr(attention, '_BLOCK_UNIT', 4)
   keys = jax.random.split(jax.random.key(2), 3)
@@ -70,7 +73,7 @@ def test_bands_equal_all_at_once(monkeypatch, window, L):
 
   def total(window, q_BLNH, part):
     out = attention.attend(
-      q_BLNH, [(empty, empty), part], mask.seen_BLS, window=window
+      q_BLNH, [(empty, empty), part], mask.seen_BLS, max_scores, window
     )
     return jnp.sum(jnp.sin(out)), out
 
@@ -103,6 +106,26 @@ def test_bands_where_they_are_less(L, is_banded):
 
   assert count(None) == 4 * L * L * N * H
   assert count(1024) == 4 * L * (1536 if is_banded else L) * N * H
+
+
+def test_many_rows_take_a_few_blocks_at_a_time(monkeypatch):
+  """With room for the scores of two of six, all queries of a block together,
+  rather than few queries of all."""
+  monkeypatch.setattr(attention, '_BLOCK_UNIT', 4)
+  shapes = ((B, 24, N, H), (B, 24, K, H), (B, 24, K, H))
+  q, *part = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+  mask = jax.ShapeDtypeStruct((B, 24, 24), jnp.bool_)
+
+  def shapes_of_scores(max_scores):
+    attend = functools.partial(
+      attention.attend, max_scores=max_scores, window=5
+    )
+    traced = str(jax.make_jaxpr(attend)(q, [part], mask))
+    return set(re.findall(r'f32\[(\d+),2,(\d+),2,8\] = dot_general', traced))
+
+  assert shapes_of_scores(B * N * 24 * 8) == {(str(B * 6), '4')}
+  assert shapes_of_scores(B * N * 8 * 8) == {(str(B * 2), '4')}
+  assert shapes_of_scores(B * N * 2 * 8) == {(str(B), '2')}
 
 
 @pytest.mark.parametrize('same_for_all', [True, False])
