@@ -118,9 +118,11 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """Adam with decoupled weight decay; Adafactor, without second moments of a
-  matrix; or Muon, which makes the steps of matrices orthogonal and is Adam
-  elsewhere (https://arxiv.org/abs/2502.16982). The rate rises over
+  """Adam; Adafactor, without momentum, and without second moments of what has
+  two axes of 128 or more; or Muon, which makes the steps of matrices orthogonal
+  and is Adam elsewhere, with Nesterov's momentum
+  (https://arxiv.org/abs/2502.16982). Matrices decay, decoupled, by the rate
+  times `weight_decay`. The rate rises over
   `warmup_steps`, then falls as a cosine to `final_rate_fraction` of its peak,
   or stays. `freeze` has patterns such as `*/router/*` of parameters that stay
   as they are. `b1` and `b2` are Adam's; `b1` is Muon's momentum too."""

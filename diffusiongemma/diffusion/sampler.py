@@ -121,7 +121,8 @@ class SamplerState:
 
   Attributes:
     canvas_BL: int32, the tokens that the network sees next.
-    draft_BL: int32, argmax of the last step: the result so far.
+    draft_BL: int32, the result so far: argmax of the last step, or with the
+      ancestral strategy the canvas.
     accepted_BL: bool, positions of `canvas_BL` that were accepted.
     entropy_BL: float32, nats, of the last step.
     sc_BLD: float32, self-conditioning for the next step.
@@ -194,19 +195,21 @@ def denoise_step(
   if pinned is not None:
     canvas_BL = pinned.hold(canvas_BL)
     accepted_BL |= pinned.mask_BL
-  same_B = jnp.all(prediction.argmax_BL == state.draft_BL, axis=-1)
+  is_sample = strategy is strategies.ancestral
+  draft_BL = canvas_BL if is_sample else prediction.argmax_BL
+  same_B = jnp.all(draft_BL == state.draft_BL, axis=-1)
   unchanged_B = jnp.where(same_B, state.unchanged_B + 1, 0)
   mean_entropy_B = jnp.sum(prediction.entropy_BL, axis=-1) / free
   confident_B = mean_entropy_B < config.confidence_threshold
   stable_B = unchanged_B >= config.stability_threshold
   moved = SamplerState(
     canvas_BL=canvas_BL,
-    draft_BL=prediction.argmax_BL,
+    draft_BL=draft_BL,
     accepted_BL=accepted_BL,
     entropy_BL=prediction.entropy_BL,
     sc_BLD=prediction.sc_BLD.astype(state.sc_BLD.dtype),
     unchanged_B=unchanged_B,
-    converged_B=stable_B & confident_B,
+    converged_B=stable_B & confident_B & (not is_sample),
     steps_B=state.steps_B + 1,
   )
 

@@ -56,8 +56,8 @@ def ancestral(config: DiffusionConfig, canvas_BL, prediction, step, drawn):
   """A draw from the posterior of the uniform process, exact when the network
   is: each position takes its sample, stays as it is, or is drawn anew.
 
-  Accepted are those that hold their sample. The text is the last canvas
-  (`canvas_BL`), a sample, where that of the others is the draft.
+  Accepted are those that hold their sample. The canvas itself is the draft, in
+  the end a sample of the text, and no row stops before.
   """
   N, V = config.max_denoising_steps, drawn.vocab_size
   s, t = (step - 1) / N, step / N

@@ -49,39 +49,12 @@ def make_optimizer(run: Config) -> optax.GradientTransformation:
   """The optimiser of a run. Only matrices decay; what is frozen has no
   state."""
   config, frozen = run.optimizer, frozen_patterns(run)
-  schedule = make_schedule(config, run.train.steps)
-  if config.kind == 'adam':
-    rule = optax.adamw(
-      schedule,
-      b1=config.b1,
-      b2=config.b2,
-      eps=config.epsilon,
-      weight_decay=config.weight_decay,
-      mask=_is_matrix,
-    )
-  elif config.kind == 'muon':
-    rule = optax.contrib.muon(
-      schedule,
-      beta=config.b1,
-      weight_decay=config.weight_decay,
-      adam_b1=config.b1,
-      adam_b2=config.b2,
-      eps=config.epsilon,
-      muon_weight_dimension_numbers=_matrix_axes,
-      # Steps as long as Adam's, so that a rate means the same.
-      consistent_rms=0.2,
-    )
-  else:
-    rule = optax.adafactor(
-      schedule,
-      eps=config.epsilon,
-      weight_decay_rate=config.weight_decay,
-      weight_decay_mask=_is_matrix,
-      # The rate is what the config says, and the clip is the one above.
-      multiply_by_parameter_scale=False,
-      clipping_threshold=None,
-    )
-  learn = optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
+  learn = optax.chain(
+    optax.clip_by_global_norm(config.clip_norm),
+    _make_rule(config),
+    optax.add_decayed_weights(config.weight_decay, _is_matrix),
+    optax.scale_by_learning_rate(make_schedule(config, run.train.steps)),
+  )
   if not frozen:
     return learn
   return optax.multi_transform(
@@ -91,6 +64,26 @@ def make_optimizer(run: Config) -> optax.GradientTransformation:
       is_frozen(params, frozen),
     ),
   )
+
+
+def _make_rule(config: OptimizerConfig) -> optax.GradientTransformation:
+  """Gradients to steps that a rate is times; they climb."""
+  if config.kind == 'adam':
+    return optax.scale_by_adam(config.b1, config.b2, config.epsilon)
+  if config.kind == 'adafactor':
+    # It adds its epsilon to a square.
+    return optax.scale_by_factored_rms(epsilon=config.epsilon**2)
+  descend = optax.contrib.muon(
+    1.0,
+    beta=config.b1,
+    adam_b1=config.b1,
+    adam_b2=config.b2,
+    eps=config.epsilon,
+    muon_weight_dimension_numbers=_matrix_axes,
+    # Steps as long as Adam's, so that a rate means the same.
+    consistent_rms=0.2,
+  )
+  return optax.chain(descend, optax.scale(-1.0))
 
 
 def frozen_patterns(run: Config) -> tuple[str, ...]:

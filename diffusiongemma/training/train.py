@@ -130,7 +130,8 @@ def _train_on(mesh, share, config, workdir, load_base) -> int:
     base = None
     if config.lora.rank:
       base = load_base()
-      workdirs.check_base(workdir, base, is_new)
+      is_fresh = manager.latest_step() is None
+      workdirs.check_base(workdir, base, note=is_fresh)
       base = train_state.with_configured_types(config, base)
       load_base = lambda: base
     state, iterator = start_or_resume(

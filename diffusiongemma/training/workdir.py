@@ -203,9 +203,13 @@ def read_companions(folder: str) -> Iterator[tuple[str, bytes]]:
       yield name, files.read_file(folder, name, MAX_TEXT_BYTES)
 
 
-def check_base(workdir: str, params: dict, is_new: bool = False) -> None:
-  """Makes sure that a run's adapters meet the weights they were trained on;
-  those of a new run are noted.
+def check_base(workdir: str, params: dict, note: bool = False) -> None:
+  """Makes sure that a run's adapters meet the weights they were trained on.
+
+  Args:
+    workdir: the folder of the run.
+    params: the weights.
+    note: these are the ones, as nothing was saved yet.
 
   Raises:
     WorkdirError: these are others, or none were noted.
@@ -214,7 +218,7 @@ def check_base(workdir: str, params: dict, is_new: bool = False) -> None:
   digest = hashlib.blake2b(names.encode(), digest_size=16).hexdigest()
   path = pathlib.Path(workdir) / 'base.txt'
   try:
-    if is_new and processes.is_first():
+    if note and processes.is_first():
       _write_atomically(path, digest.encode())
     processes.wait('base noted')
     noted = path.read_text()

@@ -186,7 +186,8 @@ PINNED = sampler.Pinned(
 @pytest.mark.parametrize('strategy', strategies.STRATEGIES)
 def test_pinned_tokens_stand_from_the_first_canvas_on(strategy):
   """At every step, on the canvas and in the draft; the network sees them.
-  Row 2 is pinned altogether, and needs one step and one to be stable."""
+  Row 2 is pinned altogether, and needs one step and one to be stable, but for
+  ancestral sampling, which takes all."""
   seen = []
   note = lambda tokens_BL: seen.append(np.asarray(tokens_BL))
 
@@ -205,21 +206,39 @@ def test_pinned_tokens_stand_from_the_first_canvas_on(strategy):
   for canvas in (*seen, *states.canvas_BL, *states.draft_BL):
     np.testing.assert_array_equal(np.asarray(canvas)[mask], tokens)
   assert np.asarray(states.accepted_BL)[:, mask].all()
-  assert state.steps_B[2] == 2
+  most = CONFIG.max_denoising_steps
+  assert state.steps_B[2] == (most if strategy == 'ancestral' else 2)
   assert (np.asarray(state.draft_BL)[~mask] == TARGET_BL[~mask]).mean() > 0.8
+
+
+def settled(entropy_BL):
+  """A network that always says the same, so sure of it."""
+
+  def network(tokens_BL, sc_BLD, *_):
+    return sampler.Prediction(
+      TARGET_BL, TARGET_BL, entropy_BL, jnp.ones((B, L)), sc_BLD
+    )
+
+  return network
+
+
+def test_a_row_stops_when_it_is_sure_in_the_mean():
+  """However unsure it is of one place."""
+  for mean, steps in ((0.0049, 2), (0.0051, CONFIG.max_denoising_steps)):
+    entropy_BL = jnp.zeros((B, L)).at[:, 3].set(L * mean)
+    state, _ = sample(denoise_fn=settled(entropy_BL))
+    assert state.steps_B.tolist() == [steps] * B
 
 
 def test_pinned_tokens_take_no_share_of_the_bound():
   """Uncertain where pinned, certain elsewhere: all is accepted at once, and
   the mean entropy is that of the free positions."""
-  flat_BL = jnp.where(PINNED.mask_BL, 5.0, 0.004)
-
-  def network(tokens_BL, sc_BLD, *_):
-    return sampler.Prediction(
-      TARGET_BL, TARGET_BL, flat_BL, jnp.ones((B, L)), sc_BLD
-    )
-
-  state, _ = sample(denoise_fn=network, pinned=PINNED)
+  unsure_BL = jnp.where(PINNED.mask_BL, 5.0, 0.0051)
+  state, _ = sample(denoise_fn=settled(unsure_BL), pinned=PINNED)
+  most = CONFIG.max_denoising_steps
+  assert state.steps_B.tolist() == [most, most, 2]  # The last has none free.
+  flat_BL = jnp.where(PINNED.mask_BL, 5.0, 0.0049)
+  state, _ = sample(denoise_fn=settled(flat_BL), pinned=PINNED)
   free = ~np.asarray(PINNED.mask_BL)
   assert np.asarray(state.accepted_BL).all()
   assert (np.asarray(state.draft_BL)[free] == np.asarray(TARGET_BL)[free]).all()
