@@ -153,6 +153,13 @@ def validate(
     )
 
 
+def validate_here(config: configs.Config) -> None:
+  """`validate` of the network on the mesh around the call, if there is one."""
+  sizes = dict(jax.sharding.get_abstract_mesh().shape)
+  if set(sizes) == set(AXES):
+    validate(config, tuple(sizes[axis] for axis in AXES), batch=False)
+
+
 def _divisors(number: int) -> list[int]:
   return [d for d in range(1, min(number, 512) + 1) if number % d == 0]
 

@@ -38,7 +38,8 @@ class Prediction:
     sample_BL: int32, one draw from softmax(logits / T) at every position.
     argmax_BL: int32, its most probable token.
     entropy_BL: float32, its entropy in nats.
-    confidence_BL: float32, the probability of `argmax_BL`.
+    confidence_BL: float32, the probability of `argmax_BL`; for a strategy, -1
+      where a token is pinned.
     sc_BLD: its mean embedding, the next step's self-conditioning.
     logits_BLV: the logits before temperature, where they exist at all.
   """
@@ -222,13 +223,13 @@ def denoise_step(
 
 def _certain(prediction: Prediction, pinned: Pinned) -> Prediction:
   """The prediction with nothing to predict where tokens are pinned: they take
-  no share of an entropy bound."""
+  no share of an entropy bound, nor are they the most confident ones."""
   mask_BL = pinned.mask_BL
   return prediction.replace(
     sample_BL=pinned.hold(prediction.sample_BL),
     argmax_BL=pinned.hold(prediction.argmax_BL),
     entropy_BL=jnp.where(mask_BL, 0.0, prediction.entropy_BL),
-    confidence_BL=jnp.where(mask_BL, 1.0, prediction.confidence_BL),
+    confidence_BL=jnp.where(mask_BL, -1.0, prediction.confidence_BL),
   )
 
 
@@ -275,7 +276,7 @@ def sample_canvas(
 
   Raises:
     ConfigError: no step, a temperature that is not positive, no such strategy.
-    ValueError: an array of another shape.
+    ValueError: an array of another shape, or no key.
   """
   configs.validate_diffusion(config)
   keys_B = row_keys(key, batch_size)
@@ -289,6 +290,7 @@ def sample_canvas(
     initial_canvas_BL = pinned.hold(initial_canvas_BL)
   state = init_state(initial_canvas_BL, embed_dim)
   if done_B is not None:
+    _check_shape('done_B', done_B, (batch_size,))
     state = state.replace(converged_B=done_B)
   if noise_fn is None:
     noise_fn = lambda step: draw_step_noise(keys_B, step, config, vocab_size)
@@ -328,16 +330,27 @@ def sample_canvas(
   return state, None
 
 
-def _check_shape(name: str, array: jax.Array, shape: tuple[int, int]) -> None:
+def _check_shape(name: str, array: jax.Array, shape: tuple[int, ...]) -> None:
   if array.shape != shape:
+    axes = ('batch_size', 'canvas_length')[: len(shape)]
     raise ValueError(
-      f'{name} must be [batch_size, canvas_length] = {list(shape)}, it is '
+      f'{name} must be [{", ".join(axes)}] = {list(shape)}, it is '
       f'{list(array.shape)}.'
     )
 
 
 def row_keys(key: jax.Array, batch_size: int) -> jax.Array:
-  """One key a row: the keys given, or split from a single one."""
+  """One key a row: the keys given, or split from a single one.
+
+  Raises:
+    ValueError: neither a key of `jax.random.key` nor one for each row.
+  """
+  is_key = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+  if not is_key or key.shape not in ((), (batch_size,)):
+    raise ValueError(
+      f'key must be one of jax.random.key, or an array of {batch_size}, one a '
+      f'row; it is {key.dtype}{list(key.shape)}.'
+    )
   return key if key.ndim else jax.random.split(key, batch_size)
 
 

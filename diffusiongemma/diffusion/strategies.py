@@ -5,7 +5,8 @@
 
 Step n of N..1 goes from time t = n/N to s = (n-1)/N. The first three accept
 some positions, which take their sample, and draw all others anew; what was
-accepted before has no privilege. `ancestral` follows the process itself:
+accepted before has no privilege. Pinned positions have negative confidence and
+no entropy. `ancestral` follows the process itself:
 
   q(x_s | x_t, x_0) ~ q(x_t | x_s) q(x_s | x_0),   x_0 = sample
   q(x_s | x_0) = alpha_s 1[x_s = x_0] + (1 - alpha_s) / V,   alpha_t = 1 - t
@@ -44,11 +45,13 @@ def confidence(config: DiffusionConfig, canvas_BL, prediction, step, drawn):
 def top_k_confident(
   config: DiffusionConfig, canvas_BL, prediction, step, drawn
 ):
-  """The most confident positions, an equal number more with every step: L at
+  """The most confident positions, an equal number more with every step: all at
   the last of `config.max_denoising_steps`."""
-  L, N = canvas_BL.shape[-1], config.max_denoising_steps
-  k = jnp.ceil(L * (N - step + 1) / N)
-  accepted_BL = _rank(_most_confident_first(prediction)) < k
+  del canvas_BL
+  N = config.max_denoising_steps
+  free_B1 = jnp.sum(prediction.confidence_BL >= 0, axis=-1, keepdims=True)
+  k_B1 = jnp.ceil(free_B1 * (N - step + 1) / N)
+  accepted_BL = _rank(_most_confident_first(prediction)) < k_B1
   return renoise(accepted_BL, prediction, drawn)
 
 

@@ -234,7 +234,12 @@ def sample(p: jax.Array, uniforms: jax.Array) -> jax.Array:
 
 def invert(mass: jax.Array, uniform: jax.Array) -> jax.Array:
   """First index along the last axis whose cumulative mass is above `uniform`
-  of the total: a draw, int32."""
+  of the total: a draw, int32. What has no mass is never drawn."""
   cumulative = jnp.cumsum(mass, axis=-1)
   target = uniform[..., None] * cumulative[..., -1:]
-  return jnp.sum(cumulative <= target, axis=-1, dtype=jnp.int32)
+  # Sums are rounded, and added up in blocks: they may rise or fall where there
+  # is nothing, and end below their target.
+  index = jnp.arange(mass.shape[-1], dtype=jnp.int32)
+  is_above = (mass > 0) & (cumulative > target)
+  first = jnp.min(jnp.where(is_above, index, index[-1]), axis=-1)
+  return jnp.minimum(first, jnp.max(jnp.where(mass > 0, index, 0), axis=-1))

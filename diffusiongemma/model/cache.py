@@ -39,8 +39,9 @@ def init_cache(config: ModelConfig, batch_size: int, capacity: int) -> KVCache:
       slots = min(config.sliding_window, capacity)
     return jnp.zeros((batch_size, slots, heads, dim), config.dtype)
 
-  layers = tuple(empty(kind) for kind in config.attention_pattern)
-  return KVCache(layers, layers, jnp.zeros((batch_size,), jnp.int32))
+  # Arrays of their own, so that the cache can be donated.
+  k, v = (tuple(map(empty, config.attention_pattern)) for _ in 'kv')
+  return KVCache(k, v, jnp.zeros((batch_size,), jnp.int32))
 
 
 def grow(config: ModelConfig, cache: KVCache, capacity: int) -> KVCache:

@@ -162,9 +162,11 @@ def read_prompt(
     chunk_length: most tokens of a row in a piece.
 
   Raises:
-    PromptError: an image has more soft tokens than a piece.
+    PromptError: an image has more soft tokens than a piece, or the cache has no
+      room for the prompts.
   """
   tokens_BP, length_B = np.asarray(tokens_BP), np.asarray(length_B)
+  _check_room(config, cache, length_B)
   B, P = tokens_BP.shape
   size = min(chunk_length, P)
   index_BP = np.full((B, P), -1) if images is None else images.index_BP
@@ -186,6 +188,24 @@ def read_prompt(
     cache = prefill(config, params, tokens, taken_B, cache, images)
     start_B += taken_B
   return cache
+
+
+def _check_room(
+  config: ModelConfig, cache: kv_cache.KVCache, length_B: np.ndarray
+) -> None:
+  """Raises `PromptError` where a global layer would forget what it has read."""
+  room = [
+    k_BSKH.shape[1]
+    for k_BSKH, kind in zip(cache.k, config.attention_pattern, strict=True)
+    if kind == 'global'
+  ]
+  needed = int((np.asarray(cache.length_B) + length_B).max())
+  if room and needed > min(room):
+    raise PromptError(
+      f'The cache has room for {min(room)} tokens; with these prompts there '
+      f'are {needed}: make a larger one (init_cache), or let it grow '
+      '(cache.grow).'
+    )
 
 
 def _piece_end(image_P: np.ndarray, start: int, length: int, size: int) -> int:
@@ -329,7 +349,10 @@ def generate(
       together with the canvases asked for, pictures and image tokens do not
       agree, or a pinned place is outside of the canvases.
     ImageError: an image can't be used.
+    ConfigError: the mesh around the call does not divide the network.
+    ValueError: `key` is no key, nor one for each row.
   """
+  sharding.validate_here(config)
   C = config.diffusion.canvas_length
   B, canvases = len(prompts), -(-max_new_tokens // C)
   if not B:
@@ -360,7 +383,7 @@ def generate(
     ),
   )
   cache = read_prompt(config.model, params, tokens_BP, length_B, cache, images)
-  prompt_cache = cache
+  prompt_cache = cache if keep_cache else None
 
   keys_B = sampler.row_keys(key, B)
   tokens, steps_B = [[] for _ in range(B)], np.zeros(B, int)
@@ -405,9 +428,7 @@ def generate(
     )
     for written, steps, reason in zip(tokens, steps_B, stopped_by, strict=True)
   ]
-  if not keep_cache:
-    cache = prompt_cache = None
-  return Generated(rows, cache, prompt_cache)
+  return Generated(rows, cache if keep_cache else None, prompt_cache)
 
 
 def _pins(

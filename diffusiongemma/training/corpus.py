@@ -74,7 +74,8 @@ class Corpus(NamedTuple):
   Attributes:
     train: to learn from.
     heldout: to evaluate on.
-    heldout_texts: what is evaluated: their text, or response.
+    heldout_texts: what is evaluated: their text, or what of a response there
+      are targets for, without control tokens.
   """
 
   train: list[Example]
@@ -251,11 +252,18 @@ def load_corpus(
 
   template = chat_template or templates.default_template()
   tokenize = lambda d: _tokenize(d, data, tokenizer, canvas_length, template)
-  return Corpus(
-    [tokenize(d) for d in train],
-    [tokenize(d) for d in heldout],
-    [d.text for d in heldout],
-  )
+  train, examples = ([tokenize(d) for d in part] for part in (train, heldout))
+  pairs = zip(heldout, examples, strict=True)
+  texts = [
+    d.text if d.stands_alone else _spelled(e, tokenizer) for d, e in pairs
+  ]
+  return Corpus(train, examples, texts)
+
+
+def _spelled(example: Example, tokenizer: tokenizers.Tokenizer) -> str:
+  """What the targets of a response say; it may have been cut."""
+  end = example.prompt_length + example.num_targets
+  return tokenizer.decode(example.tokens[example.prompt_length : end].tolist())
 
 
 def _tokenize(

@@ -191,17 +191,17 @@ def unigram_bits(examples: list[corpora.Example], vocab_size: int) -> float:
 
 
 def compressors_bits_per_byte(texts: list[str]) -> dict[str, float]:
-  """Each text compressed alone by three well-known programs."""
+  """Each text compressed alone by three well-known programs; NaN where there
+  is none."""
   raw = [text.encode() for text in texts]
+  num_bytes = sum(map(len, raw)) or math.nan
   extreme = 9 | lzma.PRESET_EXTREME
   sizes = {
     'bzip2_9': [len(bz2.compress(b, 9)) for b in raw],
     'xz_9e': [len(lzma.compress(b, preset=extreme)) for b in raw],
     'gzip_9': [len(gzip.compress(b, 9)) for b in raw],
   }
-  return {
-    name: 8 * sum(size) / sum(map(len, raw)) for name, size in sizes.items()
-  }
+  return {name: 8 * sum(size) / num_bytes for name, size in sizes.items()}
 
 
 def quick(
@@ -246,12 +246,14 @@ def evaluate(
   windows = heldout_windows(config, corpus)
   num_bytes = sum(len(text.encode()) for text in corpus.heldout_texts)
   num_tokens = int(windows.target_mask_MS.sum())
+  # Targets may be control tokens alone, which spell nothing.
+  tokens_per_byte = num_tokens / num_bytes if num_bytes else math.nan
   bits = ar_nats_per_token(config, params, windows) / math.log(2)
   numbers = {
     'heldout_bytes': num_bytes,
     'heldout_tokens': num_tokens,
     'ar_bits_per_token': bits,
-    'ar_bits_per_byte': bits * num_tokens / num_bytes,
+    'ar_bits_per_byte': bits * tokens_per_byte,
   }
   for name, value in compressors_bits_per_byte(corpus.heldout_texts).items():
     numbers[f'{name}_bits_per_byte'] = value
@@ -270,7 +272,7 @@ def evaluate(
     for name, nats in (('nelbo', nelbo), ('nelbo_standard_error', error)):
       bits = nats / math.log(2)
       numbers[f'{name}_bits_per_token'] = bits
-      numbers[f'{name}_bits_per_byte'] = bits * num_tokens / num_bytes
+      numbers[f'{name}_bits_per_byte'] = bits * tokens_per_byte
   for t in NOISE_LEVELS if config.train.objective != 'ar' else ():
     at_t = denoise_nats_per_token(config, params, windows, t)
     numbers[f'denoise_loss_t{t}_corrupted_bits'] = at_t.corrupted / math.log(2)

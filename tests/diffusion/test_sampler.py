@@ -211,6 +211,37 @@ def test_pinned_tokens_stand_from_the_first_canvas_on(strategy):
   assert (np.asarray(state.draft_BL)[~mask] == TARGET_BL[~mask]).mean() > 0.8
 
 
+@pytest.mark.parametrize(
+  'strategy', ['entropy_bound', 'confidence', 'top_k_confident']
+)
+def test_free_positions_are_accepted_as_if_they_were_alone(strategy):
+  """Pinned ones take none of their places."""
+  N, free = CONFIG.max_denoising_steps, 4
+  last = jnp.arange(L) >= L - free
+  pins = sampler.Pinned(
+    mask_BL=jnp.broadcast_to(~last, (B, L)), tokens_BL=TARGET_BL
+  )
+  config = dataclasses.replace(
+    CONFIG, strategy=strategy, confidence_threshold=0.0
+  )
+
+  def accepted(targets_BL, config, pinned):
+    def network(tokens_BL, sc_BLD, temperature, uniforms_BL2, step):
+      logits_BLV = 2.0 * jax.nn.one_hot(targets_BL, V)
+      return sampler.predict(logits_BLV, 1.0, uniforms_BL2, lambda p: sc_BLD)
+
+    _, states = sample(
+      denoise_fn=network, config=config, pinned=pinned, trajectory=True
+    )
+    return states.accepted_BL[:, :, -free:].sum(-1)
+
+  alone = dataclasses.replace(config, canvas_length=free)
+  with_pins = accepted(TARGET_BL, config, pins)
+  without = accepted(TARGET_BL[:, -free:], alone, None)
+  np.testing.assert_array_equal(with_pins, without)
+  assert with_pins.shape == (N, B) and (with_pins[0] > 0).all()
+
+
 def settled(entropy_BL):
   """A network that always says the same, so sure of it."""
 

@@ -114,6 +114,22 @@ def test_two_level_draw_has_the_right_distribution():
   assert statistic < 148.2  # the 0.999 quantile for 99 degrees of freedom
 
 
+def test_what_has_no_mass_is_never_drawn():
+  """Of a vocabulary so large that its sums, added up in blocks, fall here and
+  there; at the places where they do, and at the end."""
+  rng = np.random.default_rng(6)
+  mass = np.exp(rng.normal(0, 4, (8, 8192))).astype(np.float32)
+  mass[:, -70:] = 0
+  mass[:, ::3] = 0
+  total = np.asarray(jax.jit(lambda x: jnp.cumsum(x, axis=-1))(mass))
+  rises = np.take(total, np.arange(0, 8192, 3), axis=-1) / total[:, -1:]
+  uniforms = np.concatenate([rises, np.full((8, 1), 1 - 2**-24)], axis=1)
+  uniforms = np.minimum(uniforms, 1 - 2**-24).astype(np.float32)
+  draw = jax.jit(jax.vmap(vocabulary.invert, (None, -1), -1))
+  drawn = np.asarray(draw(mass, uniforms))
+  assert (np.take_along_axis(mass, drawn, axis=-1) > 0).all()
+
+
 def test_draw_at_the_ends_of_the_unit_interval():
   p = jnp.zeros((1, 2, 260)).at[..., 3].set(0.5).at[..., 257].set(0.5)
   ends = jnp.array([[[0.0, 0.0], [1 - 2**-24, 1 - 2**-24]]])

@@ -51,6 +51,15 @@ def test_no_slot_is_written_twice():
       assert len(set(row)) == 6
 
 
+def test_an_empty_cache_can_be_donated(model_config):
+  """None of its arrays is another's too."""
+  add = jax.jit(
+    lambda cache: jax.tree.map(lambda x: x + 1, cache), donate_argnums=0
+  )
+  made = jax.tree.leaves(add(kv_cache.init_cache(model_config, 2, 5)))
+  assert all((np.asarray(x) == 1).all() for x in made)
+
+
 def test_local_layers_hold_their_window_only(model_config):
   cache = kv_cache.init_cache(model_config, 2, 100)
   slots = [k.shape[1] for k in cache.k]

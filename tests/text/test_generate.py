@@ -115,6 +115,26 @@ def test_prompts_that_cannot_be_continued(
     generate.generate(config, params, [prompt], jax.random.key(0), new_tokens)
 
 
+@pytest.mark.parametrize(
+  'key', [jax.random.PRNGKey(0), jax.random.split(jax.random.key(0), 3)]
+)
+def test_what_is_no_key_for_the_batch_is_refused(config, params, key):
+  with pytest.raises(ValueError, match='key must be one of jax.random.key, or'):
+    generate.generate(config, params, [PROMPT], key, C)
+
+
+def test_a_cache_that_is_too_small_is_refused(config, params):
+  """A global layer would forget what it has read."""
+  read = functools.partial(generate.read_prompt, config.model, params)
+  tokens_BP, length_B = np.array([PROMPT]), np.array([len(PROMPT)])
+  cache = read(
+    tokens_BP, length_B, kv_cache.init_cache(config.model, 1, 2 * len(PROMPT))
+  )
+  cache = read(tokens_BP, length_B, cache)
+  with pytest.raises(generate.PromptError, match='The cache has room for'):
+    read(tokens_BP, length_B, cache)
+
+
 def test_rows_of_a_batch_are_what_they_are_alone(config, params):
   """Prompts of many lengths; whatever the other rows hold, and when some of
   them stop before others."""

@@ -156,6 +156,19 @@ def test_responses_are_read_beside_documents(tmp_path):
   assert read.heldout_texts == ['Long live the king!']
 
 
+def test_what_is_cut_off_a_response_is_not_evaluated(tmp_path):
+  """Its bytes count no more than its tokens do."""
+  response = 'Never, never, never, never, never! ' * 9
+  line = {'prompt': 'O', 'response': response, 'split': 'heldout'}
+  lines = [line, {'prompt': 'Who?', 'response': 'I.', 'split': 'train'}]
+  path = write(tmp_path / 'a.jsonl', '\n'.join(map(json.dumps, lines)))
+  given = DataConfig(path=str(path), sequence_length=3 * C)
+  read = corpus.load_corpus(given, TOKENIZER, C)
+  (text,), (example,) = read.heldout_texts, read.heldout
+  assert response.startswith(text) and 0 < len(text) < len(response)
+  assert len(TOKENIZER.encode(text)) == example.num_targets
+
+
 def read_chat(tmp_path, tokenizer, record, length=256):
   """What lines of a chat teach: [(prompt, response with its fill)]."""
   line = json.dumps({**record, 'split': 'train'})

@@ -106,6 +106,12 @@ def test_bits_per_byte_ties_tokens_to_bytes(config, params, document):
     numbers['ar_bits_per_byte'], nats / math.log(2) * 41 / 100, rtol=1e-6
   )
   assert numbers['heldout_bytes'] == 100 and numbers['heldout_tokens'] == 41
+  # A call of a tool may be control tokens alone.
+  nothing = evaluate.evaluate(
+    config, params, corpus._replace(heldout_texts=[''])
+  )
+  assert nothing['ar_bits_per_token'] == numbers['ar_bits_per_token']
+  assert not [name for name in nothing if name.endswith('per_byte')]
 
 
 def with_objective(config, objective):
