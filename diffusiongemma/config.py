@@ -341,12 +341,11 @@ def validate(config: Config) -> None:
       "'adam' or 'adafactor'."
     )
   _validate_mesh(config.mesh)
-  if train.self_conditioning_probability > 1:
+  if data.sequence_length > model.context_length:
     raise ConfigError(
-      'config.train.self_conditioning_probability is a probability, at most 1.'
+      f'config.data.sequence_length = {data.sequence_length} is more than '
+      f'config.model.context_length = {model.context_length}.'
     )
-  if train.ema_decay >= 1:
-    raise ConfigError('config.train.ema_decay must be below 1.')
   if 0 < train.spike_factor <= 1:
     raise ConfigError('config.train.spike_factor must be above 1, or 0 (off).')
   if data.batch_size % train.accumulate_steps:
@@ -417,6 +416,20 @@ _MAY_BE_ZERO = (
   'config.train.spike_factor',
 )
 
+_AT_MOST_ONE = (
+  'config.model.global_rotary_fraction',
+  'config.diffusion.accept_confidence',
+  'config.optimizer.final_rate_fraction',
+  'config.train.self_conditioning_probability',
+)
+_BELOW_ONE = (
+  'config.optimizer.b1',
+  'config.optimizer.b2',
+  'config.train.ema_decay',
+)
+# What an int32 holds, and with room for sums and products a float32.
+_LARGEST = {int: 2**31 - 1, float: 1e30}
+
 
 def _check_numbers(config: Any, prefix: str) -> None:
   for name, value in fields.flatten(config, prefix).items():
@@ -424,6 +437,13 @@ def _check_numbers(config: Any, prefix: str) -> None:
       continue  # May be -1.
     positive = not name.startswith(_MAY_BE_ZERO)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
+      if value > 1 and name in _AT_MOST_ONE:
+        raise ConfigError(f'{name} must be at most 1, it is {value}.')
+      if value >= 1 and name in _BELOW_ONE:
+        raise ConfigError(f'{name} must be below 1, it is {value}.')
+      most = _LARGEST[type(value)]
+      if value > most and not name.endswith('.seed'):
+        raise ConfigError(f'{name} must be at most {most:.10g}, it is {value}.')
       if not math.isfinite(value) or value < 0 or (positive and value == 0):
         kind = 'positive' if positive else 'zero or more'
         raise ConfigError(f'{name} must be {kind}, it is {value}.')

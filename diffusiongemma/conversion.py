@@ -56,17 +56,16 @@ def read_config(hf_dir: str) -> Config:
       f'There is no {path!r}: give the folder that has {CONFIG} beside its '
       'safetensors.'
     )
-  values = files.read_json(hf_dir, CONFIG, workdirs.MAX_TEXT_BYTES)
+  values = files.read_json(hf_dir, CONFIG)
   model = huggingface_config.model_config(values, path)
   generation = {}
   if os.path.lexists(os.path.join(hf_dir, GENERATION_CONFIG)):
-    generation = files.read_json(
-      hf_dir, GENERATION_CONFIG, workdirs.MAX_TEXT_BYTES
-    )
+    generation = files.read_json(hf_dir, GENERATION_CONFIG)
   diffusion = huggingface_config.diffusion_config(
     values, generation, model.vocab_size, hf_dir
   )
   length = max(configs.DataConfig.sequence_length, 4 * diffusion.canvas_length)
+  length = min(length, model.context_length)
   config = Config(
     model=model,
     diffusion=diffusion,
@@ -406,7 +405,7 @@ def is_huggingface(path: str) -> bool:
   """Whether the config.json there is one of Hugging Face's."""
   if not os.path.isfile(os.path.join(path, CONFIG)):
     return False
-  values = files.read_json(path, CONFIG, workdirs.MAX_TEXT_BYTES)
+  values = files.read_json(path, CONFIG)
   return 'model_type' in values or 'architectures' in values
 
 

@@ -14,6 +14,9 @@ import stat
 from diffusiongemma.checkpoints import CheckpointError
 
 MAX_DIGITS = 20  # Of 2**64; reading a number is quadratic in its digits.
+# More would take gigabytes to parse; the header of the released model's
+# safetensors has a tenth of a megabyte.
+MAX_JSON_BYTES = 10_000_000
 CHUNK_BYTES = 64 * 2**20  # Of one system call; Linux stops short of 2**31.
 
 
@@ -157,7 +160,7 @@ def read_file(folder: str, name: str, max_bytes: int) -> bytearray:
     return read_bytes(descriptor, 0, size, path)
 
 
-def read_json(folder: str, name: str, max_bytes: int) -> dict:
-  """The JSON object in a file of `folder`."""
+def read_json(folder: str, name: str) -> dict:
+  """The JSON object in a file of `folder`, of `MAX_JSON_BYTES` at most."""
   path = os.path.join(folder, name)
-  return parse_json(read_file(folder, name, max_bytes), repr(path))
+  return parse_json(read_file(folder, name, MAX_JSON_BYTES), repr(path))

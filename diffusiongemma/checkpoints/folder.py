@@ -28,6 +28,22 @@ def write_file(path: str, content: bytes) -> None:
     file.write(content)
 
 
+def replace_file(path: str | os.PathLike, content: bytes) -> None:
+  """Writes beside `path`, down to the disk, and renames: it is whole, or as it
+  was before and nothing is beside it. Raises `OSError`."""
+  temporary = f'{os.fspath(path)}.tmp'
+  try:
+    with open(temporary, 'wb') as file:
+      file.write(content)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  except BaseException:
+    with contextlib.suppress(OSError):
+      os.remove(temporary)
+    raise
+
+
 @contextlib.contextmanager
 def appearing(path: str) -> Iterator[str]:
   """A new folder that gets the name `path` when the block is done, and is

@@ -101,6 +101,11 @@ def model_config(values: dict, path: str = 'config.json') -> ModelConfig:
   text.check_fixed(_FIXED_TEXT)
   _Reader(values, path).check_fixed({'tie_word_embeddings': True})
   fields = text.fields(_TEXT_FIELDS)
+  if not fields['logit_softcap']:
+    raise CheckpointError(
+      f'{text.where("final_logit_softcapping")} cannot be 0: transformers '
+      'divides by it.'
+    )
   fields['attention_pattern'] = _attention_pattern(text)
   fields |= _global_heads(text, fields)
   rope = text.group('rope_parameters')
@@ -162,25 +167,26 @@ def _global_heads(text: '_Reader', fields: dict) -> dict[str, int]:
     }
   message = (
     f'{text.where("per_layer_config")} must give all full_attention layers '
-    'the same head_dim and num_key_value_heads, and the others nothing.'
+    'the same head_dim and num_key_value_heads, and the others none but those '
+    'of text_config.'
   )
   if not isinstance(by_layer, dict):
     raise CheckpointError(message)
+  sizes = {kind: set() for kind in ('local', 'global')}
   try:
     layers = {int(k): _Reader(v, text.path) for k, v in by_layer.items()}
-    sizes = {
-      (
-        layer.take('num_key_value_heads', fields['num_kv_heads']),
-        layer.take('head_dim', fields['head_dim']),
-      )
-      for layer in layers.values()
-    }
+    # What a layer says nothing of is as in all.
+    for index, kind in enumerate(pattern):
+      layer = layers.pop(index, _Reader({}, text.path))
+      kv_heads = layer.take('num_key_value_heads', fields['num_kv_heads'])
+      head_dim = layer.take('head_dim', fields['head_dim'])
+      sizes[kind].add((kv_heads, head_dim))
   except (ValueError, AttributeError) as error:
     raise CheckpointError(message) from error
-  wanted = {i for i, kind in enumerate(pattern) if kind == 'global'}
-  if layers.keys() != wanted or len(sizes) != 1:
+  in_all = {(fields['num_kv_heads'], fields['head_dim'])}
+  if layers or len(sizes['global']) != 1 or sizes['local'] - in_all:
     raise CheckpointError(message)
-  ((kv_heads, head_dim),) = sizes
+  ((kv_heads, head_dim),) = sizes['global']
   return {'num_global_kv_heads': kv_heads, 'global_head_dim': head_dim}
 
 
@@ -311,6 +317,11 @@ def to_config(
   if model.attention_pattern[-1] != 'global':
     raise CheckpointError(
       'The last layer is local; in transformers it is always a global one.'
+    )
+  if not model.logit_softcap:
+    raise CheckpointError(
+      'config.model.logit_softcap is 0, for logits as they are; transformers '
+      'always has a softcap.'
     )
   theirs = {ours: name for name, ours in _KINDS.items()}
   vision = model.vision

@@ -41,9 +41,6 @@ DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-# The format allows ten times as much; such JSON would take gigabytes to parse,
-# and the header of the released model has a tenth of a megabyte.
-MAX_JSON_BYTES = 10_000_000
 MAX_DIMENSIONS = 32  # More, NumPy before 2.0 and XLA can't hold.
 MAX_BYTES = 2**63 - 1  # Of an array, empty dimensions aside: NumPy's limit.
 
@@ -212,10 +209,11 @@ def _list_file(path: str) -> dict[str, Tensor]:
       )
     length = int.from_bytes(files.read_bytes(descriptor, 0, 8, path), 'little')
     # Before it is read: a few bytes must not cost more memory than they are.
-    if length > MAX_JSON_BYTES:
+    if length > files.MAX_JSON_BYTES:
       raise CheckpointError(
-        f'{path!r} tells of a header of {length} bytes, and {MAX_JSON_BYTES} '
-        'are the limit: it is damaged, or not safetensors.'
+        f'{path!r} tells of a header of {length} bytes, and '
+        f'{files.MAX_JSON_BYTES} are the limit: it is damaged, or not '
+        'safetensors.'
       )
     if length > size - 8:
       raise CheckpointError(
@@ -322,9 +320,10 @@ def _list_indexed(folder: str) -> dict[str, Tensor]:
   """The tensors of all files that the index names."""
   path = files.checked_path(folder, INDEX)
   with files.opened(path) as (descriptor, size):
-    if size > MAX_JSON_BYTES:
+    if size > files.MAX_JSON_BYTES:
       raise CheckpointError(
-        f'{path!r} is {size} bytes long, and {MAX_JSON_BYTES} are the limit.'
+        f'{path!r} is {size} bytes long, and {files.MAX_JSON_BYTES} are the '
+        'limit.'
       )
     data = files.read_bytes(descriptor, 0, size, path)
   index = files.parse_json(data, repr(path))
@@ -445,10 +444,10 @@ def _place(path: str, tensors: list[Tensor]) -> tuple[bytes, list[Tensor]]:
     }
   text = json.dumps(header, separators=(',', ':')).encode()
   text += b' ' * (-len(text) % 8)
-  if len(text) > MAX_JSON_BYTES:
+  if len(text) > files.MAX_JSON_BYTES:
     raise CheckpointError(
       f'{path!r} would have a header of {len(text)} bytes, and '
-      f'{MAX_JSON_BYTES} are the limit: choose smaller files.'
+      f'{files.MAX_JSON_BYTES} are the limit: choose smaller files.'
     )
   head = len(text).to_bytes(8, 'little') + text
   placed = [

@@ -137,7 +137,7 @@ class SentencePieceTokenizer(Tokenizer):
     try:
       self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError as error:
-      raise TokenizerError(f'Not a SentencePiece model: {error}') from error
+      raise TokenizerError('This is no SentencePiece model.') from error
     self.model = model
     self.vocab_size = self._processor.vocab_size()
     self.pad_id = self._processor.pad_id()
@@ -174,7 +174,7 @@ class JsonTokenizer(Tokenizer):
     try:
       self._tokenizer = huggingface_tokenizers.Tokenizer.from_buffer(model)
     except Exception as error:  # The library raises nothing narrower.
-      raise TokenizerError(f'Not a tokenizer.json: {error}') from error
+      raise TokenizerError(f'This is no tokenizer.json: {error}') from error
     self.model = model
     self.vocab_size = self._tokenizer.get_vocab_size()
     for name in ('pad', 'bos', 'eos'):
@@ -202,13 +202,27 @@ class JsonTokenizer(Tokenizer):
 
 
 def load_tokenizer(path: str = '') -> Tokenizer:
-  """The tokenizer in the file `path`; empty is the shipped one."""
+  """The tokenizer in the file `path`; empty is the shipped one. Raises
+  `TokenizerError`."""
   file = pathlib.Path(path) if path else SHIPPED_MODEL
   if not os.path.isfile(file):
     raise TokenizerError(f'No tokenizer at {str(file)!r}.')
-  is_json = file.suffix == '.json'
+  return make_tokenizer(file.read_bytes(), str(file))
+
+
+def make_tokenizer(content: bytes, name: str) -> Tokenizer:
+  """The tokenizer in the content of a file that is named `*.json`, or else is a
+  SentencePiece model.
+
+  Raises:
+    TokenizerError: it is neither; the message has the name.
+  """
+  is_json = name.endswith('.json')
   kind = JsonTokenizer if is_json else SentencePieceTokenizer
-  return kind(file.read_bytes())
+  try:
+    return kind(content)
+  except TokenizerError as error:
+    raise TokenizerError(f'{name}: {error}') from error
 
 
 def _checked(text: str) -> str:

@@ -8,7 +8,6 @@ at a time where it is not a terminal. A full disk costs metrics, not the run.
 from collections.abc import Mapping
 import contextlib
 import json
-import os
 import pathlib
 import time
 
@@ -16,6 +15,8 @@ from absl import logging
 import numpy as np
 from rich import console as rich_console
 from rich import progress as rich_progress
+
+from diffusiongemma.checkpoints import folder as folders
 
 BAD_STEPS = 'bad_steps.jsonl'  # Steps that were left out, and their data.
 
@@ -34,12 +35,13 @@ class MetricsWriter:
 
     self._path = pathlib.Path(workdir) / 'metrics.jsonl'
     self._bad_steps = pathlib.Path(workdir) / BAD_STEPS
-    self._failed = False
-    _drop_lines_after(self._path, first_step)
-    _drop_lines_after(self._bad_steps, first_step)
-    self._events = tensorboardX.SummaryWriter(
-      str(workdir), purge_step=first_step + 1 if first_step else None
-    )
+    self._failed, self._events = False, None
+    with self._telling_once():
+      _drop_lines_after(self._path, first_step)
+      _drop_lines_after(self._bad_steps, first_step)
+      self._events = tensorboardX.SummaryWriter(
+        str(workdir), purge_step=first_step + 1 if first_step else None
+      )
 
   def write(self, step: int, numbers: Mapping[str, float]) -> None:
     """Records the numbers of one step under their names."""
@@ -49,7 +51,7 @@ class MetricsWriter:
     with self._telling_once():
       with self._path.open('a') as stream:
         stream.write(json.dumps({'step': step, **numbers}) + '\n')
-      for name, value in numbers.items():
+      for name, value in numbers.items() if self._events else ():
         self._events.add_scalar(name, value, step)
 
   def write_bad_step(self, record: Mapping[str, float]) -> None:
@@ -61,7 +63,7 @@ class MetricsWriter:
 
   def write_text(self, step: int, text: str) -> None:
     """Shows a sample in TensorBoard."""
-    if not self._recording:
+    if not self._recording or self._events is None:
       return
     with self._telling_once():
       # As it is: TensorBoard reads Markdown, in which four spaces are code.
@@ -80,7 +82,7 @@ class MetricsWriter:
 
   def close(self) -> None:
     """Flushes the events."""
-    if not self._recording:
+    if not self._recording or self._events is None:
       return
     try:
       self._events.close()
@@ -100,9 +102,7 @@ def _drop_lines_after(path: pathlib.Path, step: int) -> None:
         kept.append(line + '\n')
     except (ValueError, KeyError, TypeError):
       continue
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(''.join(kept))
-  os.replace(temporary, path)
+  folders.replace_file(path, ''.join(kept).encode())
 
 
 class Stopwatch:

@@ -14,6 +14,7 @@ import signal
 import grain
 import jax
 
+from diffusiongemma import config as configs
 from diffusiongemma import processes
 from diffusiongemma import sharding
 from diffusiongemma.checkpoints import CheckpointError
@@ -21,6 +22,7 @@ from diffusiongemma.checkpoints import native
 from diffusiongemma.config import Config
 from diffusiongemma.text import generate
 from diffusiongemma.text.tokenizer import Tokenizer
+from diffusiongemma.text.tokenizer import TokenizerError
 from diffusiongemma.training import corpus as corpora
 from diffusiongemma.training import data
 from diffusiongemma.training import evaluate
@@ -90,12 +92,13 @@ def train(
   mesh = sharding.make_mesh(config.mesh)
   sharding.validate(config, tuple(mesh.shape.values()))
   share = sharding.share_of_batch(mesh)
-  with jax.set_mesh(mesh):
-    return _train_on(mesh, share, config, workdir, load_base)
+  with jax.set_mesh(mesh), contextlib.ExitStack() as until_done:
+    return _train_on(mesh, share, config, workdir, load_base, until_done)
 
 
-def _train_on(mesh, share, config, workdir, load_base) -> int:
-  """`train` on a mesh, with this process's share of each batch."""
+def _train_on(mesh, share, config, workdir, load_base, until_done) -> int:
+  """`train` on a mesh, with this process's share of each batch; what is in the
+  way of others is given back when `until_done` is closed."""
   start = config.train.init_from
   if start and load_base is None:
     raise ValueError('load_base must give the parameters in init_from.')
@@ -110,7 +113,12 @@ def _train_on(mesh, share, config, workdir, load_base) -> int:
     config.diffusion.canvas_length,
     workdirs.find_chat_template(start) if start else None,
   )
-  claim = functools.partial(workdirs.claim, workdir, config, tokenizer)
+  _check_sample_prompt(config, tokenizer)
+
+  def claim():
+    workdirs.claim(workdir, config, tokenizer)
+    until_done.enter_context(workdirs.held(workdir))
+
   if processes.is_first() and not is_new:
     claim()
   watch = metrics_lib.Stopwatch()
@@ -170,6 +178,21 @@ def _train_on(mesh, share, config, workdir, load_base) -> int:
   if received:
     return 128 + received[0] if saved else 1
   return 0 if saved else 1
+
+
+def _sample_prompt(config: Config, tokenizer: Tokenizer) -> list[int]:
+  return [tokenizer.bos_id, *tokenizer.encode(config.train.sample_prompt)]
+
+
+def _check_sample_prompt(config: Config, tokenizer: Tokenizer) -> None:
+  """Raises `ConfigError` for one that would end the run when it is due."""
+  if not config.train.sample_prompt:
+    return
+  try:
+    prompt = _sample_prompt(config, tokenizer)
+    generate.check_prompt(config, prompt, config.diffusion.canvas_length)
+  except (generate.PromptError, TokenizerError) as error:
+    raise configs.ConfigError(f'config.train.sample_prompt: {error}') from error
 
 
 def told_at_start(config: Config) -> list[str]:
@@ -394,11 +417,10 @@ def report_quality(
   if train.sample_prompt and (
     step % train.sample_every == 0 or step == train.steps
   ):
-    prompt = [tokenizer.bos_id] + tokenizer.encode(train.sample_prompt)
     (written,), *_ = generate.generate(
       config,
       params,
-      [prompt],
+      [_sample_prompt(config, tokenizer)],
       jax.random.key(train.seed),
       config.diffusion.canvas_length,
     )

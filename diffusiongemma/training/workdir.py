@@ -12,6 +12,7 @@ sample from it anywhere; of adapters, together with the weights they are for.
 from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -28,6 +29,7 @@ from diffusiongemma import sharding as shardings
 from diffusiongemma.checkpoints import CheckpointError
 from diffusiongemma.checkpoints import digest as digest_lib
 from diffusiongemma.checkpoints import files
+from diffusiongemma.checkpoints import folder as folders
 from diffusiongemma.checkpoints import native
 from diffusiongemma.config import Config
 from diffusiongemma.model import quantize
@@ -51,6 +53,7 @@ FREE_FIELDS = (
 )
 
 
+LOCK = 'lock'
 COMPANIONS_DIR = 'huggingface'
 # What lies beside the weights of Hugging Face and goes with them.
 COMPANIONS = (
@@ -108,9 +111,9 @@ def claim(
     if not is_claimed(workdir):
       for name, content in files_beside(config, tokenizer).items():
         (folder / name).parent.mkdir(exist_ok=True)
-        _write_atomically(folder / name, content)
+        folders.replace_file(folder / name, content)
       text = json.dumps(fields.to_dict(config), indent=2)
-      _write_atomically(folder / 'config.json', text.encode())
+      folders.replace_file(folder / 'config.json', text.encode())
       return
     there = read_config(workdir)
     if (folder / COMPANIONS_DIR).exists() and not there.train.init_from:
@@ -139,19 +142,48 @@ def claim(
     )
 
 
+@contextlib.contextmanager
+def held(workdir: str) -> Iterator[None]:
+  """No other process trains in the folder, on this host and on others where the
+  file system knows of locks; they end with the process.
+
+  Raises:
+    WorkdirError: another one does.
+  """
+  path = os.path.join(workdir, LOCK)
+  with contextlib.ExitStack() as stack:
+    try:
+      file = stack.enter_context(open(path, 'a+'))
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      file.seek(0)
+      raise WorkdirError(
+        f'Another process trains in {workdir} (its number is {file.read(20)}). '
+        'Wait for it, stop it, or give another --workdir.'
+      ) from None
+    except OSError:  # Without locks, or room for them, as if alone.
+      pass
+    else:
+      with contextlib.suppress(OSError):
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+    yield
+
+
 def read_config(workdir: str) -> Config:
   """The config of the run in `workdir`. Raises `WorkdirError`."""
   path = pathlib.Path(workdir) / 'config.json'
   try:
-    return fields.from_dict(json.loads(path.read_text()), Config)
-  except FileNotFoundError:
-    raise WorkdirError(
-      f'{workdir} holds no run (there is no config.json). Train one first: '
-      f'python -m diffusiongemma.main --config=configs/tiny.py '
-      f'--workdir={workdir}'
-    ) from None
-  except (OSError, ValueError, TypeError, AttributeError) as error:
+    if is_claimed(workdir):
+      return fields.from_dict(files.read_json(workdir, path.name), Config)
+  except (CheckpointError, ValueError, TypeError, AttributeError) as error:
     raise WorkdirError(f'{path} cannot be read: {error}') from error
+  raise WorkdirError(
+    f'{workdir} holds no run (there is no config.json). Train one first: '
+    f'python -m diffusiongemma.main --config=configs/tiny.py '
+    f'--workdir={workdir}'
+  )
 
 
 def load_tokenizer(config: Config, start: str = '') -> tokenizers.Tokenizer:
@@ -219,7 +251,7 @@ def check_base(workdir: str, params: dict, note: bool = False) -> None:
   path = pathlib.Path(workdir) / 'base.txt'
   try:
     if note and processes.is_first():
-      _write_atomically(path, digest.encode())
+      folders.replace_file(path, digest.encode())
     processes.wait('base noted')
     noted = path.read_text()
   except OSError as error:
@@ -239,12 +271,15 @@ def find_tokenizer(config: Config, folder: str) -> tokenizers.Tokenizer | None:
 
   Raises:
     ConfigError: it is not that of the config.
+    CheckpointError: the file leads elsewhere, or is too large.
+    TokenizerError: it is damaged.
   """
   for name in TOKENIZERS:
     for place in (folder, os.path.join(folder, COMPANIONS_DIR)):
       path = os.path.join(place, name)
-      if os.path.isfile(path):
-        tokenizer = tokenizers.load_tokenizer(path)
+      if os.path.lexists(path):
+        content = bytes(files.read_file(place, name, MAX_TEXT_BYTES))
+        tokenizer = tokenizers.make_tokenizer(content, path)
         _check_tokenizer(config, tokenizer, path)
         return tokenizer
   return None
@@ -268,9 +303,7 @@ def find_chat_template(folder: str) -> str | None:
     for name in ('chat_template.json', 'tokenizer_config.json'):
       if not os.path.lexists(os.path.join(place, name)):
         continue
-      template = files.read_json(place, name, MAX_TEXT_BYTES).get(
-        'chat_template'
-      )
+      template = files.read_json(place, name).get('chat_template')
       if isinstance(template, list):  # Several, by name.
         named = [t for t in template if isinstance(t, dict)]
         of_name = {t.get('name'): t.get('template') for t in named}
@@ -384,10 +417,3 @@ def open_checkpoints(workdir: str) -> ocp.CheckpointManager:
 def checkpoint_dir(workdir: str) -> str:
   """Where a run's checkpoints are; Orbax wants an absolute path."""
   return os.path.join(os.path.abspath(workdir), 'checkpoints')
-
-
-def _write_atomically(path: pathlib.Path, content: bytes) -> None:
-  """Writes beside `path` and renames: it is whole or as it was before."""
-  temporary = path.with_name(path.name + '.tmp')
-  temporary.write_bytes(content)
-  os.replace(temporary, path)

@@ -79,11 +79,18 @@ def test_released_config_comes_back(released):
   check(generation, huggingface_config.to_generation_config(diffusion), 'g')
 
 
-def test_a_config_that_transformers_has_saved(released, tmp_path):
-  """It writes sizes of global layers layer by layer."""
+@pytest.mark.parametrize('are_equal', [False, True])
+def test_a_config_that_transformers_has_saved(released, tmp_path, are_equal):
+  """It writes sizes of global layers layer by layer, where they differ."""
   transformers = pytest.importorskip(
     'transformers', reason='transformers is installed by the [test] extra'
   )
+  released, text = copy.deepcopy(released), released['text_config']
+  if are_equal:
+    released['text_config'] |= {
+      'global_head_dim': text['head_dim'],
+      'num_global_key_value_heads': text['num_key_value_heads'],
+    }
   kind = transformers.models.diffusion_gemma.DiffusionGemmaConfig
   kind.from_dict(copy.deepcopy(released)).save_pretrained(tmp_path)
   saved = json.loads((tmp_path / 'config.json').read_text())
@@ -140,7 +147,7 @@ model_configs = st.builds(
   global_head_dim=sizes,
   sliding_window=sizes,
   global_rotary_fraction=st.floats(0, 1),
-  logit_softcap=st.floats(0, 100),
+  logit_softcap=st.floats(1e-3, 100),
   norm_epsilon=st.floats(1e-9, 1e-3),
   vision=vision_configs,
   dtype=st.just('float32'),
@@ -168,6 +175,13 @@ def test_a_last_layer_that_is_local_has_no_counterpart(released):
     huggingface_config.to_config(model, configs.DiffusionConfig(), 'float32')
 
 
+def test_logits_without_a_softcap_have_no_counterpart(released):
+  model = huggingface_config.model_config(released)
+  model = dataclasses.replace(model, logit_softcap=0.0)
+  with pytest.raises(CheckpointError, match='logit_softcap is 0'):
+    huggingface_config.to_config(model, configs.DiffusionConfig(), 'float32')
+
+
 @pytest.mark.parametrize(
   ('path', 'value', 'message'),
   [
@@ -188,8 +202,16 @@ def test_a_last_layer_that_is_local_has_no_counterpart(released):
     ('text_config.num_hidden_layers', 10**9, 'num_hidden_layers is'),
     ('text_config.layer_types', ['linear'], 'layer_types must be a list of'),
     ('text_config.layer_types', [['x']] * 30, 'layer_types must be a list of'),
-    ('text_config.per_layer_config', {'1': {}}, 'per_layer_config must give'),
-    ('text_config.per_layer_config', {'x': {}}, 'per_layer_config must give'),
+    *(
+      ('text_config.per_layer_config', value, 'per_layer_config must give')
+      for value in (
+        {'1': {'head_dim': 128}},
+        {'5': {'head_dim': 128}},
+        {'30': {}},
+        {'x': {}},
+      )
+    ),
+    ('text_config.final_logit_softcapping', 0.0, 'softcapping cannot be 0'),
     ('text_config.rope_parameters', 3, 'rope_parameters must be an object'),
     (
       'text_config.rope_parameters.full_attention.rope_type',

@@ -365,7 +365,7 @@ def test_names_and_types_that_no_file_can_have(tmp_path):
 
 
 def test_headers_of_others_have_a_limit(tmp_path, monkeypatch):
-  monkeypatch.setattr(safetensors, 'MAX_JSON_BYTES', 100)
+  monkeypatch.setattr(files, 'MAX_JSON_BYTES', 100)
   refused(
     lambda: write(tmp_path, make_arrays()), 'a header of', 'are the limit'
   )

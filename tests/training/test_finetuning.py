@@ -155,6 +155,19 @@ def test_a_run_of_adapters_goes_on(base, adapted, tmp_path):
   )
 
 
+def test_a_run_that_ended_before_its_base_was_noted_goes_on(base, tmp_path):
+  """Its folder is claimed by then."""
+  config = make_config(3, init_from=base, lora=LORA)
+
+  def fail(sharding):
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    train.train(config, str(tmp_path), fail)
+  assert workdirs.is_claimed(str(tmp_path))
+  run(config, tmp_path)
+
+
 def test_adapters_refuse_other_weights(base, adapted, tmp_path):
   """The run they start from has gone on since, or is gone."""
   moved, folder = tmp_path / 'base', tmp_path / 'adapted'

@@ -4,12 +4,14 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import signal
 import subprocess
 import sys
 import time
 
+import disk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -170,6 +172,27 @@ def test_what_a_run_leaves_and_says(straight):
   assert trained[-1]['loss'] < trained[0]['loss'] - 1
   for name in ('router_entropy', 'expert_load_max', 'gradient_norm'):
     assert np.isfinite(trained[-1][name])
+
+
+def test_a_folder_in_which_another_trains_is_refused(straight):
+  workdir, _ = straight
+  with workdirs.held(str(workdir)):
+    output = finish(
+      start(workdir, '--config.train.sample_prompt=ROMEO.'), code=1
+    )
+  assert f'trains in {workdir} (its number is {os.getpid()})' in output
+  assert 'Traceback' not in output
+
+
+def test_a_sample_that_can_not_be_written_is_told_before_the_run(tmp_path):
+  """And nothing is written."""
+  workdir = tmp_path / 'run'
+  prompt = 'my love is dead and gone ' * 10
+  output = finish(
+    start(workdir, f'--config.train.sample_prompt={prompt}'), code=2
+  )
+  assert 'config.train.sample_prompt: The prompt has' in output
+  assert not workdir.exists()
 
 
 def test_finished_run_is_left_alone(straight):
@@ -635,6 +658,22 @@ def test_gradients_are_clipped_all_together():
   clipped = second_step((0.6, 0.8))
   np.testing.assert_allclose(second_step((60.0, 80.0)), clipped, rtol=1e-5)
   assert abs(second_step((0.3, 0.4))[0] / clipped[0] - 1) > 0.05
+
+
+def test_metrics_without_room_cost_no_run(tmp_path, caplog):
+  """Nor does what is left of them go."""
+  path = tmp_path / 'metrics.jsonl'
+  line = json.dumps({'step': 5, 'loss': 1.0}) + '\n'
+  path.write_text(line * 100)
+  with disk.full_disk(1000):
+    writer = metrics.MetricsWriter(str(tmp_path), 10)
+    writer.write(15, {'loss': np.float32(2.0)})
+    writer.write_text(15, 'text')
+    writer.close()
+  assert 'Metrics are not recorded: File too large' in caplog.text.replace(
+    '[Errno 27] ', ''
+  )
+  assert path.read_text() == line * 100 and len(os.listdir(tmp_path)) == 1
 
 
 def test_metrics_of_unsaved_steps_are_dropped(tmp_path):
