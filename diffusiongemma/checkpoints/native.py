@@ -14,6 +14,7 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -93,6 +94,7 @@ def save(
   sums = {
     'params': digest_lib.digests(params),
     'opt_state': digest_lib.digests(opt_state),
+    'data': _json_digest(data),
   }
   problem, failed = None, f'Step {step} could not be saved'
   try:
@@ -292,14 +294,36 @@ def restore_step(
   for name in ('params', 'opt_state') if verify else ():
     if name not in items:
       continue
-    expected, found = items.digests[name], digest_lib.digests(items[name])
+    expected = _digests_in(items.digests, name, step)
+    found = digest_lib.digests(items[name])
     wrong = sorted(k for k in found if expected.get(k) != found[k])
     if wrong:
       raise CheckpointError(
         f'Checkpoint {step} is damaged: {name} {", ".join(wrong[:4])} '
         f'{"and more " if len(wrong) > 4 else ""}differ from what was saved.'
       )
+  if verify and 'data' in items:
+    if items.digests.get('data') != _json_digest(items.data):
+      raise CheckpointError(
+        f'Checkpoint {step} is damaged: its place in the data differs from '
+        'what was saved.'
+      )
   return Restored(step, items.params, items.get('opt_state'), items.get('data'))
+
+
+def _json_digest(value: Any) -> str:
+  text = json.dumps(value, sort_keys=True)
+  return digest_lib.digest(np.frombuffer(text.encode(), np.uint8))
+
+
+def _digests_in(digests: Any, name: str, step: int) -> dict[str, str]:
+  """Those of an item. Raises `CheckpointError` where they are damaged."""
+  found = digests.get(name) if isinstance(digests, dict) else None
+  if not isinstance(found, dict):
+    raise CheckpointError(
+      f'Checkpoint {step} is damaged: its digests of {name} cannot be read.'
+    )
+  return found
 
 
 def _read_step(
@@ -407,11 +431,12 @@ def read_arrays(
   stored = _metadata(manager, step)
   try:
     only_digests = ocp.args.Composite(digests=ocp.args.JsonRestore())
-    expected = manager.restore(step, args=only_digests).digests['params']
+    digests = manager.restore(step, args=only_digests).digests
   except Exception as error:
     raise CheckpointError(
       f'Checkpoint {step} cannot be read: {_reason(error)}.'
     ) from error
+  expected = _digests_in(digests, 'params', step)
   for path in paths:
     try:
       leaf = stored

@@ -7,14 +7,17 @@ Python from it, and what it writes is bounded. What a person has typed is
 escaped before it gets there, so that only the template itself can open a turn.
 """
 
+from collections.abc import Iterator
 from collections.abc import Sequence
 import datetime
 import functools
 import json
+import math
 import re
 from typing import Any
 
 import jinja2
+import jinja2.compiler
 import jinja2.sandbox
 
 from diffusiongemma.text import tokenizer as tokenizers
@@ -157,17 +160,41 @@ def render(template: str, **variables) -> str:
   return ''.join(text)
 
 
+class _Compiler(jinja2.compiler.CodeGenerator):
+  """Joins what stands around `~` as it joins the pieces of a block."""
+
+  def visit_Concat(self, node, frame):
+    self.write('environment.concat([str(part) for part in (')
+    for part in node.nodes:
+      self.visit(part, frame)
+      self.write(', ')
+    self.write(')])')
+
+
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
   """No attribute of Python's own, no change of what it is given, and nothing
   that makes something huge out of two small things."""
 
-  intercepted_binops = frozenset(['*', '**', '%'])
+  intercepted_binops = frozenset(['+', '*', '**', '%'])
+  code_generator_class = _Compiler
 
   def __init__(self, **options):
     super().__init__(**options)
     self.filters = {k: _bounded(f) for k, f in self.filters.items()}
+    del self.globals['lipsum']
+
+  @staticmethod
+  def concat(pieces):
+    """A string of some, which doubles all too soon."""
+    pieces = list(pieces)
+    _check_length(sum(map(len, pieces)))
+    return ''.join(pieces)
 
   def call_binop(self, context, operator, left, right):
+    if operator == '+':
+      if all(hasattr(side, '__len__') for side in (left, right)):
+        _check_length(len(left) + len(right))
+      return super().call_binop(context, operator, left, right)
     numbers = isinstance(left, (int, float)) and isinstance(right, (int, float))
     if not numbers or operator == '**':
       raise jinja2.sandbox.SecurityError(
@@ -178,9 +205,15 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
   def call(self, context, function, *args, **kwargs):
     method = getattr(function, '__wrapped__', function)
-    if getattr(method, '__name__', '') in ('format', 'format_map'):
-      _check_format(getattr(method, '__self__', None))
+    name, owner = (
+      getattr(method, f'__{what}__', None) for what in ('name', 'self')
+    )
+    if name in ('format', 'format_map'):
+      _check_format(owner)
     _check_counts(*args, *kwargs.values())
+    if isinstance(owner, str):
+      args = _all_there(args)
+      _check_growth(name, owner, *args, *kwargs.values())
     return super().call(context, function, *args, **kwargs)
 
 
@@ -192,15 +225,42 @@ def _bounded(function):
     if function is jinja2.filters.do_format:
       _check_format(args[0])
     _check_counts(*args, *kwargs.values())
+    name = function.__name__.removeprefix('do_')
+    if name == 'join':
+      args = _all_there(args)
+    _check_growth(name, *args, *kwargs.values())
     return function(*args, **kwargs)
 
   return wrapper
+
+
+def _all_there(values) -> list:
+  """With lists for what would make its elements one by one."""
+  return [list(v) if isinstance(v, Iterator) else v for v in values]
 
 
 def _check_counts(*values) -> None:
   for value in values:
     if isinstance(value, int) and value > MAX_TEMPLATE_CHARACTERS:
       raise jinja2.sandbox.SecurityError(f'{value} is too large.')
+
+
+def _check_growth(name, *values) -> None:
+  """Of what puts strings into strings, or between the parts of a list."""
+  texts = [value for value in values if isinstance(value, str)]
+  if name == 'join':
+    for parts in (v for v in values if isinstance(v, (list, tuple))):
+      between = sum(map(len, texts)) * len(parts)
+      _check_length(between + sum(len(p) for p in parts if isinstance(p, str)))
+  elif name in ('replace', 'indent', 'wordwrap', 'translate'):
+    _check_length(math.prod(1 + len(text) for text in texts))
+
+
+def _check_length(length: int) -> None:
+  if length > MAX_CHARACTERS:
+    raise jinja2.sandbox.SecurityError(
+      f'What the chat template makes is too large: {length} characters.'
+    )
 
 
 def _check_format(text) -> None:
@@ -216,12 +276,18 @@ def _compile(template: str) -> jinja2.Template:
     lstrip_blocks=True,
     extensions=['jinja2.ext.loopcontrols'],
   )
-  sandbox.filters['tojson'] = functools.partial(json.dumps, ensure_ascii=False)
+  sandbox.filters['tojson'] = _to_json
   sandbox.globals['raise_exception'] = _refuse
   sandbox.globals['strftime_now'] = lambda f: datetime.datetime.now().strftime(
     f
   )
   return sandbox.from_string(template)
+
+
+def _to_json(value: Any, indent: int | None = None, **options) -> str:
+  if indent is not None and not 0 <= indent <= 16:
+    raise jinja2.sandbox.SecurityError(f'An indentation of {indent}.')
+  return json.dumps(value, ensure_ascii=False, indent=indent, **options)
 
 
 def _refuse(message: str):

@@ -122,6 +122,31 @@ def test_names_of_turns_and_images(chat_tokenizer):
       "{% for i in range(9999) %}{{ ' ' ~ 'long'.center(9999) }}{% endfor %}",
       'writes more than 16000000 characters',
     ),
+    *(
+      (
+        "{% set ns = namespace(x='long'.center(999)) %}"
+        f'{{% for i in range(40) %}}{double}{{% endfor %}}',
+        'is too large',
+      )
+      for double in (
+        '{% set ns.x = ns.x ~ ns.x %}',
+        '{% set ns.x = ns.x + ns.x %}',
+        '{% set x %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = x %}',
+        "{% set ns.x = ns.x.replace('long', ns.x) %}",
+        "{% set ns.x = ns.x | replace('long', ns.x) %}",
+        "{% set ns.x = [ns.x, ns.x] | join(',') %}",
+        '{% set ns.x = ns.x.join([ns.x, ns.x]) %}',
+        "{% set ns.x = [ns.x, ns.x] | map('trim') | join(',') %}",
+        '{% set ns.x = ns.x | indent(ns.x, true) %}',
+      )
+    ),
+    (
+      '{% set ns = namespace(x=[0]) %}'
+      '{% for i in range(40) %}{% set ns.x = ns.x + ns.x %}{% endfor %}',
+      'is too large',
+    ),
+    ('{{ [1] | tojson(indent=999999) }}', 'indentation of 999999'),
+    ('{{ lipsum(99999) }}', "'lipsum' is undefined"),
     ('{% include "/etc/passwd" %}', 'refuses'),
     ('{% import "os" as os %}', 'refuses'),
     ('x' * 1_000_001, 'has 1000001 characters'),
