@@ -8,6 +8,7 @@
 """
 
 import glob
+import itertools
 import json
 import lzma
 import pathlib
@@ -20,6 +21,7 @@ from diffusiongemma.text import template as templates
 from diffusiongemma.text import tokenizer as tokenizers
 
 SHIPPED_CORPUS = tokenizers.ASSETS / 'shakespeare.jsonl.xz'
+ROLES = ('system', 'developer', 'user', 'assistant', 'tool')
 SUFFIXES = ('.txt', '.jsonl', '.jsonl.xz')
 
 
@@ -31,7 +33,7 @@ class Document(NamedTuple):
   """One text, or a response to a prompt, or a message in a chat.
 
   Attributes:
-    text: what is to be learnt.
+    text: what is to be learnt; empty in a chat, where the template writes it.
     origin: where it came from, for messages.
     split: 'train', 'heldout' or '' (not said).
     prompt: what the text answers; None where it stands alone.
@@ -140,7 +142,7 @@ def _read_text(file: pathlib.Path) -> str:
       f'{error.object[error.start]:02x}. Convert it first, for example with '
       f'iconv -t UTF-8.'
     ) from error
-  except lzma.LZMAError as error:
+  except (lzma.LZMAError, EOFError) as error:
     raise DataError(f'{file} is not an xz file: {error}.') from error
   except OSError as error:
     raise DataError(f'{file} cannot be read: {error.strerror}.') from error
@@ -150,7 +152,7 @@ def _parse_line(line: str, origin: str) -> list[Document]:
   """What a line of JSON has to teach; see the top of this file."""
   try:
     record = json.loads(line)
-  except (json.JSONDecodeError, RecursionError) as error:
+  except (ValueError, RecursionError) as error:
     raise DataError(f'{origin} is not JSON: {error}.') from error
   if not isinstance(record, dict):
     raise DataError(f'{origin} is not an object: {{"text": ...}}.')
@@ -185,26 +187,56 @@ def _parse_chat(record: dict, origin: str, split: str) -> list[Document]:
     raise DataError(
       f'{origin}: messages are a list of {{"role": ..., "content": ...}}.'
     )
-  if not isinstance(tools, list):
-    raise DataError(f'{origin}: tools are a list of functions.')
+  if not isinstance(tools, list) or not all(
+    isinstance(tool, dict) and isinstance(tool.get('function'), dict)
+    for tool in tools
+  ):
+    raise DataError(
+      f'{origin}: tools are a list of functions, {{"type": "function", '
+      '"function": {"name": ..., ...}}.'
+    )
+  for message in messages:
+    _check_message(message, origin)
   documents = []
   for end, message in enumerate(messages, 1):
     if message['role'] == 'assistant':
-      content = message.get('content')
-      text = content if isinstance(content, str) else json.dumps(content)
       chat = tuple(messages[:end])
       documents.append(
-        Document(text, origin, split, messages=chat, tools=tuple(tools))
+        Document('', origin, split, messages=chat, tools=tuple(tools))
       )
   if not documents:
     raise DataError(f'{origin}: there is no message of the assistant to learn.')
   return documents
 
 
+def _check_message(message: dict, origin: str) -> None:
+  """Raises `DataError` for one that would teach something else than is
+  meant."""
+  role, content = message['role'], message.get('content')
+  if role not in ROLES:
+    raise DataError(f'{origin}: role {role!r} is none of {", ".join(ROLES)}.')
+  if isinstance(content, list):
+    if not all(isinstance(p, dict) and p.get('type') for p in content):
+      raise DataError(
+        f'{origin}: a content is a string, or a list of parts like '
+        '{"type": "text", "text": ...}.'
+      )
+  elif content is not None and not isinstance(content, str):
+    raise DataError(
+      f'{origin}: a content is a string or a list, not {json.dumps(content)}.'
+    )
+  if role == 'assistant' and not (content or message.get('tool_calls')):
+    raise DataError(
+      f'{origin}: a message of the assistant has neither content nor '
+      'tool_calls; there is nothing to learn.'
+    )
+
+
 def split_documents(
   documents: list[Document], every: int
 ) -> tuple[list[Document], list[Document]]:
-  """(train, heldout): as the documents say, else every n-th is held out.
+  """(train, heldout): as the documents say, else every n-th is held out, of
+  chats all that is said in it.
 
   With fewer than n documents, the last n-th of each is held out instead; of
   responses, the last.
@@ -212,12 +244,16 @@ def split_documents(
   if any(d.split for d in documents):
     train = [d for d in documents if d.split != 'heldout']
     return train, [d for d in documents if d.split == 'heldout']
-  if len(documents) >= every > 1:
-    heldout = documents[every - 1 :: every]
-    train = [d for i, d in enumerate(documents) if (i + 1) % every]
-    return train, heldout
+  by_origin = itertools.groupby(documents, lambda document: document.origin)
+  groups = [list(group) for _, group in by_origin]
+  if len(groups) >= every > 1:
+    heldout = groups[every - 1 :: every]
+    del groups[every - 1 :: every]
+    chain = itertools.chain.from_iterable
+    return list(chain(groups)), list(chain(heldout))
   if not all(d.stands_alone for d in documents):
-    return documents[:-1], documents[-1:]
+    count = len(groups[-1]) if len(groups) > 1 else 1
+    return documents[:-count], documents[-count:]
   train, heldout = [], []
   for document in documents:
     cut = len(document.text) - len(document.text) // max(every, 2)

@@ -252,11 +252,41 @@ def test_chats_teach_what_the_assistant_says(tmp_path, chat_tokenizer):
       },
       'line 1: The chat template refuses.*an object, not text',
     ),
+    *(
+      ({'messages': [{'role': 'assistant', **message}], **more}, expected)
+      for message, more, expected in (
+        ({'role': 'usr', 'content': 'x'}, {}, "role 'usr' is none of system"),
+        ({'content': None}, {}, 'neither content nor tool_calls'),
+        ({'content': ''}, {}, 'neither content nor tool_calls'),
+        ({'content': 7}, {}, 'a content is a string or a list, not 7'),
+        ({'content': ['x']}, {}, 'or a list of parts like'),
+        ({'content': 'x'}, {'tools': ['f']}, 'tools are a list of functions'),
+      )
+    ),
   ],
 )
 def test_chats_that_cannot_be_learnt(tmp_path, chat_tokenizer, record, message):
   with pytest.raises(corpus.DataError, match=message):
     read_chat(tmp_path, chat_tokenizer, record)
+
+
+def test_a_chat_is_held_out_as_a_whole():
+  """Of what is learnt, nothing has a held-out answer in its prompt."""
+
+  def said(chat):
+    return [
+      corpus.Document('', f'line {chat}', messages=({'role': 'user'},) * n)
+      for n in (1, 2)
+    ]
+
+  chats = [said(chat) for chat in range(5)]
+  train, heldout = corpus.split_documents(sum(chats, []), 2)
+  assert heldout == chats[1] + chats[3]
+  assert train == chats[0] + chats[2] + chats[4]
+  train, heldout = corpus.split_documents(chats[0] + chats[1], 9)
+  assert (train, heldout) == (chats[0], chats[1])
+  train, heldout = corpus.split_documents(chats[0], 9)
+  assert (train, heldout) == (chats[0][:1], chats[0][1:])
 
 
 def test_a_chat_needs_a_tokenizer_with_turns(tmp_path):
@@ -314,7 +344,9 @@ def test_files_folders_globs_and_formats(tmp_path):
     ('a.jsonl', b'[' * 100_000, 'line 1 is not JSON'),
     ('a.jsonl', b'{"text": "x", "split": "dev"}', 'neither train nor heldout'),
     ('a.jsonl', b'{"text": "\\ud800"}', 'line 1.*: Character 0 of the text'),
+    ('a.jsonl', b'{"text": ' + b'9' * 5000 + b'}', 'line 1 is not JSON'),
     ('a.jsonl.xz', b'not xz', 'is not an xz file'),
+    ('a.jsonl.xz', lzma.compress(b'x' * 99)[:-20], 'is not an xz file'),
   ],
 )
 def test_bad_input_is_named(tmp_path, name, content, message):
