@@ -256,7 +256,7 @@ def load_config(path: str) -> Config:
     config = module.get_config()
   except ConfigError:
     raise
-  except Exception as error:  # Whatever the user's own code may raise.
+  except (Exception, SystemExit) as error:  # Whatever the user's code raises.
     message = f'{type(error).__name__}: {_with_nearest_field(str(error))}'
     raise ConfigError(f'{path}: {message}') from error
   if not isinstance(config, Config):

@@ -297,12 +297,7 @@ def _stored_arrays(workdir: str, config: Config) -> Iterator[tuple]:
     return
   with contextlib.closing(workdirs.open_checkpoints(workdir)) as manager:
     step = manager.latest_step()
-
-    def read(path):
-      (array,) = native.read_arrays(manager, step, [path])
-      return array
-
-    yield native.stored_types(manager, step), read
+    yield native.stored_types(manager, step), native.array_reader(manager, step)
 
 
 def adopt(config: Config, workdir: str) -> Config:

@@ -44,6 +44,7 @@ from diffusiongemma import processes
 from diffusiongemma import runtime
 from diffusiongemma import sharding
 from diffusiongemma.text import chat
+from diffusiongemma.text import generate
 from diffusiongemma.text import sample
 from diffusiongemma.training import corpus as corpora
 from diffusiongemma.training import evaluate as evaluation
@@ -195,10 +196,20 @@ def main(argv: list[str]) -> None:
       'benchmark': _benchmark,
     }
     code = run[_MODE.value](overrides)
-  except (configs.ConfigError, sample.SampleError, chat.ToolsError) as error:
+  except (
+    configs.ConfigError,
+    sample.SampleError,
+    chat.ToolsError,
+    generate.PromptError,
+  ) as error:
     code = _fail(str(error), 2)
   except EXPECTED_ERRORS as error:
     code = _fail(str(error), 1)
+  except KeyboardInterrupt:
+    print('Stopped.', file=sys.stderr)
+    code = 128 + signal.SIGINT
+    if jax.distributed.is_initialized():
+      processes.leave(code)
   except Exception:
     if not jax.distributed.is_initialized():
       raise
@@ -357,7 +368,7 @@ def _train(overrides: dict[str, str]) -> int:
   else:
     print(
       f'Error: the end of the run is not saved in {workdir}. The same command '
-      'goes on from the newest checkpoint there.',
+      'goes on from the newest checkpoint there, or starts again without one.',
       file=sys.stderr,
     )
   return code

@@ -186,8 +186,19 @@ def test_no_run_there(tmp_path):
 )
 def test_prompts_that_cannot_be_continued(workdir, arguments, message):
   code, output, errors = sample(workdir, *arguments)
-  assert code == 1 and message in errors and not output
+  assert code == 2 and message in errors and not output
   assert 'Traceback' not in errors
+
+
+def test_ctrl_c_is_no_stack_trace(tmp_path):
+  """Whatever it comes upon: here, a config that is being read."""
+  path = tmp_path / 'mine.py'
+  path.write_text(
+    'import os, signal\n\n\n'
+    'def get_config():\n  os.kill(os.getpid(), signal.SIGINT)\n'
+  )
+  code, output, errors = run(f'--config={path}', f'--workdir={tmp_path}/run')
+  assert (code, output, errors) == (130, '', 'Stopped.\n')
 
 
 def test_bad_data_leaves_nothing_behind(tmp_path):

@@ -12,7 +12,6 @@ job save and restore together.
 
 from collections.abc import Callable
 from collections.abc import Iterable
-from collections.abc import Iterator
 import contextlib
 import json
 import os
@@ -387,9 +386,9 @@ def _unreadable(manager: ocp.CheckpointManager, step: int) -> str:
   """What is wrong with the first array that can't be read, which Orbax,
   reading all at once, does not say."""
   try:
+    read = array_reader(manager, step)
     for path in stored_types(manager, step):
-      for _ in read_arrays(manager, step, [path]):
-        pass
+      read(path)
   except CheckpointError as error:
     return str(error)
   return ''
@@ -417,13 +416,13 @@ def _metadata(manager: ocp.CheckpointManager, step: int) -> Any:
     ) from error
 
 
-def read_arrays(
-  manager: ocp.CheckpointManager, step: int, paths: Iterable[tuple[str, ...]]
-) -> Iterator[np.ndarray]:
-  """The arrays at `paths` in the parameters of a step, verified one by one.
+def array_reader(
+  manager: ocp.CheckpointManager, step: int
+) -> Callable[[tuple[str, ...]], np.ndarray]:
+  """A function path -> array in the parameters of a step, verified.
 
-  Raises:
-    CheckpointError: one of them is missing or differs from what was saved.
+  Raises, as the function does:
+    CheckpointError: one is missing or differs from what was saved.
   """
   _check_index(manager, step)
   directory = manager.directory / str(step) / 'params'
@@ -437,7 +436,8 @@ def read_arrays(
       f'Checkpoint {step} cannot be read: {_reason(error)}.'
     ) from error
   expected = _digests_in(digests, 'params', step)
-  for path in paths:
+
+  def read(path):
     try:
       leaf = stored
       for part in path:
@@ -463,7 +463,9 @@ def read_arrays(
         f'Checkpoint {step} is damaged: params {_key(path)} differs from what '
         'was saved.'
       )
-    yield array
+    return array
+
+  return read
 
 
 def set_aside_after(manager: ocp.CheckpointManager, step: int) -> None:

@@ -238,8 +238,11 @@ def _compute_type(w_EFD: Any, dtype: jnp.dtype) -> Any:
   return w_EFD if is_quantized else w_EFD.astype(dtype)
 
 
-def routing_statistics(routings: tuple[Routing, ...]) -> dict[str, jax.Array]:
-  """How evenly tokens are spread, the mean over layers.
+def routing_statistics(
+  routings: tuple[Routing, ...], length_B: jax.Array
+) -> dict[str, jax.Array]:
+  """How evenly the first `length_B` tokens of each row, which are no padding,
+  are spread; the mean over layers.
 
   `router_entropy` is in nats (log E when the router has no preference);
   `expert_load_max` is the busiest expert's share of the choices times E (1
@@ -248,11 +251,15 @@ def routing_statistics(routings: tuple[Routing, ...]) -> dict[str, jax.Array]:
   entropies, loads = [], []
   for routing in routings:
     p_BLE = routing.probabilities_BLE
-    num_experts = p_BLE.shape[-1]
+    _, L, num_experts = p_BLE.shape
+    is_token_BL = jnp.arange(L) < length_B[:, None]
+    share_BL = is_token_BL / jnp.maximum(jnp.sum(is_token_BL), 1)
     entropy_BL = -jnp.sum(p_BLE * jnp.log(p_BLE + 1e-30), axis=-1)
-    entropies.append(jnp.mean(entropy_BL))
-    chosen = jax.nn.one_hot(routing.experts_BLk, num_experts)
-    loads.append(jnp.max(jnp.mean(chosen, axis=(0, 1, 2))) * num_experts)
+    entropies.append(jnp.sum(entropy_BL * share_BL))
+    chosen_BLkE = jax.nn.one_hot(routing.experts_BLk, num_experts)
+    load_E = jnp.einsum('blke,bl->e', chosen_BLkE, share_BL)
+    k = routing.experts_BLk.shape[-1]
+    loads.append(jnp.max(load_E) * num_experts / k)
   return {
     'router_entropy': jnp.mean(jnp.stack(entropies)),
     'expert_load_max': jnp.mean(jnp.stack(loads)),

@@ -85,7 +85,10 @@ def sample(run, request: Request) -> int:
     EXPECTED_ERRORS: the prompt can't be used.
   """
   if request.trace:
-    trace.check_path(request.trace)
+    try:
+      trace.check_path(request.trace)
+    except trace.TraceError as error:
+      raise SampleError(str(error)) from error
   knows_turns = templates.knows_turns(run.tokenizer)
   is_chat = knows_turns if request.chat is None else request.chat
   if is_chat and not (knows_turns or run.chat_template):
@@ -100,6 +103,15 @@ def sample(run, request: Request) -> int:
   ):
     if given and not is_chat:
       raise SampleError(f'--{flag} is for a chat; this network has none.')
+  for flag, given in (
+    ('think', request.thinking),
+    ('tools', request.tools),
+    ('max_new_tokens', request.max_new_tokens),
+  ):
+    if given and request.infill is not None:
+      raise SampleError(
+        f'--{flag} is not for --infill, which writes what its holes hold.'
+      )
   if request.max_new_tokens is None:
     canvas_length = run.config.diffusion.canvas_length
     request = request._replace(max_new_tokens=4 * canvas_length)

@@ -112,7 +112,7 @@ class Stopwatch:
   def __init__(self):
     self._start = self._lap = time.perf_counter()
     self._seconds = dict.fromkeys(
-      ('compile', 'data', 'checkpoints', 'evaluation'), 0.0
+      ('start', 'data', 'checkpoints', 'evaluation'), 0.0
     )
 
   @contextlib.contextmanager

@@ -169,7 +169,8 @@ def compute_gradients(
       counts=counts,
       self_conditioning_passes=train.self_conditioning_passes,
     )
-    metrics.update(moe.routing_statistics(metrics.pop('auxiliary')))
+    routings = metrics.pop('auxiliary')
+    metrics.update(moe.routing_statistics(routings, batch['length_B']))
     return value, metrics
 
   gradient_fn = jax.grad(loss_fn, has_aux=True)

@@ -122,7 +122,7 @@ def _train_on(mesh, share, config, workdir, load_base, until_done) -> int:
   if processes.is_first() and not is_new:
     claim()
   watch = metrics_lib.Stopwatch()
-  with watch.spent_on('compile'):  # Before anything is written or allocated.
+  with watch.spent_on('start'):  # Before anything is written or allocated.
     abstract = steps.abstract_state(config, mesh)
     train_step = steps.compile_step(config, abstract, mesh)
   if processes.is_first() and is_new:
@@ -136,16 +136,17 @@ def _train_on(mesh, share, config, workdir, load_base, until_done) -> int:
   )
   with contextlib.closing(manager), stop_signals() as received:
     base = None
-    if config.lora.rank:
-      base = load_base()
-      is_fresh = manager.latest_step() is None
-      workdirs.check_base(workdir, base, note=is_fresh)
-      base = train_state.with_configured_types(config, base)
-      load_base = lambda: base
-    state, iterator = start_or_resume(
-      config, manager, corpus, tokenizer, abstract, share, load_base
-    )
-    step = int(state.step)
+    with watch.spent_on('start'):
+      if config.lora.rank:
+        base = load_base()
+        is_fresh = manager.latest_step() is None
+        workdirs.check_base(workdir, base, note=is_fresh)
+        base = train_state.with_configured_types(config, base)
+        load_base = lambda: base
+      state, iterator = start_or_resume(
+        config, manager, corpus, tokenizer, abstract, share, load_base
+      )
+      step = int(state.step)
     with (
       contextlib.closing(
         metrics_lib.MetricsWriter(workdir, step, processes.is_first())
@@ -340,7 +341,7 @@ def run_steps(
     except native.CheckpointError as error:
       newest = manager.latest_step()
       kept = 'There is none yet' if newest is None else f'Step {newest} is kept'
-      progress.print(f'{error} {kept}. Make room, and the next save may work.')
+      progress.print(f'{error} {kept}. Mend that, and the next save may work.')
       return False
     return True
 
@@ -371,6 +372,10 @@ def run_steps(
       with watch.spent_on('checkpoints'):
         saved = save()
       unsaved = schedule.stops_when_unsaved and not saved
+    if (
+      received and step < schedule.steps
+    ):  # There may be little time left to save.
+      break
     learnt = state.params if state.ema is None else state.ema
     with watch.spent_on('evaluation'):
       report(step, train_state.network_params(config, learnt, base))

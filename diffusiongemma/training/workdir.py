@@ -106,6 +106,8 @@ def claim(
     WorkdirError: it can't be written, or holds the run of another config.
   """
   folder = pathlib.Path(workdir)
+  if folder.is_file():
+    raise WorkdirError(f'{workdir} is a file; --workdir is a folder.')
   try:
     folder.mkdir(parents=True, exist_ok=True)
     if not is_claimed(workdir):

@@ -68,9 +68,20 @@ def test_statistics_tell_even_from_collapsed():
     jnp.zeros((1, M, 1), int),
     jax.nn.one_hot(jnp.zeros((1, M)), E),
   )
-  statistics = moe.routing_statistics((even,))
+  length_B = jnp.array([M])
+  statistics = moe.routing_statistics((even,), length_B)
   np.testing.assert_allclose(statistics['router_entropy'], np.log(E), rtol=1e-5)
   np.testing.assert_allclose(statistics['expert_load_max'], 1.0)
-  statistics = moe.routing_statistics((one,))
+  statistics = moe.routing_statistics((one,), length_B)
   np.testing.assert_allclose(statistics['router_entropy'], 0.0, atol=1e-5)
   np.testing.assert_allclose(statistics['expert_load_max'], E)
+  # Padding, all of which one expert gets, is not counted.
+  padding = moe.Routing(
+    jnp.full((1, M, 2), 0.5),
+    jnp.zeros((1, M, 2), int),
+    jax.nn.one_hot(jnp.zeros((1, M)), E),
+  )
+  padded = jax.tree.map(lambda a, b: jnp.append(a, b, 1), even, padding)
+  statistics = moe.routing_statistics((padded,), length_B)
+  np.testing.assert_allclose(statistics['expert_load_max'], 1.0)
+  np.testing.assert_allclose(statistics['router_entropy'], np.log(E), rtol=1e-5)

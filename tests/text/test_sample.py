@@ -177,18 +177,26 @@ def test_holes_have_a_token_for_each_underscore():
   assert length == holes[-1][1]
 
 
-@pytest.mark.parametrize('request_', [{}, {'infill': 'what ___'}])
+@pytest.mark.parametrize(
+  'request_', [{'max_new_tokens': 8}, {'infill': 'what ___'}]
+)
 def test_a_trace_of_what_was_written(write, tmp_path, request_):
   path = tmp_path / 'trace.html'
-  options = {'prompt': 'what', 'max_new_tokens': 8, **request_}
+  options = {'prompt': 'what', **request_}
   quiet = write(**options)
   assert write(trace=str(path), **options) == quiet
   assert path.read_text().startswith('<!doctype html>')
 
 
+@pytest.mark.parametrize('option', [{'thinking': True}, {'max_new_tokens': 8}])
+def test_an_infilling_takes_no_other_wishes(write, option):
+  with pytest.raises(sample.SampleError, match='is not for --infill'):
+    write(infill='what ___', **option)
+
+
 def test_a_trace_that_cannot_be_written_stops_before_anything(write, script):
   asked = script()
-  with pytest.raises(sample.EXPECTED_ERRORS, match='no folder'):
+  with pytest.raises(sample.SampleError, match='no folder'):
     write(prompt='what', trace='/nowhere/a.html')
   assert not asked
 
