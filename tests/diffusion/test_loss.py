@@ -73,6 +73,24 @@ def drawn_for(batch, selected, guesses=1):
   )
 
 
+def test_accuracy_is_that_of_corrupted_positions(network, model_config, batch):
+  """Of a network that undoes `drawn_for`, also where nothing was done."""
+
+  def undo(tokens_BL, *_, **__):
+    return (tokens_BL[..., None] + 92) % 97
+
+  def logits(h_BL1):
+    return 9.0 * jax.nn.one_hot(h_BL1[..., 0], model_config.vocab_size)
+
+  def nothing(h_BL1):
+    return jnp.zeros((*h_BL1.shape[:2], model_config.embed_dim))
+
+  fake = dict(denoise=undo, logits=logits, soft_embedding=nothing)
+  fake = network._replace(**fake, frozen=network.frozen._replace(**fake))
+  _, metrics = loss.diffusion_loss(fake, batch, drawn_for(batch, 0), 0.0)
+  assert metrics['accuracy'] == 1.0
+
+
 def test_the_canvas_sees_what_is_before_it_and_nothing_else(
   model_config, params, batch
 ):

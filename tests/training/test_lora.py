@@ -62,6 +62,21 @@ def test_merged_and_apart_are_the_same(params, adapters, logits):
     assert np.abs(a - b).max() > 1e-2, 'the adapters do something'
 
 
+def test_an_adapter_is_a_product_times_alpha_over_rank(params):
+  """Its A begins with rows that keep the size of what they are given."""
+  fresh = lora.init_adapters(EVERYTHING, params, jax.random.key(0))
+  assert EVERYTHING.alpha / EVERYTHING.rank == 2.0
+  for owner, name in (('attention', 'q_proj'), ('experts', 'down')):
+    w = params['layer_00'][owner][name]
+    a, b = (fresh['layer_00'][owner][name][part] for part in 'ab')
+    b = jax.random.normal(jax.random.key(1), b.shape)
+    product = jnp.matmul(b, a) if owner == 'experts' else jnp.tensordot(a, b, 1)
+    found = lora.merged(EVERYTHING, w, a, b)
+    np.testing.assert_allclose(found, w + 2.0 * product, atol=1e-5)
+    fan_in = a.shape[-1] if owner == 'experts' else a.shape[0]
+    assert 0.6 < float(jnp.sum(a**2)) * fan_in / a.size < 1.6
+
+
 def test_every_adapter_matters(params, adapters, logits):
   """Alone, the adapter of each matrix changes the logits, merged and apart
   alike: a wrong axis of one is not hidden by the others."""
