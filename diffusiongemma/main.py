@@ -494,7 +494,12 @@ def _evaluate(overrides: dict[str, str]) -> int:
   corpus = corpora.load_corpus(
     config.data, tokenizer, config.diffusion.canvas_length, template
   )
-  numbers = {'step': step, **evaluation.evaluate(config, params, corpus)}
+
+  def tell(what):
+    print(f'Measuring: {what}', file=sys.stderr)
+
+  measured = evaluation.evaluate(config, params, corpus, tell)
+  numbers = {'step': step, **measured}
   if _FORMAT.value == 'json':
     print(json.dumps(numbers))
     return 0

@@ -7,6 +7,7 @@ is an object in which no name is twice. Whatever is wrong ends in one line.
 from collections.abc import Collection
 from collections.abc import Iterator
 import contextlib
+import errno
 import json
 import os
 import stat
@@ -105,6 +106,18 @@ def read_bytes(
   data = bytearray(nbytes)
   read_into(memoryview(data), descriptor, offset, repr(path))
   return data
+
+
+def claim_room(descriptor: int, nbytes: int) -> None:
+  """Raises `OSError` where the disk has no room for `nbytes`."""
+  if not hasattr(os, 'posix_fallocate'):
+    return  # Not on macOS: a full disk shows while writing.
+  try:
+    os.posix_fallocate(descriptor, 0, max(1, nbytes))
+  except OSError as error:
+    # Some network file systems can't; then, too, it shows while writing.
+    if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+      raise
 
 
 def parse_json(data: bytearray, what: str) -> dict:

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from diffusiongemma.checkpoints import CheckpointError
+from diffusiongemma.checkpoints import files
 from diffusiongemma.checkpoints import safetensors
 
 # (our path, their name, whether it is transposed); * is the layer's number.
@@ -173,9 +174,7 @@ def check_tensors(
     ('unknown', sorted(found.keys() - table.keys())),
   ):
     if names:
-      more = f' and {len(names) - 4} more' if len(names) > 4 else ''
-      listed = ', '.join(repr(name[:100]) for name in names[:4])
-      problems.append(f'{what}: {listed}{more}')
+      problems.append(f'{what}: {files.listed(names)}')
   if problems:
     raise CheckpointError(
       f'The tensors in {folder} are not those of its config.json; '

@@ -89,6 +89,11 @@ def model_config(values: dict, path: str = 'config.json') -> ModelConfig:
       not have, or a value that is missing or of the wrong type.
   """
   if values.get('model_type') != MODEL_TYPE:
+    if {'model', 'diffusion'} <= values.keys():
+      raise CheckpointError(
+        f'{path} is that of a run, which needs no conversion: give its folder '
+        'as --workdir.'
+      )
     raise CheckpointError(
       f'{path} has model_type {values.get("model_type")!r}; only '
       f'{MODEL_TYPE!r} can be read.'

@@ -34,6 +34,7 @@ from diffusiongemma import processes
 from diffusiongemma.checkpoints import CheckpointError
 from diffusiongemma.checkpoints import LeftAloneError
 from diffusiongemma.checkpoints import digest as digest_lib
+from diffusiongemma.checkpoints import files
 
 # Where an array is to live: (path in the parameters, shape) -> sharding.
 ShardingOf = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]
@@ -226,11 +227,11 @@ def _check_room(directory: str, num_bytes: int) -> None:
   Asked before saving because TensorStore, once under way, answers a full disk
   with a page of stack traces from its threads.
   """
-  if not hasattr(os, 'posix_fallocate') or not os.path.isdir(directory):
-    return  # Not Linux, or not a local folder.
+  if not os.path.isdir(directory):
+    return  # Not a local folder.
   descriptor, path = tempfile.mkstemp(prefix='room-', dir=directory)
   try:
-    os.posix_fallocate(descriptor, 0, max(1, num_bytes))
+    files.claim_room(descriptor, num_bytes)
   finally:
     os.close(descriptor)
     os.remove(path)
@@ -261,9 +262,10 @@ def restore_newest(
     try:
       restored = restore_step(manager, step, params, opt_state, verify)
     except CheckpointError as error:
-      logging.warning('%s Going back to the step before.', error)
       problems.append(str(error))
       continue
+    for problem in problems:
+      logging.warning('%s Going back to the step before.', problem)
     return restored
   if problems:
     raise CheckpointError(

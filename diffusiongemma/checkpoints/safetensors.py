@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
 import dataclasses
-import errno
 import fnmatch
 import itertools
 import json
@@ -464,21 +463,9 @@ def _create(path: str, head: bytes, nbytes: int, created: list[str]) -> None:
     open(path, 'xb', buffering=0) as file,
   ):
     created.append(path)
-    _claim_room(file.fileno(), nbytes)
+    files.claim_room(file.fileno(), nbytes)
     _write(file.fileno(), memoryview(head))
     os.fsync(file.fileno())
-
-
-def _claim_room(descriptor: int, nbytes: int) -> None:
-  """Raises `OSError` where the disk has no room for `nbytes`."""
-  if not hasattr(os, 'posix_fallocate'):
-    return  # Not on macOS: a full disk shows while writing.
-  try:
-    os.posix_fallocate(descriptor, 0, nbytes)
-  except OSError as error:
-    # Some network file systems can't; then, too, it shows while writing.
-    if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
-      raise
 
 
 def _fill(

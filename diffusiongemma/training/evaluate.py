@@ -11,6 +11,7 @@ unigram entropy on corrupted positions.
 """
 
 import bz2
+from collections.abc import Callable
 import functools
 import gzip
 import lzma
@@ -240,14 +241,19 @@ def heldout_windows(config: Config, corpus: corpora.Corpus) -> data.Windows:
 
 
 def evaluate(
-  config: Config, params: dict, corpus: corpora.Corpus
+  config: Config,
+  params: dict,
+  corpus: corpora.Corpus,
+  tell: Callable[[str], None] = lambda what: None,
 ) -> dict[str, float]:
-  """Every number on all of the held-out text; names say the unit."""
+  """Every number on all of the held-out text; names say the unit. `tell` is
+  called with what is measured next, which may take minutes."""
   windows = heldout_windows(config, corpus)
   num_bytes = sum(len(text.encode()) for text in corpus.heldout_texts)
   num_tokens = int(windows.target_mask_MS.sum())
   # Targets may be control tokens alone, which spell nothing.
   tokens_per_byte = num_tokens / num_bytes if num_bytes else math.nan
+  tell('from left to right')
   bits = ar_nats_per_token(config, params, windows) / math.log(2)
   numbers = {
     'heldout_bytes': num_bytes,
@@ -268,12 +274,14 @@ def evaluate(
       config.diffusion.bos_token_id,
       config.diffusion.pad_token_id,
     )
+    tell('the bound of denoising')
     nelbo, error = nelbo_nats_per_token(config, params, canvases)
     for name, nats in (('nelbo', nelbo), ('nelbo_standard_error', error)):
       bits = nats / math.log(2)
       numbers[f'{name}_bits_per_token'] = bits
       numbers[f'{name}_bits_per_byte'] = bits * tokens_per_byte
   for t in NOISE_LEVELS if config.train.objective != 'ar' else ():
+    tell(f'denoising at t = {t}')
     at_t = denoise_nats_per_token(config, params, windows, t)
     numbers[f'denoise_loss_t{t}_corrupted_bits'] = at_t.corrupted / math.log(2)
     numbers[f'denoise_loss_t{t}_kept_bits'] = at_t.kept / math.log(2)
