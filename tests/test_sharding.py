@@ -179,6 +179,14 @@ for rows, window in ((B, None), (1, None), (B, 3)):
   with jax.set_mesh(mesh), sharding.activate(model, rows, 12):
     found = attend(mask_BLS[:rows], window, 60, *given)
   compare(found, expected, f'attention {rows} {window}')
+
+with jax.set_mesh(sharding.make_mesh(configs.MeshConfig(1, 1, 8, 1))):
+  try:
+    generate.generate(config, params, prompts, key, C)
+  except configs.ConfigError as error:
+    assert 'config.model.num_heads = 4 cannot be divided' in str(error)
+  else:
+    raise AssertionError('eight parts of four heads')
 print('equal')
 """
 

@@ -22,6 +22,7 @@ from diffusiongemma.config import ModelConfig
 from diffusiongemma.kernels import vocabulary
 from diffusiongemma.model import attention
 from diffusiongemma.model import cache as kv_cache
+from diffusiongemma.model import heads
 from diffusiongemma.model import layers
 from diffusiongemma.model import masks
 from diffusiongemma.model import moe
@@ -51,7 +52,7 @@ class Layer(nn.Module):
     cfg = self.config
     norm = functools.partial(layers.RMSNorm, cfg.embed_dim, cfg.norm_epsilon)
     self.norm_in = norm()
-    self.attention = attention.Attention(cfg, self.kind)
+    self.attention = heads.Heads(cfg, self.kind)
     self.norm_post_attn = norm()
     self.norm_pre_ffw = norm()
     self.shared_mlp = layers.GatedMLP(

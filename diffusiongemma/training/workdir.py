@@ -2,6 +2,7 @@
 
   WORKDIR/config.json  tokenizer.model  checkpoints/  metrics.jsonl  events...
   WORKDIR/config.json  huggingface/     checkpoints/           when converted
+  WORKDIR/lock         held by the process that trains there
 
 `huggingface` has what came with a converted checkpoint: configs, tokenizer,
 chat template; what is trained from one takes it along. A folder belongs to one

@@ -39,6 +39,7 @@ from diffusiongemma.kernels import quantized
 from diffusiongemma.kernels import vocabulary
 from diffusiongemma.model import attention
 from diffusiongemma.model import cache as kv_cache
+from diffusiongemma.model import heads
 from diffusiongemma.model import layers
 from diffusiongemma.model import moe
 from experiments import machine
@@ -130,7 +131,7 @@ def make_cases(
     scales = {'q': jnp.ones((H,)), 'k': jnp.ones((H,))}
     frequencies = layers.rotary_frequencies(H, 1e4)
     turns = layers.turns(jnp.arange(T)[None], frequencies)
-    project = functools.partial(attention.project, epsilon=epsilon)
+    project = functools.partial(heads.project, epsilon=epsilon)
     yield Case(f'{kind} heads', project, (x_BLD, weights, scales, turns))
     weights = {name: normal(D, n, H) * D**-0.5 for name, n in counts.items()}
     given = (x_BLD, weights, scales, turns)

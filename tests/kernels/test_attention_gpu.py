@@ -8,6 +8,7 @@ import pytest
 from diffusiongemma.kernels import attention_gpu as gpu
 from diffusiongemma.kernels import quantized
 from diffusiongemma.model import attention
+from diffusiongemma.model import heads
 from diffusiongemma.model import layers
 
 B, K, H = 2, 2, 16
@@ -91,7 +92,7 @@ def test_heads_out_of_few_bits(has_v, kind, group_size):
     epsilon=1e-6,
     interpret=True,
   )
-  expected = attention.project(x_BLD, weights, norms, turns, 1e-6)
+  expected = heads.project(x_BLD, weights, norms, turns, 1e-6)
   assert found.keys() == expected.keys() == {'q', 'k', 'v'}
   for name, heads_TNH in found.items():
     np.testing.assert_allclose(
@@ -104,7 +105,7 @@ def test_heads_out_of_few_bits(has_v, kind, group_size):
 def test_heads_that_are_there(has_v, dtype):
   T, H = 32, 64
   counts = {'q': 4, 'k': 2} | ({'v': 2} if has_v else {})
-  heads = {
+  products = {
     name: jax.random.normal(jax.random.key(n), (T, n, H), dtype) * 3
     for name, n in counts.items()
   }
@@ -114,12 +115,12 @@ def test_heads_that_are_there(has_v, dtype):
   }
   positions = jnp.arange(T)[None] + 7
   turns = layers.turns(positions, layers.rotary_frequencies(H, 1e4, 0.25))
-  assert gpu.suits_norm_and_turn(heads['q'])
-  assert not gpu.suits_norm_and_turn(heads['q'][:24])
+  assert gpu.suits_norm_and_turn(products['q'])
+  assert not gpu.suits_norm_and_turn(products['q'][:24])
   flat = [turn[0] for turn in turns]
-  found = gpu.norm_and_turn(heads, norms, flat, epsilon=1e-6, interpret=True)
-  exact = {name: x[None].astype(jnp.float32) for name, x in heads.items()}
-  expected = attention._norm_and_turn(exact, norms, turns, 1e-6)
+  found = gpu.norm_and_turn(products, norms, flat, epsilon=1e-6, interpret=True)
+  exact = {name: x[None].astype(jnp.float32) for name, x in products.items()}
+  expected = heads._norm_and_turn(exact, norms, turns, 1e-6)
   assert found.keys() == expected.keys() == {'q', 'k', 'v'}
   tolerance = 1e-5 if dtype == 'float32' else 2.0**-8
   for name, x_TNH in found.items():
