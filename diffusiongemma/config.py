@@ -122,10 +122,11 @@ class OptimizerConfig:
   two axes of 128 or more; or Muon, which makes the steps of matrices orthogonal
   and is Adam elsewhere, with Nesterov's momentum
   (https://arxiv.org/abs/2502.16982). Matrices decay, decoupled, by the rate
-  times `weight_decay`. The rate rises over
-  `warmup_steps`, then falls as a cosine to `final_rate_fraction` of its peak,
-  or stays. `freeze` has patterns such as `*/router/*` of parameters that stay
-  as they are. `b1` and `b2` are Adam's; `b1` is Muon's momentum too."""
+  times `weight_decay`. The rate rises over `warmup_steps`, then falls as a
+  cosine to `final_rate_fraction` of its peak, or stays. `freeze` has patterns
+  such as `*/router/*` of parameters that stay as they are. `b1` and `b2` are
+  Adam's; `b1` is Muon's momentum too. `epsilon` is what keeps steps of the
+  smallest gradients short."""
 
   kind: Literal['adam', 'adafactor', 'muon'] = 'adam'
   peak_learning_rate: float = 1.5e-4

@@ -64,6 +64,11 @@ def read_config(hf_dir: str) -> Config:
   diffusion = huggingface_config.diffusion_config(
     values, generation, model.vocab_size, hf_dir
   )
+  if model.context_length <= diffusion.canvas_length:
+    raise CheckpointError(
+      f'{path}: max_position_embeddings = {model.context_length} leaves no '
+      f'room beside a canvas of {diffusion.canvas_length}.'
+    )
   length = max(configs.DataConfig.sequence_length, 4 * diffusion.canvas_length)
   length = min(length, model.context_length)
   config = Config(

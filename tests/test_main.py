@@ -200,8 +200,10 @@ def test_ctrl_c_is_no_stack_trace(tmp_path):
   )
   # Other modes have their own handler, which stays in this process.
   before = signal.signal(signal.SIGINT, signal.default_int_handler)
-  code, output, errors = run(f'--config={path}', f'--workdir={tmp_path}/run')
-  signal.signal(signal.SIGINT, before)
+  try:
+    code, output, errors = run(f'--config={path}', f'--workdir={tmp_path}/run')
+  finally:
+    signal.signal(signal.SIGINT, before)
   assert (code, output, errors) == (130, '', 'Stopped.\n')
 
 

@@ -306,8 +306,8 @@ def restore_step(
   if verify and 'data' in items:
     if items.digests.get('data') != _json_digest(items.data):
       raise CheckpointError(
-        f'Checkpoint {step} is damaged: its place in the data differs from '
-        'what was saved.'
+        f'Checkpoint {step} is damaged, or of an older version: its place in '
+        'the data differs from what was saved.'
       )
   return Restored(step, items.params, items.get('opt_state'), items.get('data'))
 

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 import datetime
 import functools
 import json
-import math
 import re
 from typing import Any
 
 import jinja2
 import jinja2.compiler
+import jinja2.nodes
 import jinja2.sandbox
 
 from diffusiongemma.text import tokenizer as tokenizers
@@ -161,7 +161,8 @@ def render(template: str, **variables) -> str:
 
 
 class _Compiler(jinja2.compiler.CodeGenerator):
-  """Joins what stands around `~` as it joins the pieces of a block."""
+  """Computes nothing before the template runs, and joins what stands around
+  `~` as it joins the pieces of a block."""
 
   def visit_Concat(self, node, frame):
     self.write('environment.concat([str(part) for part in (')
@@ -170,17 +171,23 @@ class _Compiler(jinja2.compiler.CodeGenerator):
       self.write(', ')
     self.write(')])')
 
+  def _output_child_to_const(self, node, frame, finalize):
+    if not isinstance(node, (jinja2.nodes.TemplateData, jinja2.nodes.Const)):
+      raise jinja2.nodes.Impossible
+    return super()._output_child_to_const(node, frame, finalize)
+
 
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-  """No attribute of Python's own, no change of what it is given, and nothing
-  that makes something huge out of two small things."""
+  """No attribute of Python's own, no change of what it is given, and none of
+  the common ways to make something huge out of small things; of others, and of
+  time, it knows no bound."""
 
   intercepted_binops = frozenset(['+', '*', '**', '%'])
   code_generator_class = _Compiler
 
   def __init__(self, **options):
-    super().__init__(**options)
-    self.filters = {k: _bounded(f) for k, f in self.filters.items()}
+    super().__init__(optimized=False, **options)
+    self.filters = {k: _bounded(k, f) for k, f in self.filters.items()}
     del self.globals['lipsum']
 
   @staticmethod
@@ -205,55 +212,77 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
   def call(self, context, function, *args, **kwargs):
     method = getattr(function, '__wrapped__', function)
-    name, owner = (
-      getattr(method, f'__{what}__', None) for what in ('name', 'self')
-    )
-    if name in ('format', 'format_map'):
-      _check_format(owner)
-    _check_counts(*args, *kwargs.values())
-    if isinstance(owner, str):
+    owner = getattr(method, '__self__', None)
+    if isinstance(owner, (str, bytes, int)):
       args = _all_there(args)
-      _check_growth(name, owner, *args, *kwargs.values())
+      _check_size(method.__name__, owner, *args, *kwargs.values())
     return super().call(context, function, *args, **kwargs)
 
 
-def _bounded(function):
-  """A filter that takes no huge width."""
+def _bounded(name, function):
+  """A filter that makes nothing huge."""
+  contexts = (jinja2.nodes.EvalContext, jinja2.Environment)
 
   @functools.wraps(function)
   def wrapper(*args, **kwargs):
-    if function is jinja2.filters.do_format:
-      _check_format(args[0])
-    _check_counts(*args, *kwargs.values())
-    name = function.__name__.removeprefix('do_')
-    if name == 'join':
+    if name in _GROWING:
       args = _all_there(args)
-    _check_growth(name, *args, *kwargs.values())
+      values = [v for v in args if not isinstance(v, contexts)]
+      _check_size(name, *values, *kwargs.values())
     return function(*args, **kwargs)
 
   return wrapper
 
 
+# Filters that take a width, or put what they are given into what they make.
+_GROWING = frozenset(
+  ['batch', 'center', 'format', 'indent', 'join', 'replace', 'round', 'slice']
+  + ['truncate', 'wordwrap']
+)
+
+
 def _all_there(values) -> list:
   """With lists for what would make its elements one by one."""
-  return [list(v) if isinstance(v, Iterator) else v for v in values]
+  kinds = (Iterator, range)
+  return [list(v) if isinstance(v, kinds) else v for v in values]
 
 
-def _check_counts(*values) -> None:
-  for value in values:
-    if isinstance(value, int) and value > MAX_TEMPLATE_CHARACTERS:
-      raise jinja2.sandbox.SecurityError(f'{value} is too large.')
+def _check_size(name: str, it: Any, *others: Any) -> None:
+  """Raises `SecurityError` where a method or filter, with the values that it
+  is given, makes something huge of `it`."""
+  text = it if isinstance(it, str) else ''
+  texts = [other for other in others if isinstance(other, str)]
+  counts = [n for n in others if isinstance(n, int) and not isinstance(n, bool)]
+  if max(counts, default=0) > MAX_TEMPLATE_CHARACTERS:
+    raise jinja2.sandbox.SecurityError(f'{max(counts)} is too large.')
+  if name in ('format', 'format_map'):
+    if re.search(r'\d{7}', text):
+      raise jinja2.sandbox.SecurityError('The width of a format is too large.')
+    fields = text.count('{') + text.count('%')
+    _check_length(len(text) + fields * sum(map(len, texts)))
+  elif name == 'replace' and len(texts) >= 2:
+    _check_length(len(text) + text.count(texts[0]) * len(texts[1]))
+  elif name == 'indent':
+    widths = [4, *counts, *map(len, texts)]
+    _check_length(len(text) + (1 + text.count('\n')) * max(widths))
+  elif name == 'expandtabs':
+    _check_length(len(text) + text.count('\t') * max(counts, default=8))
+  elif name == 'join':
+    # A separator joins its argument, and a filter `it`.
+    for parts in (it, *others):
+      if isinstance(parts, (list, tuple, dict)):
+        inside = sum(map(_length, parts))
+        between = sum(map(len, [text, *texts])) * len(parts)
+        _check_length(inside + between)
+    if len(texts) == 1:
+      _check_length(len(text) * (1 + len(texts[0])))
 
 
-def _check_growth(name, *values) -> None:
-  """Of what puts strings into strings, or between the parts of a list."""
-  texts = [value for value in values if isinstance(value, str)]
-  if name == 'join':
-    for parts in (v for v in values if isinstance(v, (list, tuple))):
-      between = sum(map(len, texts)) * len(parts)
-      _check_length(between + sum(len(p) for p in parts if isinstance(p, str)))
-  elif name in ('replace', 'indent', 'wordwrap', 'translate'):
-    _check_length(math.prod(1 + len(text) for text in texts))
+def _length(part: Any) -> int:
+  """Of a string, or of those of an object, one of which may be asked for."""
+  if isinstance(part, dict):
+    return sum(map(_length, part.values()))
+  return len(part) if isinstance(part, str) else 0
 
 
 def _check_length(length: int) -> None:
@@ -261,11 +290,6 @@ def _check_length(length: int) -> None:
     raise jinja2.sandbox.SecurityError(
       f'What the chat template makes is too large: {length} characters.'
     )
-
-
-def _check_format(text) -> None:
-  if isinstance(text, str) and re.search(r'\d{7}', text):
-    raise jinja2.sandbox.SecurityError('The width of a format is too large.')
 
 
 @functools.lru_cache(maxsize=4)
@@ -284,10 +308,24 @@ def _compile(template: str) -> jinja2.Template:
   return sandbox.from_string(template)
 
 
-def _to_json(value: Any, indent: int | None = None, **options) -> str:
-  if indent is not None and not 0 <= indent <= 16:
-    raise jinja2.sandbox.SecurityError(f'An indentation of {indent}.')
-  return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+def _to_json(
+  value: Any,
+  ensure_ascii: bool = False,
+  indent: int | str | None = None,
+  separators: tuple[str, str] | None = None,
+  sort_keys: bool = False,
+) -> str:
+  """The filter as templates of Hugging Face know it."""
+  width = len(indent) if isinstance(indent, str) else indent or 0
+  if width > 100:
+    raise jinja2.sandbox.SecurityError(f'An indentation of {width}.')
+  return json.dumps(
+    value,
+    ensure_ascii=ensure_ascii,
+    indent=indent,
+    separators=separators,
+    sort_keys=sort_keys,
+  )
 
 
 def _refuse(message: str):

@@ -21,6 +21,8 @@ from diffusiongemma.text import template as templates
 from diffusiongemma.text import tokenizer as tokenizers
 
 SHIPPED_CORPUS = tokenizers.ASSETS / 'shakespeare.jsonl.xz'
+# What an assistant may say besides, or instead of, a content.
+SAID_BESIDE = ('tool_calls', 'tool_responses', 'reasoning', 'reasoning_content')
 ROLES = ('system', 'developer', 'user', 'assistant', 'tool')
 SUFFIXES = ('.txt', '.jsonl', '.jsonl.xz')
 
@@ -225,10 +227,11 @@ def _check_message(message: dict, origin: str) -> None:
     raise DataError(
       f'{origin}: a content is a string or a list, not {json.dumps(content)}.'
     )
-  if role == 'assistant' and not (content or message.get('tool_calls')):
+  said = content.strip() if isinstance(content, str) else content
+  if role == 'assistant' and not (said or any(map(message.get, SAID_BESIDE))):
     raise DataError(
       f'{origin}: a message of the assistant has neither content nor '
-      'tool_calls; there is nothing to learn.'
+      f'{", ".join(SAID_BESIDE)}; there is nothing to learn.'
     )
 
 

@@ -71,8 +71,9 @@ def _make_rule(config: OptimizerConfig) -> optax.GradientTransformation:
   if config.kind == 'adam':
     return optax.scale_by_adam(config.b1, config.b2, config.epsilon)
   if config.kind == 'adafactor':
-    # It adds its epsilon to a square.
-    return optax.scale_by_factored_rms(epsilon=config.epsilon**2)
+    # It adds its epsilon to a square, which a float32 must hold.
+    epsilon = max(config.epsilon**2, 1e-30)
+    return optax.scale_by_factored_rms(epsilon=epsilon)
   descend = optax.contrib.muon(
     1.0,
     beta=config.b1,

@@ -118,6 +118,7 @@ def _train_on(mesh, share, config, workdir, load_base, until_done) -> int:
   def claim():
     workdirs.claim(workdir, config, tokenizer)
     until_done.enter_context(workdirs.held(workdir))
+    workdirs.claim(workdir, config, tokenizer)  # Another may have been faster.
 
   if processes.is_first() and not is_new:
     claim()
@@ -372,9 +373,8 @@ def run_steps(
       with watch.spent_on('checkpoints'):
         saved = save()
       unsaved = schedule.stops_when_unsaved and not saved
-    if (
-      received and step < schedule.steps
-    ):  # There may be little time left to save.
+    # There may be little time left to save.
+    if received and step < schedule.steps:
       break
     learnt = state.params if state.ema is None else state.ema
     with watch.spent_on('evaluation'):

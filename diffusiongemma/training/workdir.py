@@ -20,6 +20,7 @@ import os
 import pathlib
 from typing import NamedTuple
 
+from absl import logging
 import jax
 from orbax import checkpoint as ocp
 
@@ -107,7 +108,7 @@ def claim(
     WorkdirError: it can't be written, or holds the run of another config.
   """
   folder = pathlib.Path(workdir)
-  if folder.is_file():
+  if os.path.isfile(workdir):
     raise WorkdirError(f'{workdir} is a file; --workdir is a folder.')
   try:
     folder.mkdir(parents=True, exist_ok=True)
@@ -147,30 +148,35 @@ def claim(
 
 @contextlib.contextmanager
 def held(workdir: str) -> Iterator[None]:
-  """No other process trains in the folder, on this host and on others where the
-  file system knows of locks; they end with the process.
+  """No other process trains in the folder meanwhile, on this host and on others
+  where the file system knows of locks; where it does not, as if alone.
 
   Raises:
     WorkdirError: another one does.
   """
-  path = os.path.join(workdir, LOCK)
-  with contextlib.ExitStack() as stack:
+  path, flags = os.path.join(workdir, LOCK), os.O_NOFOLLOW | os.O_CLOEXEC
+  with contextlib.ExitStack() as until_done:
     try:
-      file = stack.enter_context(open(path, 'a+'))
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      try:
+        descriptor = os.open(path, flags | os.O_RDWR | os.O_CREAT, 0o666)
+      except PermissionError:  # Of another user; it can be locked all the same.
+        descriptor = os.open(path, flags | os.O_RDONLY)
+      until_done.callback(os.close, descriptor)
+      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      file.seek(0)
+      owner = os.pread(descriptor, 100, 0).decode(errors='replace')
       raise WorkdirError(
-        f'Another process trains in {workdir} (its number is {file.read(20)}). '
-        'Wait for it, stop it, or give another --workdir.'
+        f'Another run trains in {workdir} ({files.quote(owner)}). Wait for it, '
+        'stop it, or give another --workdir.'
       ) from None
-    except OSError:  # Without locks, or room for them, as if alone.
-      pass
+    except OSError as error:
+      logging.warning('%s is not locked: %s.', workdir, error.strerror)
     else:
+      # Else a child that was forked meanwhile would go on holding it.
+      until_done.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)
       with contextlib.suppress(OSError):
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f'process {os.getpid()}'.encode())
     yield
 
 

@@ -117,7 +117,7 @@ def test_names_of_turns_and_images(chat_tokenizer):
     ("{{ '{:1000000000}'.format(1) }}", 'too large'),
     ("{{ 'x'.center(1000000000) }}", 'too large'),
     ("{{ 'x' | center(1000000000) }}", 'too large'),
-    ('{% for i in range(1000000000) %}{% endfor %}', 'too large'),
+    ('{% for i in range(1000000000) %}{% endfor %}', 'Range too big'),
     (
       "{% for i in range(9999) %}{{ ' ' ~ 'long'.center(9999) }}{% endfor %}",
       'writes more than 16000000 characters',
@@ -138,12 +138,25 @@ def test_names_of_turns_and_images(chat_tokenizer):
         '{% set ns.x = ns.x.join([ns.x, ns.x]) %}',
         "{% set ns.x = [ns.x, ns.x] | map('trim') | join(',') %}",
         '{% set ns.x = ns.x | indent(ns.x, true) %}',
+        "{% set ns.x = '{0}{0}'.format(ns.x) %}",
+        "{% set ns.x = '%s%s' | format(ns.x, ns.x) %}",
+        "{% set ns.x = [{'x': ns.x}, {'x': ns.x}] | join(attribute='x') %}",
+        '{% set ns.x = ns.x | join(ns.x) %}',
       )
     ),
     (
       '{% set ns = namespace(x=[0]) %}'
       '{% for i in range(40) %}{% set ns.x = ns.x + ns.x %}{% endfor %}',
       'is too large',
+    ),
+    *(
+      (source, 'is too large')
+      for source in (
+        "{{ range(100) | join('x'.center(999999)) }}",
+        "{{ 'a\\n'.center(999) | replace(' ', 'a\\n') | indent(999999) }}",
+        "{{ 'a'.center(999).replace(' ', '\\t').expandtabs(999999) }}",
+        "{{ '' " + "~ 'x'.center(999999) " * 20 + '}}',
+      )
     ),
     ('{{ [1] | tojson(indent=999999) }}', 'indentation of 999999'),
     ('{{ lipsum(99999) }}', "'lipsum' is undefined"),
@@ -157,6 +170,22 @@ def test_templates_that_are_refused(source, message):
     templates.render(source, messages=[])
 
 
+def test_large_numbers_and_long_messages_are_no_danger(chat_tokenizer):
+  """Of a call whose time is a number of seconds, and of what people paste."""
+  call = {'name': 'wait', 'arguments': {'until': 1700000000}}
+  messages = [
+    {'role': 'user', 'content': 'word ' * 40_000},
+    {'role': 'assistant', 'tool_calls': [{'function': call}]},
+  ]
+  template = templates.default_template()
+  ids = templates.encode_chat(chat_tokenizer, template, messages)
+  assert '1700000000' in chat_tokenizer.decode(ids)
+  source = (
+    "{{ m.replace('word', '<|a long word|>') | replace('d', '') | length }}"
+  )
+  assert templates.render(source, m='word ' * 40_000) == str(15 * 40_000)
+
+
 def test_what_templates_of_others_may_use():
   source = (
     '{% for m in messages %}\n'
@@ -164,9 +193,10 @@ def test_what_templates_of_others_may_use():
     '{{ m | tojson }} {{ 2 * 3 }} {{ 7 % 4 }}\n'
     '{% endfor %}\n'
     "{{ strftime_now('%Y') | length }}"
+    "{{ ['é'] | tojson(ensure_ascii=False) }}{{ [1] | tojson(indent=' ') }}"
   )
   got = templates.render(source, messages=[{}, {'content': 'é'}])
-  assert got == '{"content": "é"} 6 3\n4'
+  assert got == '{"content": "é"} 6 3\n4["é"][\n 1\n]'
   numbers = '100% {1234567890}'
   source = "{{ m.strip() | trim }}{{ '{} %s'.format(m) }}{{ '%s' | format(m) }}"
   got = templates.render(source, m=numbers)

@@ -180,8 +180,18 @@ def test_a_folder_in_which_another_trains_is_refused(straight):
     output = finish(
       start(workdir, '--config.train.sample_prompt=ROMEO.'), code=1
     )
-  assert f'trains in {workdir} (its number is {os.getpid()})' in output
+  assert f"trains in {workdir} ('process {os.getpid()}')" in output
   assert 'Traceback' not in output
+
+
+def test_a_lock_that_leads_elsewhere_is_none(tmp_path, caplog):
+  """What a link names is not touched."""
+  victim = tmp_path / 'victim'
+  victim.write_text('dear')
+  (tmp_path / 'lock').symlink_to(victim)
+  with workdirs.held(str(tmp_path)):
+    pass
+  assert victim.read_text() == 'dear' and 'is not locked' in caplog.text
 
 
 def test_a_sample_that_can_not_be_written_is_told_before_the_run(tmp_path):
