@@ -253,9 +253,12 @@ def _check_size(name: str, it: Any, *others: Any) -> None:
   text = it if isinstance(it, str) else ''
   texts = [other for other in others if isinstance(other, str)]
   counts = [n for n in others if isinstance(n, int) and not isinstance(n, bool)]
-  if max(counts, default=0) > MAX_TEMPLATE_CHARACTERS:
+  is_format = name in ('format', 'format_map')
+  # Numbers are what a format shows, but for widths: '{:{}}' and '%*d'.
+  has_widths = not is_format or re.search(r'\{[^{}]*\{|%[^%\w]*\*', text)
+  if has_widths and max(counts, default=0) > MAX_TEMPLATE_CHARACTERS:
     raise jinja2.sandbox.SecurityError(f'{max(counts)} is too large.')
-  if name in ('format', 'format_map'):
+  if is_format:
     if re.search(r'\d{7}', text):
       raise jinja2.sandbox.SecurityError('The width of a format is too large.')
     fields = text.count('{') + text.count('%')

@@ -115,6 +115,8 @@ def test_names_of_turns_and_images(chat_tokenizer):
     ("{{ '%1000000000d' % 1 }}", 'refuses.*% of a str'),
     ("{{ '%1000000000d' | format(1) }}", 'too large'),
     ("{{ '{:1000000000}'.format(1) }}", 'too large'),
+    ("{{ '{:{}}'.format('x', 1000000000) }}", 'too large'),
+    ("{{ '%*s' | format(1000000000, 'x') }}", 'too large'),
     ("{{ 'x'.center(1000000000) }}", 'too large'),
     ("{{ 'x' | center(1000000000) }}", 'too large'),
     ('{% for i in range(1000000000) %}{% endfor %}', 'Range too big'),
@@ -194,9 +196,10 @@ def test_what_templates_of_others_may_use():
     '{% endfor %}\n'
     "{{ strftime_now('%Y') | length }}"
     "{{ ['é'] | tojson(ensure_ascii=False) }}{{ [1] | tojson(indent=' ') }}"
+    "{{ '{} {}'.format(1700000000, 2) }}{{ '%d' | format(1700000000) }}"
   )
   got = templates.render(source, messages=[{}, {'content': 'é'}])
-  assert got == '{"content": "é"} 6 3\n4["é"][\n 1\n]'
+  assert got == '{"content": "é"} 6 3\n4["é"][\n 1\n]1700000000 21700000000'
   numbers = '100% {1234567890}'
   source = "{{ m.strip() | trim }}{{ '{} %s'.format(m) }}{{ '%s' | format(m) }}"
   got = templates.render(source, m=numbers)
