@@ -1,0 +1,197 @@
+"""Where chat templates run: Jinja's sandbox, with bounds on what is made there.
+
+What is huge can't be taken back once it is there, so each of the common ways to
+make it is looked at before: widths and counts, strings that are joined or put
+into one another.
+"""
+
+from collections.abc import Iterator
+import datetime
+import functools
+import json
+import re
+from typing import Any
+
+import jinja2
+import jinja2.compiler
+import jinja2.nodes
+import jinja2.sandbox
+
+MAX_CHARACTERS = 16_000_000  # Of a string, or elements of a list.
+MAX_COUNT = 1_000_000  # A width, or how many.
+
+
+class _Compiler(jinja2.compiler.CodeGenerator):
+  """Computes nothing before the template runs, and joins what stands around
+  `~` as it joins the pieces of a block."""
+
+  def visit_Concat(self, node, frame):
+    self.write('environment.concat([str(part) for part in (')
+    for part in node.nodes:
+      self.visit(part, frame)
+      self.write(', ')
+    self.write(')])')
+
+  def _output_child_to_const(self, node, frame, finalize):
+    if not isinstance(node, (jinja2.nodes.TemplateData, jinja2.nodes.Const)):
+      raise jinja2.nodes.Impossible
+    return super()._output_child_to_const(node, frame, finalize)
+
+
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+  """No attribute of Python's own, no change of what it is given, and none of
+  the common ways to make something huge out of small things; of others, and of
+  time, it knows no bound."""
+
+  intercepted_binops = frozenset(['+', '*', '**', '%'])
+  code_generator_class = _Compiler
+
+  def __init__(self, **options):
+    super().__init__(optimized=False, **options)
+    self.filters = {k: _bounded(k, f) for k, f in self.filters.items()}
+    del self.globals['lipsum']
+
+  @staticmethod
+  def concat(pieces):
+    """A string of some, which doubles all too soon."""
+    pieces = list(pieces)
+    _check_length(sum(map(len, pieces)))
+    return ''.join(pieces)
+
+  def call_binop(self, context, operator, left, right):
+    if operator == '+':
+      if all(hasattr(side, '__len__') for side in (left, right)):
+        _check_length(len(left) + len(right))
+      return super().call_binop(context, operator, left, right)
+    numbers = isinstance(left, (int, float)) and isinstance(right, (int, float))
+    if not numbers or operator == '**':
+      raise jinja2.sandbox.SecurityError(
+        f'{operator} of a {type(left).__name__} and a {type(right).__name__} '
+        'is not allowed.'
+      )
+    return super().call_binop(context, operator, left, right)
+
+  def call(self, context, function, *args, **kwargs):
+    method = getattr(function, '__wrapped__', function)
+    owner = getattr(method, '__self__', None)
+    if isinstance(owner, (str, bytes, int)):
+      args = _all_there(args)
+      _check_size(method.__name__, owner, *args, *kwargs.values())
+    return super().call(context, function, *args, **kwargs)
+
+
+def _bounded(name, function):
+  """A filter that makes nothing huge."""
+  contexts = (jinja2.nodes.EvalContext, jinja2.Environment)
+
+  @functools.wraps(function)
+  def wrapper(*args, **kwargs):
+    if name in _GROWING:
+      args = _all_there(args)
+      values = [v for v in args if not isinstance(v, contexts)]
+      _check_size(name, *values, *kwargs.values())
+    return function(*args, **kwargs)
+
+  return wrapper
+
+
+# Filters that take a width, or put what they are given into what they make.
+_GROWING = frozenset(
+  ['batch', 'center', 'format', 'indent', 'join', 'replace', 'round', 'slice']
+  + ['truncate', 'wordwrap']
+)
+
+
+def _all_there(values) -> list:
+  """With lists for what would make its elements one by one."""
+  kinds = (Iterator, range)
+  return [list(v) if isinstance(v, kinds) else v for v in values]
+
+
+def _check_size(name: str, it: Any, *others: Any) -> None:
+  """Raises `SecurityError` where a method or filter, with the values that it
+  is given, makes something huge of `it`."""
+  text = it if isinstance(it, str) else ''
+  texts = [other for other in others if isinstance(other, str)]
+  counts = [n for n in others if isinstance(n, int) and not isinstance(n, bool)]
+  is_format = name in ('format', 'format_map')
+  # Numbers are what a format shows, but for widths: '{:{}}' and '%*d'.
+  has_widths = not is_format or re.search(r'\{[^{}]*\{|%[^%\w]*\*', text)
+  if has_widths and max(counts, default=0) > MAX_COUNT:
+    raise jinja2.sandbox.SecurityError(f'{max(counts)} is too large.')
+  if is_format:
+    if re.search(r'\d{7}', text):
+      raise jinja2.sandbox.SecurityError('The width of a format is too large.')
+    fields = text.count('{') + text.count('%')
+    _check_length(len(text) + fields * sum(map(len, texts)))
+  elif name == 'replace' and len(texts) >= 2:
+    _check_length(len(text) + text.count(texts[0]) * len(texts[1]))
+  elif name == 'indent':
+    widths = [4, *counts, *map(len, texts)]
+    _check_length(len(text) + (1 + text.count('\n')) * max(widths))
+  elif name == 'expandtabs':
+    _check_length(len(text) + text.count('\t') * max(counts, default=8))
+  elif name == 'join':
+    # A separator joins its argument, and a filter `it`.
+    for parts in (it, *others):
+      if isinstance(parts, (list, tuple, dict)):
+        inside = sum(map(_length, parts))
+        between = sum(map(len, [text, *texts])) * len(parts)
+        _check_length(inside + between)
+    if len(texts) == 1:
+      _check_length(len(text) * (1 + len(texts[0])))
+
+
+def _length(part: Any) -> int:
+  """Of a string, or of those of an object, one of which may be asked for."""
+  if isinstance(part, dict):
+    return sum(map(_length, part.values()))
+  return len(part) if isinstance(part, str) else 0
+
+
+def _check_length(length: int) -> None:
+  if length > MAX_CHARACTERS:
+    raise jinja2.sandbox.SecurityError(
+      f'What the chat template makes is too large: {length} characters.'
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def compile_template(template: str) -> jinja2.Template:
+  """The template, which raises what its expressions do, and `SecurityError`."""
+  # Templates of Hugging Face are written for these two switches and names.
+  environment = _Sandbox(
+    trim_blocks=True,
+    lstrip_blocks=True,
+    extensions=['jinja2.ext.loopcontrols'],
+  )
+  environment.filters['tojson'] = _to_json
+  environment.globals['raise_exception'] = _refuse
+  environment.globals['strftime_now'] = lambda f: (
+    datetime.datetime.now().strftime(f)
+  )
+  return environment.from_string(template)
+
+
+def _to_json(
+  value: Any,
+  ensure_ascii: bool = False,
+  indent: int | str | None = None,
+  separators: tuple[str, str] | None = None,
+  sort_keys: bool = False,
+) -> str:
+  """The filter as templates of Hugging Face know it."""
+  width = len(indent) if isinstance(indent, str) else indent or 0
+  if width > 100:
+    raise jinja2.sandbox.SecurityError(f'An indentation of {width}.')
+  return json.dumps(
+    value,
+    ensure_ascii=ensure_ascii,
+    indent=indent,
+    separators=separators,
+    sort_keys=sort_keys,
+  )
+
+
+def _refuse(message: str):
+  raise jinja2.TemplateError(message)
