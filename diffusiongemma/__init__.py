@@ -35,11 +35,11 @@ from diffusiongemma.model.cache import init_cache
 from diffusiongemma.model.denoiser import Denoiser
 from diffusiongemma.model.denoiser import SoftTokens
 from diffusiongemma.model.denoiser import init_params
-from diffusiongemma.text.generate import encode_images
 from diffusiongemma.text.generate import generate
 from diffusiongemma.text.generate import make_denoise_fn
-from diffusiongemma.text.generate import prefill
-from diffusiongemma.text.generate import read_prompt
+from diffusiongemma.text.prompt import encode_images
+from diffusiongemma.text.prompt import prefill
+from diffusiongemma.text.prompt import read_prompt
 from diffusiongemma.text.tokenizer import Tokenizer
 from diffusiongemma.version import __version__
 

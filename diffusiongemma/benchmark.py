@@ -37,6 +37,7 @@ from diffusiongemma.model import cache as kv_cache
 from diffusiongemma.model import denoiser
 from diffusiongemma.model import quantize
 from diffusiongemma.text import generate
+from diffusiongemma.text import prompt as prompt_lib
 from diffusiongemma.training import step as steps_lib
 from diffusiongemma.training import train_state
 from diffusiongemma.training import workdir as workdirs
@@ -108,7 +109,7 @@ class Ours:
     )
 
   def read_prompt(self):
-    return generate.read_prompt(
+    return prompt_lib.read_prompt(
       *(self.config.model, self.params, self.tokens_BP, self.length_B),
       self.empty,
     )
@@ -119,7 +120,7 @@ class Ours:
   def commit(self):
     C = self.canvas_BL.shape[1]
     count_B = np.full(self.batch, C, np.int32)
-    return generate.prefill(
+    return prompt_lib.prefill(
       self.config.model, self.params, self.canvas_BL, count_B, self.cache
     )
 

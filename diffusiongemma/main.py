@@ -44,7 +44,7 @@ from diffusiongemma import processes
 from diffusiongemma import runtime
 from diffusiongemma import sharding
 from diffusiongemma.text import chat
-from diffusiongemma.text import generate
+from diffusiongemma.text import prompt as prompt_lib
 from diffusiongemma.text import sample
 from diffusiongemma.training import corpus as corpora
 from diffusiongemma.training import evaluate as evaluation
@@ -200,7 +200,7 @@ def main(argv: list[str]) -> None:
     configs.ConfigError,
     sample.SampleError,
     chat.ToolsError,
-    generate.PromptError,
+    prompt_lib.PromptError,
   ) as error:
     code = _fail(str(error), 2)
   except EXPECTED_ERRORS as error:

@@ -29,8 +29,9 @@ from diffusiongemma import fields
 from diffusiongemma import sharding
 from diffusiongemma.diffusion import chunks
 from diffusiongemma.diffusion import loss
-from diffusiongemma.text import generate
 from diffusiongemma.model import attention
+from diffusiongemma.text import generate
+from diffusiongemma.text import prompt as prompt_lib
 from diffusiongemma.training import lora
 from diffusiongemma.training import step as steps
 from diffusiongemma.training import train_state
@@ -102,7 +103,7 @@ tokens, single = write(params, prompts), write(params, prompts[:1])
 def read(params):
   # One row afresh, whose positions devices share.
   given = batch['tokens_BS'][:1], batch['length_B'][:1]
-  return generate.prefill(config.model, params, *given, None)
+  return prompt_lib.prefill(config.model, params, *given, None)
 
 
 expected_cache = read(params)

@@ -21,6 +21,7 @@ from rich import text as rich_text
 from diffusiongemma.text import chat
 from diffusiongemma.text import generate
 from diffusiongemma.text import images
+from diffusiongemma.text import prompt as prompt_lib
 from diffusiongemma.text import template as templates
 from diffusiongemma.text import terminal
 from diffusiongemma.text import tokenizer as tokenizers
@@ -28,7 +29,7 @@ from diffusiongemma.text import trace
 
 # What a person can mend; in a chat it is told and the chat goes on.
 EXPECTED_ERRORS = (
-  generate.PromptError,
+  prompt_lib.PromptError,
   images.ImageError,
   templates.TemplateError,
   tokenizers.TokenizerError,
@@ -178,7 +179,7 @@ def _go_on(run, request: Request) -> int:
   """A prompt, and how it goes on."""
   prompt = request.prompt or ''
   if not prompt:
-    raise generate.PromptError(
+    raise prompt_lib.PromptError(
       'The prompt is empty; give a few words to go on from: --prompt="..."'
     )
   tokens = [run.tokenizer.bos_id]
@@ -207,7 +208,7 @@ def _go_on(run, request: Request) -> int:
 
 def _image_token(run) -> int:
   if run.config.model.vision is None:
-    raise generate.PromptError(
+    raise prompt_lib.PromptError(
       'This network reads text only; it can see no picture.'
     )
   return run.config.model.vision.image_token_id
@@ -321,7 +322,7 @@ def _chat(run, request: Request) -> int:
   if request.prompt is None:
     return _Chat(run, request).talk()
   if not request.prompt.strip() and not request.images:
-    raise generate.PromptError('The prompt is empty; say something.')
+    raise prompt_lib.PromptError('The prompt is empty; say something.')
   message = chat.user_message(request.prompt, len(request.images))
   _Chat(run, request).say([message], request.images)
   return 0
@@ -394,7 +395,7 @@ class _Chat:
     elif command == '/help':
       print(HELP)
     else:
-      raise generate.PromptError(
+      raise prompt_lib.PromptError(
         f'{command} is no command; /help tells which are. A message that '
         'begins with / is written //...'
       )

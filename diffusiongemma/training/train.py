@@ -21,6 +21,7 @@ from diffusiongemma.checkpoints import CheckpointError
 from diffusiongemma.checkpoints import native
 from diffusiongemma.config import Config
 from diffusiongemma.text import generate
+from diffusiongemma.text import prompt as prompt_lib
 from diffusiongemma.text.tokenizer import Tokenizer
 from diffusiongemma.text.tokenizer import TokenizerError
 from diffusiongemma.training import corpus as corpora
@@ -192,8 +193,8 @@ def _check_sample_prompt(config: Config, tokenizer: Tokenizer) -> None:
     return
   try:
     prompt = _sample_prompt(config, tokenizer)
-    generate.check_prompt(config, prompt, config.diffusion.canvas_length)
-  except (generate.PromptError, TokenizerError) as error:
+    prompt_lib.check(config, prompt, config.diffusion.canvas_length)
+  except (prompt_lib.PromptError, TokenizerError) as error:
     raise configs.ConfigError(f'config.train.sample_prompt: {error}') from error
 
 

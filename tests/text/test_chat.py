@@ -7,6 +7,7 @@ import pytest
 
 from diffusiongemma.text import chat
 from diffusiongemma.text import generate
+from diffusiongemma.text import prompt as prompt_lib
 from diffusiongemma.text import template as templates
 
 WEATHER = {
@@ -179,9 +180,9 @@ def test_the_longest_text_that_goes_on_is_reused():
 
 def test_a_turn_that_fails_changes_nothing(model):
   _, conversation = say(model, chat.Conversation(), 'what')
-  with pytest.raises(generate.PromptError, match='more than the context'):
+  with pytest.raises(prompt_lib.PromptError, match='more than the context'):
     say(model, conversation, 'xyz ' * 600)
-  with pytest.raises(generate.PromptError, match='reads text only'):
+  with pytest.raises(prompt_lib.PromptError, match='reads text only'):
     say(model, conversation, 'what', pictures=['a.png'])
   assert len(conversation.messages) == 2
 

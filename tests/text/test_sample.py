@@ -9,6 +9,7 @@ import pytest
 
 from diffusiongemma.text import chat
 from diffusiongemma.text import generate
+from diffusiongemma.text import prompt as prompt_lib
 from diffusiongemma.text import sample
 from diffusiongemma.text import template as templates
 from diffusiongemma.text import tokenizer as tokenizers
@@ -125,7 +126,7 @@ def test_pictures_come_before_the_message(write, script, tmp_path):
   write(f'/image {path}\nwhat\nthis\n')
   assert [o['pictures'] for _, o in asked] == [[(str(path),)], [()]]
   script('one<turn|>')
-  with pytest.raises(generate.PromptError, match='say something'):
+  with pytest.raises(prompt_lib.PromptError, match='say something'):
     write(prompt=' ')
 
 
@@ -142,9 +143,9 @@ def test_a_network_without_turns_goes_on(write, chat_run):
   for flag in ({'thinking': True}, {'system': 'x'}, {'tools': ({},)}):
     with pytest.raises(sample.SampleError, match='is for a chat'):
       write(run=run, prompt='To be', **flag)
-  with pytest.raises(generate.PromptError, match='The prompt is empty'):
+  with pytest.raises(prompt_lib.PromptError, match='The prompt is empty'):
     write(run=run)
-  with pytest.raises(generate.PromptError, match='reads text only'):
+  with pytest.raises(prompt_lib.PromptError, match='reads text only'):
     write(run=run, prompt='To be', images=('a.png',))
 
 
