@@ -18,7 +18,7 @@ from diffusiongemma import hlo
 from diffusiongemma import plan
 from diffusiongemma.kernels import grouped_matmul as grouped
 from diffusiongemma.kernels import quantized
-from diffusiongemma.model import layers
+from diffusiongemma.model import matrices
 from diffusiongemma.model import moe
 
 MICRO = pathlib.Path(__file__).parent / 'micro_config.py'
@@ -157,9 +157,10 @@ def matrix(shape, kind, axis):
   """bfloat16, or in few bits: of 4, groups of 64 along the axis."""
   if kind == 'bfloat16':
     return jax.ShapeDtypeStruct(shape, kind)
-  group_size, turned = 64 if kind == 'int4' else None, len(shape) == 3
+  group_size = 64 if kind == 'int4' else None
+  of_experts = len(shape) == 3
   return jax.eval_shape(
-    lambda w: quantized.quantize(w, kind, axis, group_size, turned),
+    lambda w: quantized.quantize(w, kind, axis, group_size, of_experts),
     jax.ShapeDtypeStruct(shape, 'bfloat16'),
   )
 
@@ -205,7 +206,7 @@ def test_experts_of_few_bits_are_two_kernels_on_hopper(kind):
 def test_a_quantised_linear_is_one_kernel_on_a_tpu(tpu_mesh, kind, D, F):
   """Queries, and both ways of the shared MLP, of the released network."""
   x_LD = jax.ShapeDtypeStruct((256, D), 'bfloat16')
-  text = compile_for(tpu_mesh, layers.linear, x_LD, matrix((D, F), kind, -2))
+  text = compile_for(tpu_mesh, matrices.linear, x_LD, matrix((D, F), kind, -2))
   assert text.count(TPU_KERNEL) == 1
   assert not rewritten(text, {D * F})
 

@@ -15,7 +15,7 @@ from diffusiongemma import memory
 from diffusiongemma import plan
 from diffusiongemma import sharding
 from diffusiongemma.kernels import grouped_matmul
-from diffusiongemma.model import layers
+from diffusiongemma.model import matrices
 from diffusiongemma.training import step as steps
 
 
@@ -151,7 +151,7 @@ def test_gradients_of_what_is_frozen_are_not_counted():
   x_MD, w_DF = jnp.ones((8, 16)), jnp.ones((16, 32))
 
   def gradient(argument):
-    return jax.grad(lambda *x: jnp.sum(layers.multiply(*x) ** 2), argument)
+    return jax.grad(lambda *x: jnp.sum(matrices.multiply(*x) ** 2), argument)
 
   counted = [
     plan.count_flops(jax.make_jaxpr(gradient(argument))(x_MD, w_DF))

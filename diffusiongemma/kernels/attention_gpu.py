@@ -7,8 +7,8 @@ few queries to keep a GPU busy, programs share the keys of a query, and what
 they found is put together.
 
 project: a program has some rows of one head of q, k or v, which it multiplies
-out of few bits, norms and turns before it writes them. norm_and_turn: the same
-of heads that are there.
+out of few bits, norms and rotates before it writes them. norm_and_rotate: the
+same of heads that are there.
 
 Sizes of blocks, warps and stages are the fastest that were measured on an H200
 (`experiments/benchmarks/NOTES.md`).
@@ -36,7 +36,7 @@ _FEW_SCORES = 2**23
 _MOST_SPLITS = 4
 _PROGRAMS = 256  # About as many keep a GPU busy.
 _PUT_TOGETHER = 4  # Heads of a query that a program puts together.
-_NORMED = 16  # Rows of a head that a program of `norm_and_turn` has.
+_NORMED = 16  # Rows of a head that a program of `norm_and_rotate` has.
 
 
 class _Blocks(NamedTuple):
@@ -231,19 +231,19 @@ def project(
   x_TD: jax.Array,
   weights: dict[str, Any],
   norms: dict[str, jax.Array],
-  turns_TF: tuple[jax.Array, jax.Array],
+  cos_sin_TF: tuple[jax.Array, jax.Array],
   *,
   epsilon: float,
   interpret: bool = False,
 ) -> dict[str, jax.Array]:
-  """Heads of q, k and v, normed, q and k turned: each [T, N, H].
+  """Heads of q, k and v, normed, q and k rotated: each [T, N, H].
 
   Args:
     x_TD: rows.
     weights: quantised matrices [D, N, H] of q, k and v; without v, what k's
       gives is v too.
     norms: scales [H] of the norms of q and k; v has none.
-    turns_TF: cosines and sines of the angles, [T, H / 2].
+    cos_sin_TF: cosines and sines of the angles, [T, H / 2].
     epsilon: of the norms.
     interpret: runs on any device, slowly.
   """
@@ -273,7 +273,7 @@ def project(
     compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=3),
     interpret=interpret,
     name='heads',
-  )(x_TD, matrices, turns_TF)
+  )(x_TD, matrices, cos_sin_TF)
   return dict(zip(names, jax.tree.leaves(found), strict=True))
 
 
@@ -283,7 +283,14 @@ def _targets(name: str, names: Container[str]) -> tuple[str, ...]:
 
 
 def _project(
-  x_ref, matrices_ref, turns_ref, *made_refs, rows, block_in, epsilon, interpret
+  x_ref,
+  matrices_ref,
+  cos_sin_ref,
+  *made_refs,
+  rows,
+  block_in,
+  epsilon,
+  interpret,
 ):
   which = pl.ds(pl.program_id(1) * rows, rows)
   start = 0
@@ -303,12 +310,12 @@ def _project(
         transposed=True,
         interpret=interpret,
       )
-      _finish(made, which, head, norms, outs, turns_ref, epsilon)
+      _finish(made, which, head, norms, outs, cos_sin_ref, epsilon)
 
 
-def _finish(halves, which, head, norms, outs, turns_ref, epsilon):
+def _finish(halves, which, head, norms, outs, cos_sin_ref, epsilon):
   """Writes rows of a head, given as the halves of its axis, in float32, normed;
-  and turned where there is a scale for the norm."""
+  and rotated where there is a scale for the norm."""
   H = outs[0].shape[2]
   low, high = pl.ds(0, H // 2), pl.ds(H // 2, H // 2)
   squares = sum(jnp.sum(half * half, axis=1) for half in halves)
@@ -317,14 +324,14 @@ def _finish(halves, which, head, norms, outs, turns_ref, epsilon):
     first, second = (half * factor for half in halves)
     if norm_ref is not None:
       first, second = first * norm_ref[low], second * norm_ref[high]
-      cos, sin = (turn_ref[which, :] for turn_ref in turns_ref)
+      cos, sin = (ref[which, :] for ref in cos_sin_ref)
       first, second = first * cos - second * sin, second * cos + first * sin
     out_ref[which, head, low] = first.astype(out_ref.dtype)
     out_ref[which, head, high] = second.astype(out_ref.dtype)
 
 
-def suits_norm_and_turn(q_TNH: jax.Array) -> bool:
-  """Whether `norm_and_turn` can take heads of this shape."""
+def suits_norm_and_rotate(q_TNH: jax.Array) -> bool:
+  """Whether `norm_and_rotate` can take heads of this shape."""
   T, _, H = q_TNH.shape
   return (
     pl.next_power_of_2(H) == H
@@ -333,20 +340,20 @@ def suits_norm_and_turn(q_TNH: jax.Array) -> bool:
   )
 
 
-def norm_and_turn(
+def norm_and_rotate(
   heads: dict[str, jax.Array],
   norms: dict[str, jax.Array],
-  turns_TF: tuple[jax.Array, jax.Array],
+  cos_sin_TF: tuple[jax.Array, jax.Array],
   *,
   epsilon: float,
   interpret: bool = False,
 ) -> dict[str, jax.Array]:
-  """Heads of q, k and v, normed, q and k turned: each [T, N, H].
+  """Heads of q, k and v, normed, q and k rotated: each [T, N, H].
 
   Args:
     heads: products of q and k, and of v unless these are k's.
     norms: see `project`, as for all below.
-    turns_TF: see there.
+    cos_sin_TF: see there.
     epsilon: see there.
     interpret: see there.
   """
@@ -362,17 +369,17 @@ def norm_and_turn(
   x_TNH = jnp.concatenate([x.reshape(T, -1) for x in heads.values()], axis=1)
   x_TNH = x_TNH.reshape(T, -1, H)
   found = pl.pallas_call(
-    functools.partial(_norm_and_turn_rows, epsilon=epsilon),
+    functools.partial(_norm_and_rotate_rows, epsilon=epsilon),
     grid=(x_TNH.shape[1], T // _NORMED),
     out_shape=made,
     compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
     interpret=interpret,
-    name='norm_and_turn',
-  )(x_TNH, scales, turns_TF)
+    name='norm_and_rotate',
+  )(x_TNH, scales, cos_sin_TF)
   return dict(zip(names, jax.tree.leaves(found), strict=True))
 
 
-def _norm_and_turn_rows(x_ref, scales_ref, turns_ref, *made_refs, epsilon):
+def _norm_and_rotate_rows(x_ref, scales_ref, cos_sin_ref, *made_refs, epsilon):
   which = pl.ds(pl.program_id(1) * _NORMED, _NORMED)
   place, H, start = pl.program_id(0), x_ref.shape[2], 0
   for norms, outs in zip(scales_ref, made_refs, strict=True):
@@ -385,4 +392,4 @@ def _norm_and_turn_rows(x_ref, scales_ref, turns_ref, *made_refs, epsilon):
         x_ref[which, place, pl.ds(begin, H // 2)].astype(jnp.float32)
         for begin in (0, H // 2)
       ]
-      _finish(halves, which, head, norms, outs, turns_ref, epsilon)
+      _finish(halves, which, head, norms, outs, cos_sin_ref, epsilon)

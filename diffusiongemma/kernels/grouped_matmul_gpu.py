@@ -35,7 +35,7 @@ def suits(weights_EFD: Any, tile: int, parts: int = 1) -> bool:
   _, F, D = weights_EFD.shape
   inputs, smallest = D, SMALLEST
   if isinstance(weights_EFD, quantized.Quantized):
-    if not weights_EFD.turned:
+    if not weights_EFD.scales_transposed:
       return False
     inputs = D // weights_EFD.num_groups
     if weights_EFD.values.dtype == jnp.int4:

@@ -93,7 +93,7 @@ def suits(
   outputs = _BLOCK if parts == 2 else _BLOCK * plan.columns
   group = D // weights_EFD.num_groups
   return (
-    weights_EFD.turned
+    weights_EFD.scales_transposed
     and weights_EFD.axis == -1
     and weights_EFD.values.dtype in (jnp.int4, jnp.int8)
     and dtype == jnp.bfloat16

@@ -40,7 +40,7 @@ def suits(
   is_quantized = isinstance(weights_EFD, quantized.Quantized)
   if tile % SMALLEST_TILE:
     return False
-  if is_quantized and (transposed or not weights_EFD.turned):
+  if is_quantized and (transposed or not weights_EFD.scales_transposed):
     return False
   values, _ = quantized.parts(weights_EFD)
   _, F, D = values.shape

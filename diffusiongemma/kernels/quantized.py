@@ -31,14 +31,14 @@ class Quantized:
     values: int8, int4 or float8_e4m3fn.
     scales: bfloat16, as `values` but for the number of groups along `axis`.
     axis: the axis with the groups, counted from the end.
-    turned: whether the last two axes of `scales` have changed places: those of
-      [E, F, D] are then [E, groups, F] instead of [E, F, groups].
+    scales_transposed: whether the last two axes of `scales` have changed
+      places: those of [E, F, D] are then [E, groups, F], not [E, F, groups].
   """
 
   values: jax.Array
   scales: jax.Array
   axis: int = flax.struct.field(pytree_node=False)
-  turned: bool = flax.struct.field(pytree_node=False, default=False)
+  scales_transposed: bool = flax.struct.field(pytree_node=False, default=False)
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -50,7 +50,8 @@ class Quantized:
 
   @property
   def num_groups(self) -> int:
-    return self.scales.shape[-3 - self.axis if self.turned else self.axis]
+    axis = -3 - self.axis if self.scales_transposed else self.axis
+    return self.scales.shape[axis]
 
   def __len__(self) -> int:
     return len(self.values)
@@ -64,7 +65,9 @@ class Quantized:
     split = list(self.shape)
     split[axis : axis + 1] = [groups, self.shape[axis] // groups]
     values = self.values.astype(jnp.float32).reshape(split)
-    scales = _turn(self.scales, self.turned).astype(jnp.float32)
+    scales = self.scales.astype(jnp.float32)
+    if self.scales_transposed:
+      scales = jnp.swapaxes(scales, -1, -2)
     scales = jnp.expand_dims(scales, axis + 1)
     return (values * scales).reshape(self.shape).astype(dtype)
 
@@ -74,7 +77,7 @@ def quantize(
   kind: str,
   axis: int,
   group_size: int | None = None,
-  turned: bool = False,
+  scales_transposed: bool = False,
 ) -> Quantized:
   """`w` in few bits.
 
@@ -83,7 +86,7 @@ def quantize(
     kind: 'int8', 'int4' or 'fp8' (e4m3).
     axis: the axis that products sum over, counted from the end.
     group_size: how many neighbours share a scale; None is all of the axis.
-    turned: how the scales are kept, see `Quantized`.
+    scales_transposed: how the scales are kept, see `Quantized`.
 
   Raises:
     ValueError: the axis has no whole number of groups.
@@ -105,16 +108,10 @@ def quantize(
   values = jnp.clip(values, -largest, largest)
   if jnp.issubdtype(dtype, jnp.integer):
     values = jnp.round(values)
-  return Quantized(
-    values.reshape(w.shape).astype(dtype),
-    _turn(scales.squeeze(place + 1), turned),
-    axis,
-    turned,
-  )
-
-
-def _turn(scales: Any, turned: bool) -> Any:
-  return jnp.swapaxes(scales, -1, -2) if turned else scales
+  values, scales = values.reshape(w.shape), scales.squeeze(place + 1)
+  if scales_transposed:
+    scales = jnp.swapaxes(scales, -1, -2)
+  return Quantized(values.astype(dtype), scales, axis, scales_transposed)
 
 
 def rows(table: Any, start: jax.Array, size: int) -> Any:

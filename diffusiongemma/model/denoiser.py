@@ -25,6 +25,7 @@ from diffusiongemma.model import cache as kv_cache
 from diffusiongemma.model import heads
 from diffusiongemma.model import layers
 from diffusiongemma.model import masks
+from diffusiongemma.model import matrices
 from diffusiongemma.model import moe
 from diffusiongemma.model import parallel
 from diffusiongemma.model import vision
@@ -322,7 +323,7 @@ class Denoiser(nn.Module):
     rest = (None,) * (h.ndim - 2)
     # From where it was computed to where the vocabulary is; back, its gradient.
     h = parallel.constrain(h, 'batch', *rest, None)
-    logits = layers.multiply(
+    logits = matrices.multiply(
       parallel.constrain(h, 'rows', *rest, None),
       self.embedding.astype(h.dtype),
       axis=1,

@@ -6,26 +6,24 @@ Global layers have no Wv: v = bare RMSNorm of the raw x Wk, before its norm
 and rotary.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from diffusiongemma.config import ModelConfig
 from diffusiongemma.kernels import attention_gpu as gpu
-from diffusiongemma.kernels import dispatch
 from diffusiongemma.kernels import quantized
 from diffusiongemma.model import cache as kv_cache
 from diffusiongemma.model import layers
+from diffusiongemma.model import matrices
 from diffusiongemma.model import parallel
 
 
 def project(
   x_BLD: jax.Array,
-  weights: dict[str, Any],
+  weights: dict[str, matrices.Matrix],
   norms: dict[str, jax.Array],
-  turns: tuple[jax.Array, jax.Array],
+  cos_sin: tuple[jax.Array, jax.Array],
   epsilon: float,
 ) -> dict[str, jax.Array]:
   """Heads of q, k and v [B, L, N, H], normed, those of q and k turned.
@@ -34,64 +32,64 @@ def project(
     x_BLD: what all are made of.
     weights: matrices [D, N, H]; without one for v, what k's gives is v too.
     norms: scales [H] for q and k; v has a bare norm.
-    turns: of each position, see `layers.turns`.
+    cos_sin: of each position, see `layers.rotary_cos_sin`.
     epsilon: of the norms.
   """
 
-  def plain(x_BLD, weights, norms, turns):
-    heads = {name: layers.linear(x_BLD, w) for name, w in weights.items()}
-    return _norm_and_turn(heads, norms, turns, epsilon)
+  def plain(x_BLD, weights, norms, cos_sin):
+    heads = {name: matrices.linear(x_BLD, w) for name, w in weights.items()}
+    return _norm_and_rotate(heads, norms, cos_sin, epsilon)
 
-  def fused(x_BLD, weights, norms, turns):
+  def fused(x_BLD, weights, norms, cos_sin):
     B, L, D = x_BLD.shape
     heads = gpu.project(
-      x_BLD.reshape(-1, D), weights, norms, _flat(turns), epsilon=epsilon
+      x_BLD.reshape(-1, D), weights, norms, _flat(cos_sin), epsilon=epsilon
     )
     return {name: x.reshape(B, L, *x.shape[1:]) for name, x in heads.items()}
 
-  given = (x_BLD, weights, norms, turns)
-  few_bits = all(isinstance(w, quantized.Quantized) for w in weights.values())
-  if not few_bits or parallel.is_active():
-    return plain(*given)
-  x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
-  if not gpu.suits_heads(x_TD, list(weights.values())):
-    return plain(*given)
-  return dispatch.run(plain, *given, cuda=fused)
+  suits = all(isinstance(w, quantized.Quantized) for w in weights.values())
+  if suits:
+    x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
+    suits = gpu.suits_heads(x_TD, list(weights.values()))
+  return parallel.run(
+    *(plain, x_BLD, weights, norms, cos_sin), cuda=fused if suits else None
+  )
 
 
-def _norm_and_turn(
+def _norm_and_rotate(
   heads: dict[str, jax.Array],
   norms: dict[str, jax.Array],
-  turns: tuple[jax.Array, jax.Array],
+  cos_sin: tuple[jax.Array, jax.Array],
   epsilon: float,
 ) -> dict[str, jax.Array]:
   """What `project` makes of the products."""
 
-  def plain(heads, norms, turns):
+  def plain(heads, norms, cos_sin):
     heads = {'v': heads['k'], **heads}
     normed = {
       name: layers.rms_norm(x, epsilon, norms.get(name))
       for name, x in heads.items()
     }
-    turned = {name: layers.rotary(normed[name], turns) for name in norms}
+    turned = {name: layers.rotary(normed[name], cos_sin) for name in norms}
     return {**normed, **turned}
 
-  def fused(heads, norms, turns):
+  def fused(heads, norms, cos_sin):
     B, L, *_ = heads['q'].shape
     flat = {name: x.reshape(-1, *x.shape[2:]) for name, x in heads.items()}
-    made = gpu.norm_and_turn(flat, norms, _flat(turns), epsilon=epsilon)
+    made = gpu.norm_and_rotate(flat, norms, _flat(cos_sin), epsilon=epsilon)
     return {name: x.reshape(B, L, *x.shape[1:]) for name, x in made.items()}
 
   B, L, N, H = heads['q'].shape
   q_TNH = jax.ShapeDtypeStruct((B * L, N, H), heads['q'].dtype)
-  if parallel.is_active() or not gpu.suits_norm_and_turn(q_TNH):
-    return plain(heads, norms, turns)
-  return dispatch.run(plain, heads, norms, turns, cuda=fused)
+  suits = gpu.suits_norm_and_rotate(q_TNH)
+  return parallel.run(
+    *(plain, heads, norms, cos_sin), cuda=fused if suits else None
+  )
 
 
-def _flat(turns: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+def _flat(cos_sin: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
   """[B, L, F] as [T, F]."""
-  cos, sin = (turn.reshape(-1, turn.shape[-1]) for turn in turns)
+  cos, sin = (x.reshape(-1, x.shape[-1]) for x in cos_sin)
   return cos, sin
 
 
@@ -128,18 +126,18 @@ class Heads(nn.Module):
     self, x_BLD: jax.Array, positions_BL: jax.Array
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """q [B,L,N,H], k and v [B,L,K,H], normed and rotated."""
-    matrices = {'q': self.q_proj, 'k': self.k_proj}
+    weights = {'q': self.q_proj, 'k': self.k_proj}
     if self.kind == 'local':
-      matrices['v'] = self.v_proj
+      weights['v'] = self.v_proj
     kv_heads = f'{self.kind}_kv_heads'
     heads_of = {'q': 'q_heads', 'k': kv_heads, 'v': kv_heads}
     weights = {
-      name: layers.in_use(w, x_BLD.dtype, None, heads_of[name], None)
-      for name, w in matrices.items()
+      name: matrices.in_use(w, x_BLD.dtype, None, heads_of[name], None)
+      for name, w in weights.items()
     }
     norms = {'q': self.q_norm.scale, 'k': self.k_norm.scale}
-    turns = layers.turns(positions_BL, self.frequencies)
-    heads = project(x_BLD, weights, norms, turns, self.config.norm_epsilon)
+    cos_sin = layers.rotary_cos_sin(positions_BL, self.frequencies)
+    heads = project(x_BLD, weights, norms, cos_sin, self.config.norm_epsilon)
     q, k, v = heads['q'], heads['k'], heads['v']
     return (
       parallel.constrain(q, 'batch', 'length', 'q_heads', None),
@@ -149,5 +147,5 @@ class Heads(nn.Module):
 
   def output(self, out_BLNH: jax.Array) -> jax.Array:
     """Back to the residual width: [B, L, D]."""
-    o_proj = layers.in_use(self.o_proj, out_BLNH.dtype, 'q_heads', None, None)
-    return layers.linear(out_BLNH, o_proj, axes=2)
+    o_proj = matrices.in_use(self.o_proj, out_BLNH.dtype, 'q_heads', None, None)
+    return matrices.linear(out_BLNH, o_proj, axes=2)

@@ -8,7 +8,6 @@ The router reads the raw residual h, the experts its normed copy x.
 """
 
 import functools
-from typing import Any
 
 import flax
 import flax.linen as nn
@@ -16,12 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from diffusiongemma.config import ModelConfig
-from diffusiongemma.kernels import activation
-from diffusiongemma.kernels import dispatch
 from diffusiongemma.kernels import grouped_matmul as grouped
-from diffusiongemma.kernels import quantized
 from diffusiongemma.kernels import routing_gpu as gpu
 from diffusiongemma.model import layers
+from diffusiongemma.model import matrices
 from diffusiongemma.model import parallel
 
 
@@ -81,11 +78,8 @@ def choose(
     return weights_Tk * scale_E.astype(jnp.float32)[experts_Tk], experts_Tk
 
   given = (logits_BLE.reshape(-1, E), scale_E)
-  if gpu.suits(given[0]) and not parallel.is_active():
-    kernel = functools.partial(gpu.choose, k=k)
-    chosen = dispatch.run(plain, *given, cuda=kernel)
-  else:
-    chosen = plain(*given)
+  kernel = functools.partial(gpu.choose, k=k) if gpu.suits(given[0]) else None
+  chosen = parallel.run(plain, *given, cuda=kernel)
   return tuple(x_Tk.reshape(B, L, k) for x_Tk in chosen)
 
 
@@ -103,45 +97,31 @@ class Experts(nn.Module):
 
   def __call__(self, x_BLD: jax.Array, routing: Routing) -> jax.Array:
     """[B, L, D]; each token meets only the experts it was routed to."""
-    matrices = (self.gate_up, self.down)
+    weights = (self.gate_up, self.down)
     chosen = (routing.weights_BLk, routing.experts_BLk)
     if not parallel.is_active():
-      return _apply_experts(x_BLD, *chosen, *matrices)
+      return _apply_experts(x_BLD, *chosen, *weights)
     # Else one pass keeps what it gathered for the next, of all layers at once.
-    x_BLD, matrices = jax.lax.optimization_barrier((x_BLD, matrices))
+    x_BLD, weights = jax.lax.optimization_barrier((x_BLD, weights))
     tokens = parallel.spec('batch', 'length', None)
     specs = (
-      _specs(self.gate_up, ('experts', None, 'embed')),
-      _specs(self.down, ('experts', 'embed', None)),
+      matrices.expert_specs(self.gate_up, ('experts', None, 'embed')),
+      matrices.expert_specs(self.down, ('experts', 'embed', None)),
     )
     return jax.shard_map(
       functools.partial(_apply_experts, tokens=tokens),
       in_specs=(tokens, tokens, tokens, *specs),
       out_specs=tokens,
       check_vma=False,
-    )(x_BLD, *chosen, *matrices)
-
-
-def _specs(w: Any, axes: tuple) -> Any:
-  """Where the matrices of experts lie, with their adapters if they have any."""
-  spec, (experts, out, into) = parallel.spec(*axes), axes
-  if isinstance(w, quantized.Quantized):
-    return w.replace(values=spec, scales=parallel.spec(experts, None, out))
-  if not isinstance(w, layers.LowRank):
-    return spec
-  return w.replace(
-    weight=spec,
-    a=parallel.spec(experts, None, into),
-    b=parallel.spec(experts, out, None),
-  )
+    )(x_BLD, *chosen, *weights)
 
 
 def _apply_experts(
   x_BLD: jax.Array,
   weights_BLk: jax.Array,
   experts_BLk: jax.Array,
-  gate_up_EFD: Any,
-  down_EDF: Any,
+  gate_up_EFD: matrices.Matrix,
+  down_EDF: matrices.Matrix,
   tokens: jax.sharding.PartitionSpec | None = None,
 ) -> jax.Array:
   """The mixture of each token, [B, L, D].
@@ -159,13 +139,13 @@ def _apply_experts(
     spread = [a for a in parallel.names_in(tokens) if a in shared_by]
     gather = functools.partial(parallel.gather, names=spread, axis=0)
     x_MD, weights_Mk = gather(x_MD), gather(weights_Mk)
-    gate_up_EFD = _whole(gate_up_EFD, 2, x_MD.dtype)
-    down_EDF = _whole(down_EDF, 1, x_MD.dtype)
-    E = len(_leaf(down_EDF))
+    gate_up_EFD = matrices.gather_experts(gate_up_EFD, 2, x_MD.dtype)
+    down_EDF = matrices.gather_experts(down_EDF, 1, x_MD.dtype)
+    E = len(down_EDF)
     first = jax.lax.axis_index(shared_by) * E
     experts_Mk = gather(experts_Mk) - first
     experts_Mk = jnp.where((experts_Mk >= 0) & (experts_Mk < E), experts_Mk, E)
-  num_experts = len(_leaf(down_EDF)) * parallel.parts('experts')
+  num_experts = len(down_EDF) * parallel.parts('experts')
   y_MD = mix(x_MD, weights_Mk, experts_Mk, gate_up_EFD, down_EDF, num_experts)
   if tokens is not None:
     y_MD = parallel.sum_and_scatter(y_MD, shared_by, spread)
@@ -176,66 +156,21 @@ def mix(
   x_MD: jax.Array,
   weights_Mk: jax.Array,
   experts_Mk: jax.Array,
-  gate_up_EFD: Any,
-  down_EDF: Any,
+  gate_up_EFD: matrices.Matrix,
+  down_EDF: matrices.Matrix,
   num_experts: int,
 ) -> jax.Array:
   """[M, D]: the experts that are here, E of `num_experts`, on the tokens that
   chose them; of those that are not, the number is E."""
-  E, k = len(_leaf(down_EDF)), experts_Mk.shape[1]
+  E, k = len(down_EDF), experts_Mk.shape[1]
   experts_R = experts_Mk.reshape(-1)
-  tile = grouped.default_tile(len(experts_R), num_experts, _leaf(gate_up_EFD))
+  tile = grouped.default_tile(len(experts_R), num_experts, gate_up_EFD)
   window = grouped.default_window(len(experts_R), num_experts)
   groups = grouped.make_groups(experts_R, E, tile, window)
-  if isinstance(gate_up_EFD, layers.LowRank):
-    x_TD = grouped.scatter_to_tiles(x_MD, groups, k)
-    gate_up_TF = _expert_linear(x_TD, gate_up_EFD, groups)
-    hidden_TF = activation.geglu(*jnp.split(gate_up_TF, 2, axis=-1))
-  else:
-    gate_up_EFD = _compute_type(gate_up_EFD, x_MD.dtype)
-    hidden_TF = grouped.gated_matmul(x_MD, gate_up_EFD, groups, k)
-  y_TD = _expert_linear(hidden_TF, down_EDF, groups)
+  hidden_TF = matrices.expert_gated(x_MD, gate_up_EFD, groups, k)
+  y_TD = matrices.expert_linear(hidden_TF, down_EDF, groups)
   y_MkD = grouped.gather_from_tiles(y_TD, groups).reshape(*experts_Mk.shape, -1)
   return jnp.einsum('mkd,mk->md', y_MkD, weights_Mk)
-
-
-def _leaf(w: Any) -> Any:
-  return w.weight if isinstance(w, layers.LowRank) else w
-
-
-def _whole(w: Any, axis: int, dtype) -> Any:
-  """Experts put together from where they lie in parts, in the compute type."""
-  names = parallel.mesh_axes('embed')
-  if isinstance(w, quantized.Quantized):
-    values, scales = parallel.gather(w.values, names, axis), w.scales
-    if axis == 1:  # The outputs, which come last in scales.
-      scales = parallel.gather(scales, names, 2)
-    return w.replace(values=values, scales=scales)
-  if not isinstance(w, layers.LowRank):
-    return parallel.gather(w.astype(dtype), names, axis)
-  # The adapter's A ends, or its B is second, in the same axis.
-  part = {2: 'a', 1: 'b'}[axis]
-  whole = {part: parallel.gather(getattr(w, part), names, axis)}
-  return w.replace(weight=_whole(w.weight, axis, dtype), **whole)
-
-
-def _expert_linear(
-  x_TD: jax.Array, w_EFD: Any, groups: grouped.Groups
-) -> jax.Array:
-  """Each tile times the matrix of its expert, which may be quantised or have an
-  adapter with `a` [E, rank, D] and `b` [E, F, rank]."""
-  if not isinstance(w_EFD, layers.LowRank):
-    w_EFD = _compute_type(w_EFD, x_TD.dtype)
-    return grouped.grouped_matmul(x_TD, w_EFD, groups)
-  thin_TR = _expert_linear(x_TD, w_EFD.a, groups)
-  update_TF = _expert_linear(thin_TR, w_EFD.b, groups)
-  return _expert_linear(x_TD, w_EFD.weight, groups) + w_EFD.scale * update_TF
-
-
-def _compute_type(w_EFD: Any, dtype: jnp.dtype) -> Any:
-  """Few bits stay as they are."""
-  is_quantized = isinstance(w_EFD, quantized.Quantized)
-  return w_EFD if is_quantized else w_EFD.astype(dtype)
 
 
 def routing_statistics(

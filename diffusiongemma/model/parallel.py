@@ -6,18 +6,30 @@ compiler would get wrong by itself is written for one device of many: the
 experts (`moe`) and the look-up in a table that lies in parts.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from diffusiongemma.kernels import dispatch
+
 
 def is_active() -> bool:
   """Whether arrays lie on a mesh."""
   return bool(nn.get_logical_axis_rules())
+
+
+def run(plain: Callable, *given: Any, **kernels: Callable | None) -> Any:
+  """`dispatch.run`; `plain` on a mesh, where the compiler could not divide a
+  kernel."""
+  if is_active():
+    return plain(*given)
+  return dispatch.run(plain, *given, **kernels)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

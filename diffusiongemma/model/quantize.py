@@ -22,11 +22,11 @@ from diffusiongemma.kernels import quantized
 
 class _Rule(NamedTuple):
   """The field of the config, the axis that products sum over, and whether the
-  scales are turned."""
+  scales are transposed."""
 
   field: str
   axis: int
-  turned: bool = False
+  scales_transposed: bool = False
 
 
 _RULES = {
@@ -34,7 +34,7 @@ _RULES = {
   'layer_*/attention/o_proj': _Rule('linears', -2),
   'layer_*/shared_mlp/*': _Rule('linears', -2),
   'self_conditioning/mlp/*': _Rule('linears', -2),
-  'layer_*/experts/*': _Rule('experts', -1, turned=True),
+  'layer_*/experts/*': _Rule('experts', -1, scales_transposed=True),
   'embedding': _Rule('embedding', -1),
 }
 
@@ -58,11 +58,11 @@ def _rule_at(path: tuple[str, ...]) -> _Rule | None:
 def rule_of(
   config: QuantizationConfig, path: tuple[str, ...]
 ) -> tuple[str, int, bool] | None:
-  """(kind, axis, turned) of the parameter at `path`, see
+  """(kind, axis, scales_transposed) of the parameter at `path`, see
   `quantized.Quantized`; None if it stays as it is."""
   rule = _rule_at(path)
   kind = getattr(config, rule.field) if rule else 'none'
-  return None if kind == 'none' else (kind, rule.axis, rule.turned)
+  return None if kind == 'none' else (kind, rule.axis, rule.scales_transposed)
 
 
 def quantize_array(
@@ -76,14 +76,14 @@ def quantize_array(
   rule = rule_of(config, path)
   if rule is None:
     return w
-  kind, axis, turned = rule
+  kind, axis, scales_transposed = rule
   group_size = config.group_size if kind == 'int4' else None
   if group_size and w.shape[axis] % group_size:
     raise configs.ConfigError(
       f'config.quantization.group_size = {group_size} does not divide the '
       f'{w.shape[axis]} inputs of {"/".join(path)}.'
     )
-  return _quantize(w, kind, axis, group_size, turned)
+  return _quantize(w, kind, axis, group_size, scales_transposed)
 
 
 _quantize = jax.jit(quantized.quantize, static_argnums=(1, 2, 3, 4))

@@ -65,7 +65,9 @@ def axial_rotary(
   """Turns the first half of each head by x, the second by y."""
   halves = jnp.split(x_IMNH, 2, axis=-1)
   turned = [
-    layers.rotary(half, layers.turns(positions_IM2[..., axis], frequencies))
+    layers.rotary(
+      half, layers.rotary_cos_sin(positions_IM2[..., axis], frequencies)
+    )
     for axis, half in enumerate(halves)
   ]
   return jnp.concatenate(turned, axis=-1)

@@ -21,19 +21,10 @@ import jax.numpy as jnp
 
 from diffusiongemma import config as configs
 from diffusiongemma.config import LoraConfig
-from diffusiongemma.model import layers
+from diffusiongemma.model import matrices
 
-# How many of a matrix's axes are its input, by its name; the others are its
-# output. Those of experts come after the axis of the experts, output first.
-_INPUT_AXES = {
-  'q_proj': 1,
-  'k_proj': 1,
-  'v_proj': 1,
-  'o_proj': 2,
-  'gate': 1,
-  'up': 1,
-  'down': 1,
-}
+# What can be adapted, beside experts.
+_LINEARS = {'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate', 'up', 'down'}
 
 
 def init_adapters(config: LoraConfig, params: dict, key: jax.Array) -> dict:
@@ -51,14 +42,16 @@ def init_adapters(config: LoraConfig, params: dict, key: jax.Array) -> dict:
   flat, rank = traverse_util.flatten_dict(params), config.rank
   for index, path in enumerate(find_targets(config, params)):
     shape = flat[path].shape
+    inputs, outputs = (
+      tuple(shape[axis] for axis in axes)
+      for axes in matrices.axes_of(path, len(shape))
+    )
     if _is_expert(path):
-      E, F, D = shape
-      shape_a, shape_b, fan_in = (E, rank, D), (E, F, rank), D
+      E = shape[0]
+      shape_a, shape_b = (E, rank, *inputs), (E, *outputs, rank)
     else:
-      inputs = shape[: _INPUT_AXES[path[-1]]]
-      outputs = shape[_INPUT_AXES[path[-1]] :]
       shape_a, shape_b = (*inputs, rank), (rank, *outputs)
-      fan_in = math.prod(inputs)
+    fan_in = math.prod(inputs)
     a = jax.random.normal(jax.random.fold_in(key, index), shape_a)
     adapters[(*path, 'a')] = a * fan_in**-0.5
     adapters[(*path, 'b')] = jnp.zeros(shape_b)
@@ -71,7 +64,7 @@ def find_targets(config: LoraConfig, params: dict) -> list[tuple[str, ...]]:
   able = {
     name: path
     for name, path in paths.items()
-    if path[0] != 'vision' and (path[-1] in _INPUT_AXES or _is_expert(path))
+    if path[0] != 'vision' and (path[-1] in _LINEARS or _is_expert(path))
   }
   found = set()
   for pattern in config.targets:
@@ -90,10 +83,10 @@ def find_targets(config: LoraConfig, params: dict) -> list[tuple[str, ...]]:
 
 
 def attach(config: LoraConfig, params: dict, adapters: dict) -> dict:
-  """`params` in which `layers.LowRank` stands for each adapted matrix."""
+  """`params` in which `matrices.LowRank` stands for each adapted matrix."""
   scale = config.alpha / config.rank
   return _with_adapters(
-    params, adapters, lambda w, a, b: layers.LowRank(w, a, b, scale)
+    params, adapters, lambda w, a, b: matrices.LowRank(w, a, b, scale)
   )
 
 

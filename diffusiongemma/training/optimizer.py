@@ -14,17 +14,7 @@ import optax.contrib
 from diffusiongemma import config as configs
 from diffusiongemma.config import Config
 from diffusiongemma.config import OptimizerConfig
-
-# The input and output axes of what is one matrix, or one for each expert, but
-# has more than two axes.
-MATRIX_AXES = {
-  'q_proj': (0, (1, 2)),
-  'k_proj': (0, (1, 2)),
-  'v_proj': (0, (1, 2)),
-  'o_proj': ((0, 1), 2),
-  'gate_up': (2, 1),
-  'down': (2, 1),
-}
+from diffusiongemma.model import matrices
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -139,10 +129,11 @@ def _matrix_axes(params: dict) -> dict:
   vectors, the embedding and the router."""
 
   def axes(keys, x):
-    *owners, name = [key.key for key in keys]
-    if name == 'embedding' or 'router' in owners or jnp.ndim(x) < 2:
+    path = tuple(key.key for key in keys)
+    if path[-1] == 'embedding' or 'router' in path or jnp.ndim(x) < 2:
       return None
-    inner, outer = (0, 1) if jnp.ndim(x) == 2 else MATRIX_AXES[name]
-    return optax.contrib.MuonDimensionNumbers(inner, outer)
+    return optax.contrib.MuonDimensionNumbers(
+      *matrices.axes_of(path, jnp.ndim(x))
+    )
 
   return jax.tree_util.tree_map_with_path(axes, params)

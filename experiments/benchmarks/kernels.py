@@ -41,6 +41,7 @@ from diffusiongemma.model import attention
 from diffusiongemma.model import cache as kv_cache
 from diffusiongemma.model import heads
 from diffusiongemma.model import layers
+from diffusiongemma.model import matrices
 from diffusiongemma.model import moe
 from experiments import machine
 
@@ -82,7 +83,7 @@ def make_cases(
     return jax.jit(make)(normal(*shape) * shape[axis] ** -0.5)
 
   int4 = functools.partial(
-    few_bits, kind='int4', axis=-1, group_size=64, turned=True
+    few_bits, kind='int4', axis=-1, group_size=64, scales_transposed=True
   )
   int8 = functools.partial(few_bits, kind='int8')
   ones_D = jnp.ones((D,))
@@ -122,7 +123,7 @@ def make_cases(
   yield Case('shared MLP, gate', layers.gated, (x_BLD, *matrices))
   matrix = int8(model.mlp_dim, D, axis=-2)
   hidden_BLF = normal(1, T, model.mlp_dim)
-  yield Case('shared MLP, down', layers.linear, (hidden_BLF, matrix))
+  yield Case('shared MLP, down', matrices.linear, (hidden_BLF, matrix))
   for kind in ('local', 'global'):
     K, H = kv_cache.kv_shape(model, kind)
     N = model.num_heads
@@ -130,11 +131,11 @@ def make_cases(
     weights = {name: int8(D, n, H, axis=-3) for name, n in counts.items()}
     scales = {'q': jnp.ones((H,)), 'k': jnp.ones((H,))}
     frequencies = layers.rotary_frequencies(H, 1e4)
-    turns = layers.turns(jnp.arange(T)[None], frequencies)
+    cos_sin = layers.rotary_cos_sin(jnp.arange(T)[None], frequencies)
     project = functools.partial(heads.project, epsilon=epsilon)
-    yield Case(f'{kind} heads', project, (x_BLD, weights, scales, turns))
+    yield Case(f'{kind} heads', project, (x_BLD, weights, scales, cos_sin))
     weights = {name: normal(D, n, H) * D**-0.5 for name, n in counts.items()}
-    given = (x_BLD, weights, scales, turns)
+    given = (x_BLD, weights, scales, cos_sin)
     yield Case(f'{kind} heads, {model.dtype}', project, given)
     q_BLNH, own = normal(1, T, N, H), [normal(1, T, K, H) for _ in range(2)]
     for context in contexts if kind == 'global' else (model.sliding_window,):
@@ -236,7 +237,7 @@ def fit_linears(T: int, D: int) -> dict:
       jnp.ones((1, outputs), jnp.bfloat16),
       -2,
     )
-    seconds, made = measure(layers.linear, (x_TD, w))
+    seconds, made = measure(matrices.linear, (x_TD, w))
     points.append((num_bytes((x_TD, w, made)), seconds))
   slope, start = np.polyfit(*np.transpose(points), 1)
   return {

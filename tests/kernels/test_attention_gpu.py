@@ -84,15 +84,17 @@ def test_heads_out_of_few_bits(has_v, kind, group_size):
   }
   x_BLD = jax.random.normal(keys[0], (B, L, D))
   positions_BL = jnp.arange(B * L).reshape(B, L) * 7
-  turns = layers.turns(positions_BL, layers.rotary_frequencies(H, 1e4))
+  cos_sin = layers.rotary_cos_sin(
+    positions_BL, layers.rotary_frequencies(H, 1e4)
+  )
   x_TD = x_BLD.reshape(-1, D)
   assert gpu.suits_heads(x_TD, list(weights.values()))
   found = gpu.project(
-    *(x_TD, weights, norms, [turn.reshape(B * L, -1) for turn in turns]),
+    *(x_TD, weights, norms, [x.reshape(B * L, -1) for x in cos_sin]),
     epsilon=1e-6,
     interpret=True,
   )
-  expected = heads.project(x_BLD, weights, norms, turns, 1e-6)
+  expected = heads.project(x_BLD, weights, norms, cos_sin, 1e-6)
   assert found.keys() == expected.keys() == {'q', 'k', 'v'}
   for name, heads_TNH in found.items():
     np.testing.assert_allclose(
@@ -114,13 +116,17 @@ def test_heads_that_are_there(has_v, dtype):
     for i, name in enumerate('qk')
   }
   positions = jnp.arange(T)[None] + 7
-  turns = layers.turns(positions, layers.rotary_frequencies(H, 1e4, 0.25))
-  assert gpu.suits_norm_and_turn(products['q'])
-  assert not gpu.suits_norm_and_turn(products['q'][:24])
-  flat = [turn[0] for turn in turns]
-  found = gpu.norm_and_turn(products, norms, flat, epsilon=1e-6, interpret=True)
+  cos_sin = layers.rotary_cos_sin(
+    positions, layers.rotary_frequencies(H, 1e4, 0.25)
+  )
+  assert gpu.suits_norm_and_rotate(products['q'])
+  assert not gpu.suits_norm_and_rotate(products['q'][:24])
+  flat = [x[0] for x in cos_sin]
+  found = gpu.norm_and_rotate(
+    products, norms, flat, epsilon=1e-6, interpret=True
+  )
   exact = {name: x[None].astype(jnp.float32) for name, x in products.items()}
-  expected = heads._norm_and_turn(exact, norms, turns, 1e-6)
+  expected = heads._norm_and_rotate(exact, norms, cos_sin, 1e-6)
   assert found.keys() == expected.keys() == {'q', 'k', 'v'}
   tolerance = 1e-5 if dtype == 'float32' else 2.0**-8
   for name, x_TNH in found.items():

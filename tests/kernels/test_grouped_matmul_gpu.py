@@ -39,7 +39,9 @@ def test_products_are_those_of_the_loop(layout, kind):
   w_EFD = jax.random.normal(jax.random.key(3), (E, F, D))
   if kind:
     group_size = 32 if kind == 'int4' else None
-    w_EFD = quantized.quantize(w_EFD, kind, -1, group_size, turned=True)
+    w_EFD = quantized.quantize(
+      w_EFD, kind, -1, group_size, scales_transposed=True
+    )
   assert gpu.suits(w_EFD, TILE)
   found = gpu.multiply_tiles(x_TD, w_EFD, groups, interpret=True)
   expected = grouped.grouped_matmul(x_TD, w_EFD, groups)
@@ -53,7 +55,9 @@ def test_pairs_of_int4(layout, group_size):
   """In bfloat16, values of four bits are read two at a time."""
   groups, x_TD, _ = layout
   w_EFD = jax.random.normal(jax.random.key(3), (E, F, D))
-  w_EFD = quantized.quantize(w_EFD, 'int4', -1, group_size, turned=True)
+  w_EFD = quantized.quantize(
+    w_EFD, 'int4', -1, group_size, scales_transposed=True
+  )
   x_TD = x_TD.astype(jnp.bfloat16)
   found = gpu.multiply_tiles(x_TD, w_EFD, groups, interpret=True)
   exact = grouped.grouped_matmul(x_TD.astype(jnp.float32), w_EFD, groups)
@@ -76,7 +80,7 @@ def test_hidden_layer_of_the_experts(kind):
   x_MD = jax.random.normal(jax.random.key(1), (M // k, D))
   w_EFD = jax.random.normal(jax.random.key(3), (E, 2 * F, D))
   if kind:
-    w_EFD = quantized.quantize(w_EFD, kind, -1, 32, turned=True)
+    w_EFD = quantized.quantize(w_EFD, kind, -1, 32, scales_transposed=True)
   assert gpu.suits(w_EFD, TILE, parts=2)
   found = gpu.gate_tiles(x_MD, w_EFD, groups, k, interpret=True)
   expected = grouped.gated_matmul(x_MD, w_EFD, groups, k)
@@ -142,6 +146,7 @@ def test_what_is_too_small_for_the_kernels():
   assert not gpu.suits(w_EFD[:, :24], TILE)
   for group_size in (8, 16):
     assert not gpu.suits(
-      quantized.quantize(w_EFD, 'int4', -1, group_size, turned=True), TILE
+      quantized.quantize(w_EFD, 'int4', -1, group_size, scales_transposed=True),
+      TILE,
     )
   assert not gpu.suits_one(jnp.zeros((7, D)), jnp.zeros((D, F)), 1)

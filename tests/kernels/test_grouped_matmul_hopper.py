@@ -23,7 +23,7 @@ interpreted = pytest.mark.skipif(
 
 def make(outputs, inputs, kind, group_size=None):
   w = jax.random.normal(jax.random.key(3), (E, outputs, inputs)) * D**-0.5
-  return quantized.quantize(w, kind, -1, group_size, turned=True)
+  return quantized.quantize(w, kind, -1, group_size, scales_transposed=True)
 
 
 def lay_out(k):

@@ -37,7 +37,7 @@ def matrices(kind, F, D):
   if not kind:
     return w_EFD
   group_size = 32 if kind == 'int4' else None
-  return quantized.quantize(w_EFD, kind, -1, group_size, turned=True)
+  return quantized.quantize(w_EFD, kind, -1, group_size, scales_transposed=True)
 
 
 def check(found, expected, groups):

@@ -56,7 +56,7 @@ def test_any_axis(axis):
   )
   assert found.scales.size == w.size // 8
   if axis != -3:
-    turned = quantized.quantize(w, 'int4', axis, 8, turned=True)
+    turned = quantized.quantize(w, 'int4', axis, 8, scales_transposed=True)
     assert turned.num_groups == found.num_groups == w.shape[axis] // 8
     np.testing.assert_array_equal(
       turned.scales, jnp.swapaxes(found.scales, 1, 2)
@@ -89,7 +89,7 @@ def test_experts_of_few_bits(kind):
   E, D, F, M = 5, 16, 24, 40
   keys = jax.random.split(jax.random.key(3), 3)
   w = jax.random.normal(keys[0], (E, F, D))
-  w = quantized.quantize(w, kind, -1, 8, turned=True)
+  w = quantized.quantize(w, kind, -1, 8, scales_transposed=True)
   expert_M = jax.random.randint(keys[1], (M,), 0, E)
   x_MD = jax.random.normal(keys[2], (M, D))
   groups = grouped.make_groups(expert_M, E, 8)

@@ -197,7 +197,9 @@ def test_partial_rotary_leaves_the_rest_alone():
   expected = [1e6 ** (-2 * i / 16) if i < 2 else 0.0 for i in range(8)]
   np.testing.assert_allclose(frequencies, expected, rtol=1e-6)
   x = jax.random.normal(jax.random.key(0), (1, 3, 2, 16))
-  turned = layers.rotary(x, layers.turns(jnp.array([[0, 5, 900]]), frequencies))
+  turned = layers.rotary(
+    x, layers.rotary_cos_sin(jnp.array([[0, 5, 900]]), frequencies)
+  )
   still = np.r_[2:8, 10:16]
   np.testing.assert_array_equal(turned[..., still], x[..., still])
   np.testing.assert_allclose(turned[:, 0], x[:, 0], atol=1e-6)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusiongemma.model import layers
+from diffusiongemma.model import matrices
 
 
 @pytest.mark.parametrize('axis', [0, 1])
@@ -32,7 +32,7 @@ def test_multiply_and_its_gradients_are_those_of_einsum(
     return jnp.einsum(spec, x, w, preferred_element_type=dtype)
 
   def ours(x, w):
-    return layers.multiply(x, w, axis, dtype and jnp.dtype(dtype))
+    return matrices.multiply(x, w, axis, dtype and jnp.dtype(dtype))
 
   made, pull = jax.vjp(ours, x_BLD, w)
   wanted, pull_plain = jax.vjp(plain, x_BLD, w)
