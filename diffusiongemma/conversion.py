@@ -30,7 +30,7 @@ from diffusiongemma.checkpoints import folder as folders
 from diffusiongemma.checkpoints import huggingface
 from diffusiongemma.checkpoints import huggingface_config
 from diffusiongemma.checkpoints import native
-from diffusiongemma.checkpoints import safetensors
+from diffusiongemma.checkpoints import safetensors_writer
 from diffusiongemma.config import Config
 from diffusiongemma.config import QuantizationConfig
 from diffusiongemma.model import denoiser
@@ -40,7 +40,6 @@ from diffusiongemma.training import train_state
 from diffusiongemma.training import workdir as workdirs
 
 CONFIG, GENERATION_CONFIG = 'config.json', 'generation_config.json'
-MAX_SHARD_BYTES = 5 * 10**9
 
 
 def read_config(hf_dir: str) -> Config:
@@ -228,7 +227,9 @@ def _make_run(
 
 
 def export(
-  workdir: str, hf_dir: str, max_shard_bytes: int = MAX_SHARD_BYTES
+  workdir: str,
+  hf_dir: str,
+  max_shard_bytes: int = safetensors_writer.MAX_SHARD_BYTES,
 ) -> None:
   """Writes the newest checkpoint of `workdir` as a Hugging Face folder.
 
@@ -281,12 +282,8 @@ def export(
       dtype = dtypes['model.decoder.embed_tokens.weight'].name
       for name, content in _companions_of(workdir, config, dtype):
         folders.write_file(os.path.join(folder, name), content)
-      safetensors.write_folder(
-        folder,
-        shapes,
-        read,
-        max_shard_bytes,
-        on_tensor=lambda _, nbytes: bar(nbytes),
+      safetensors_writer.write_folder(
+        folder, shapes, read, max_shard_bytes, on_bytes=bar
       )
 
 

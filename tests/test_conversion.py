@@ -28,6 +28,7 @@ from diffusiongemma.checkpoints import digest as digest_lib
 from diffusiongemma.checkpoints import huggingface_config
 from diffusiongemma.checkpoints import native
 from diffusiongemma.checkpoints import safetensors
+from diffusiongemma.checkpoints import safetensors_writer
 from diffusiongemma.training import workdir as workdirs
 
 MODEL = configs.ModelConfig(
@@ -78,7 +79,7 @@ def make_folder(folder, dtype='float32', max_shard_bytes=10**9):
     name: rng.normal(size=entry.their_shape).astype(TYPES[dtype])
     for name, entry in table.items()
   }
-  safetensors.write_folder(
+  safetensors_writer.write_folder(
     str(folder),
     {name: (a.shape, a.dtype) for name, a in arrays.items()},
     arrays.__getitem__,

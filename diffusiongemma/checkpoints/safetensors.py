@@ -1,4 +1,4 @@
-"""Hugging Face folders of safetensors, read and written tensor by tensor.
+"""Hugging Face folders of safetensors, read tensor by tensor.
 
   file = uint64 n | n bytes of JSON | data
   JSON = {name: {"dtype", "shape", "data_offsets": [begin, end]}, ...}
@@ -6,17 +6,13 @@
 The offsets count from the start of the data, which they cover exactly; an
 index names the file of each tensor where there are several. Files come from
 strangers: nothing in them is believed before it is checked. The library of
-this name maps whole files and writes only what is all in memory at once.
+this name maps whole files.
 """
 
-from collections.abc import Callable
 from collections.abc import Mapping
-from collections.abc import Sequence
-import contextlib
 import dataclasses
 import fnmatch
 import itertools
-import json
 import math
 import os
 from typing import Any
@@ -127,61 +123,16 @@ def read_tensor(tensor: Tensor) -> np.ndarray:
       raise CheckpointError(
         f'{what} needs {tensor.nbytes} bytes of memory, which are not there.'
       ) from error
-    files.read_into(_bytes_of(array), descriptor, tensor.offset, what)
+    files.read_into(bytes_of(array), descriptor, tensor.offset, what)
   return array
 
 
-def write_folder(
-  folder: str,
-  tensors: Mapping[str, tuple[Sequence[int], Any]],
-  read: Callable[[str], np.ndarray],
-  max_shard_bytes: int = 5 * 10**9,
-  on_tensor: Callable[[str, int], None] | None = None,
-) -> None:
-  """Writes `model.safetensors`, or an index and `model-00001-of-0000N...`.
-
-  Room for all files is claimed before the first tensor is asked for, and one
-  tensor is held at a time. A call that fails removes the files it created.
-
-  Args:
-    folder: exists, and holds no such files yet.
-    tensors: `{name: (shape, dtype)}`. Files are filled in this order, and
-      within a file float32 comes before the 16-bit types, so that all of
-      them are aligned.
-    read: gives the tensor of a name; called once each, in the order written.
-    max_shard_bytes: of tensors in a file, where no single one is larger.
-    on_tensor: told the name and bytes of each tensor written.
-
-  Raises:
-    CheckpointError: the disk is full, a file exists or can't be written, or
-      `read` gave another shape or type than was declared.
-  """
-  groups = _split(tensors, max_shard_bytes)
-  paths = [os.path.join(folder, x) for x in _file_names(len(groups))]
-  shards = list(map(_place, paths, groups))
-  created: list[str] = []
-  try:
-    for path, (head, placed) in zip(paths, shards, strict=True):
-      nbytes = len(head) + sum(x.nbytes for x in placed)
-      _create(path, head, nbytes, created)
-    for path, (_, placed) in zip(paths, shards, strict=True):
-      _fill(path, placed, read, on_tensor)
-    if len(shards) > 1:
-      index = _index_json([x for _, placed in shards for x in placed])
-      _create(os.path.join(folder, INDEX), index, len(index), created)
-  except BaseException:
-    for path in created:
-      with contextlib.suppress(OSError):
-        os.remove(path)
-    raise
-
-
-def _bytes_of(array: np.ndarray) -> memoryview:
+def bytes_of(array: np.ndarray) -> memoryview:
   """The bytes of a C-contiguous array, not copied."""
   return memoryview(array.reshape(-1).view(np.uint8))
 
 
-def _is_text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
   """Whether this is a string without halves of surrogate pairs."""
   if not isinstance(value, str):
     return False
@@ -194,7 +145,7 @@ def _is_text(value: Any) -> bool:
 
 def _is_text_map(value: Any) -> bool:
   return isinstance(value, dict) and all(
-    _is_text(x) for x in itertools.chain(value, value.values())
+    is_text(x) for x in itertools.chain(value, value.values())
   )
 
 
@@ -241,7 +192,7 @@ def _checked_entry(
   def refuse(reason: str) -> CheckpointError:
     return CheckpointError(f'Tensor {files.quote(name)} in {path!r} {reason}.')
 
-  if not _is_text(name):
+  if not is_text(name):
     raise refuse('has a name that is not text')
   fields = {'dtype', 'shape', 'data_offsets'}
   if not isinstance(entry, dict) or entry.keys() != fields:
@@ -392,132 +343,3 @@ def _check_total(
       f'total_size of {path!r} is not {total}, the bytes of its tensors: the '
       'files are of different checkpoints.'
     )
-
-
-# Writing.
-
-
-def _split(
-  tensors: Mapping[str, tuple[Sequence[int], Any]], max_shard_bytes: int
-) -> list[list[Tensor]]:
-  """Which tensors share a file; their places are still to be found."""
-  groups: list[list[Tensor]] = [[]]
-  room = max_shard_bytes
-  for name, (shape, dtype) in tensors.items():
-    dtype, shape = np.dtype(dtype), tuple(shape)
-    if dtype not in DTYPE_NAMES:
-      raise CheckpointError(
-        f'Tensor {files.quote(name)} is of {dtype}; safetensors are written in '
-        f'{", ".join(DTYPES)}.'
-      )
-    if name == '__metadata__' or not _is_text(name):
-      raise CheckpointError(f'No tensor can have the name {files.quote(name)}.')
-    nbytes = math.prod(shape) * dtype.itemsize
-    if groups[-1] and nbytes > room:
-      groups.append([])
-      room = max_shard_bytes
-    groups[-1].append(Tensor(name, dtype, shape, '', 0, nbytes))
-    room -= nbytes
-  return groups
-
-
-def _file_names(count: int) -> list[str]:
-  if count == 1:
-    return [SINGLE]
-  numbers = range(1, count + 1)
-  return [f'model-{i:05d}-of-{count:05d}.safetensors' for i in numbers]
-
-
-def _place(path: str, tensors: list[Tensor]) -> tuple[bytes, list[Tensor]]:
-  """All of a file before its data, and its tensors at their places."""
-  # Larger items first: then each begins at a multiple of its own size.
-  tensors = sorted(tensors, key=lambda x: -x.dtype.itemsize)
-  bounds = itertools.accumulate((x.nbytes for x in tensors), initial=0)
-  spans = list(itertools.pairwise(bounds))
-  header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
-  for tensor, (begin, end) in zip(tensors, spans, strict=True):
-    header[tensor.name] = {
-      'dtype': DTYPE_NAMES[tensor.dtype],
-      'shape': tensor.shape,
-      'data_offsets': [begin, end],
-    }
-  text = json.dumps(header, separators=(',', ':')).encode()
-  text += b' ' * (-len(text) % 8)
-  if len(text) > files.MAX_JSON_BYTES:
-    raise CheckpointError(
-      f'{path!r} would have a header of {len(text)} bytes, and '
-      f'{files.MAX_JSON_BYTES} are the limit: choose smaller files.'
-    )
-  head = len(text).to_bytes(8, 'little') + text
-  placed = [
-    dataclasses.replace(tensor, path=path, offset=len(head) + begin)
-    for tensor, (begin, _) in zip(tensors, spans, strict=True)
-  ]
-  return head, placed
-
-
-def _create(path: str, head: bytes, nbytes: int, created: list[str]) -> None:
-  """A new file that begins with `head` and has room for `nbytes`."""
-  with (
-    files.system_errors(f'{path!r} ({nbytes} bytes) cannot be written'),
-    open(path, 'xb', buffering=0) as file,
-  ):
-    created.append(path)
-    files.claim_room(file.fileno(), nbytes)
-    _write(file.fileno(), memoryview(head))
-    os.fsync(file.fileno())
-
-
-def _fill(
-  path: str,
-  tensors: list[Tensor],
-  read: Callable[[str], np.ndarray],
-  on_tensor: Callable[[str, int], None] | None,
-) -> None:
-  """Writes the data of a file that was created."""
-  # `read` stays outside of these: its own errors are not about this file.
-  errors = lambda: files.system_errors(f'{path!r} cannot be written')
-  with errors():
-    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-  try:
-    for tensor in tensors:
-      view = _checked_bytes(tensor, read(tensor.name))
-      with errors():
-        os.lseek(descriptor, tensor.offset, os.SEEK_SET)
-        _write(descriptor, view)
-      del view  # Freed before the next is read.
-      if on_tensor is not None:
-        on_tensor(tensor.name, tensor.nbytes)
-    with errors():
-      os.fsync(descriptor)
-  finally:
-    os.close(descriptor)
-
-
-def _checked_bytes(tensor: Tensor, array: np.ndarray) -> memoryview:
-  """The bytes of what `read` gave; copied only where not C-contiguous."""
-  array = np.asarray(array)
-  if array.dtype != tensor.dtype or array.shape != tensor.shape:
-    raise CheckpointError(
-      f'Tensor {files.quote(tensor.name)} for {tensor.path!r} is {array.dtype} '
-      f'{array.shape}, and {tensor.dtype} {tensor.shape} was declared.'
-    )
-  return _bytes_of(np.ascontiguousarray(array))
-
-
-def _write(descriptor: int, view: memoryview) -> None:
-  done = 0
-  while done < len(view):
-    done += os.write(descriptor, view[done : done + files.CHUNK_BYTES])
-
-
-def _index_json(tensors: list[Tensor]) -> bytes:
-  """As transformers writes it."""
-  index = {
-    'metadata': {
-      'total_parameters': sum(math.prod(x.shape) for x in tensors),
-      'total_size': sum(x.nbytes for x in tensors),
-    },
-    'weight_map': {x.name: os.path.basename(x.path) for x in tensors},
-  }
-  return (json.dumps(index, indent=2, sort_keys=True) + '\n').encode()

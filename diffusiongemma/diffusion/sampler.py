@@ -122,8 +122,8 @@ class SamplerState:
 
   Attributes:
     canvas_BL: int32, the tokens that the network sees next.
-    draft_BL: int32, the result so far: argmax of the last step, or with the
-      ancestral strategy the canvas.
+    draft_BL: int32, the result so far: argmax of the last step, or what the
+      strategy says, the ancestral one the canvas.
     accepted_BL: bool, positions of `canvas_BL` that were accepted.
     entropy_BL: float32, nats, of the last step.
     sc_BLD: float32, self-conditioning for the next step.
@@ -190,14 +190,15 @@ def denoise_step(
   if pinned is not None:
     prediction = _certain(prediction, pinned)
     free = jnp.maximum(jnp.sum(~pinned.mask_BL, axis=-1), 1)
-  canvas_BL, accepted_BL = strategy(
+  canvas_BL, accepted_BL, draft_BL = strategy(
     config, state.canvas_BL, prediction, step, drawn
   )
+  may_converge = draft_BL is None
+  if may_converge:
+    draft_BL = prediction.argmax_BL
   if pinned is not None:
-    canvas_BL = pinned.hold(canvas_BL)
+    canvas_BL, draft_BL = pinned.hold(canvas_BL), pinned.hold(draft_BL)
     accepted_BL |= pinned.mask_BL
-  is_sample = strategy is strategies.ancestral
-  draft_BL = canvas_BL if is_sample else prediction.argmax_BL
   same_B = jnp.all(draft_BL == state.draft_BL, axis=-1)
   unchanged_B = jnp.where(same_B, state.unchanged_B + 1, 0)
   mean_entropy_B = jnp.sum(prediction.entropy_BL, axis=-1) / free
@@ -210,7 +211,7 @@ def denoise_step(
     entropy_BL=prediction.entropy_BL,
     sc_BLD=prediction.sc_BLD.astype(state.sc_BLD.dtype),
     unchanged_B=unchanged_B,
-    converged_B=stable_B & confident_B & (not is_sample),
+    converged_B=stable_B & confident_B & may_converge,
     steps_B=state.steps_B + 1,
   )
 
@@ -261,8 +262,8 @@ def sample_canvas(
     embed_dim: D of the self-conditioning.
     trajectory: run all N steps and return every state, instead of stopping
       when all rows have converged. The result is the same.
-    strategy: (config, canvas_BL, prediction, step, drawn) -> (next canvas,
-      accepted); None is the one that `config.strategy` names.
+    strategy: what becomes of a prediction, see `strategies`; None is the one
+      that `config.strategy` names.
     temperature: (config, step) -> T > 0.
     pinned: positions that keep their token at every step.
     initial_canvas_BL: int32, where to start instead of noise.

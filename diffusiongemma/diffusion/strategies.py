@@ -1,7 +1,10 @@
 """What a step does with a prediction: plain functions, one signature.
 
   strategy(config, canvas_BL, prediction, step, drawn)
-    -> (canvas_BL, accepted_BL)
+    -> (canvas_BL, accepted_BL, draft_BL | None)
+
+A draft is the text so far. None is the most probable tokens, with which a row
+may converge; with another one all steps are made.
 
 Step n of N..1 goes from time t = n/N to s = (n-1)/N. The first three accept
 some positions, which take their sample, and draw all others anew; what was
@@ -77,7 +80,7 @@ def ancestral(config: DiffusionConfig, canvas_BL, prediction, step, drawn):
   next_BL = jnp.where(place_BL < take_BL, prediction.sample_BL, drawn.tokens_BL)
   stays_BL = (place_BL >= take_BL) & (place_BL < take_BL + stay_BL)
   next_BL = jnp.where(stays_BL, canvas_BL, next_BL)
-  return next_BL, next_BL == prediction.sample_BL
+  return next_BL, next_BL == prediction.sample_BL, next_BL
 
 
 STRATEGIES = {
@@ -91,7 +94,7 @@ STRATEGIES = {
 def renoise(accepted_BL: jax.Array, prediction, drawn):
   """Samples where accepted, new uniform tokens elsewhere."""
   canvas_BL = jnp.where(accepted_BL, prediction.sample_BL, drawn.tokens_BL)
-  return canvas_BL, accepted_BL
+  return canvas_BL, accepted_BL, None
 
 
 def _most_confident_first(prediction) -> jax.Array:

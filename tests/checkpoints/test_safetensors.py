@@ -18,6 +18,7 @@ import pytest
 from diffusiongemma.checkpoints import CheckpointError
 from diffusiongemma.checkpoints import files
 from diffusiongemma.checkpoints import safetensors
+from diffusiongemma.checkpoints import safetensors_writer
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 TYPES = {'F32': np.dtype('f4'), 'F16': np.dtype('f2'), 'BF16': BF16}
@@ -60,7 +61,9 @@ def same(a, b):
 
 def write(folder, arrays, **options):
   specs = {name: (x.shape, x.dtype) for name, x in arrays.items()}
-  safetensors.write_folder(str(folder), specs, arrays.__getitem__, **options)
+  safetensors_writer.write_folder(
+    str(folder), specs, arrays.__getitem__, **options
+  )
 
 
 def read(folder):
@@ -259,15 +262,15 @@ def test_one_tensor_at_a_time_in_the_order_written(tmp_path):
     return array
 
   specs = {name: (x.shape, x.dtype) for name, x in arrays.items()}
-  safetensors.write_folder(
+  safetensors_writer.write_folder(
     str(tmp_path),
     specs,
     make,
     max_shard_bytes=120,
-    on_tensor=lambda name, num_bytes: told.append((name, num_bytes)),
+    on_bytes=told.append,
   )
   assert sorted(asked) == sorted(arrays)
-  assert told == [(name, arrays[name].nbytes) for name in asked]
+  assert told == [arrays[name].nbytes for name in asked]
   assert asked == list(safetensors.list_tensors(str(tmp_path)))
 
 
@@ -341,7 +344,7 @@ def test_what_is_read_has_the_declared_shape_and_type(tmp_path):
     answers = {'good': np.ones(2, 'f4'), 'bad': wrong}
     specs = {'good': ((2,), 'f4'), 'bad': ((2, 2), 'f4')}
     refused(
-      lambda s=specs, a=answers: safetensors.write_folder(
+      lambda s=specs, a=answers: safetensors_writer.write_folder(
         str(tmp_path), s, a.__getitem__
       ),
       "'bad'",
@@ -371,7 +374,7 @@ def test_headers_of_others_have_a_limit(tmp_path, monkeypatch):
   )
 
 
-@pytest.mark.parametrize('failing', ['read', 'on_tensor'])
+@pytest.mark.parametrize('failing', ['read', 'on_bytes'])
 def test_a_failed_call_removes_its_files(tmp_path, failing):
   arrays = make_arrays()
   calls = []
@@ -389,12 +392,12 @@ def test_a_failed_call_removes_its_files(tmp_path, failing):
   specs = {name: (x.shape, x.dtype) for name, x in arrays.items()}
   (tmp_path / 'config.json').write_text('{}')
   with pytest.raises(KeyError, match='of the caller'):
-    safetensors.write_folder(
+    safetensors_writer.write_folder(
       str(tmp_path),
       specs,
       get,
       max_shard_bytes=64,
-      on_tensor=fail if failing == 'on_tensor' else None,
+      on_bytes=fail if failing == 'on_bytes' else None,
     )
   assert [p.name for p in tmp_path.iterdir()] == ['config.json']
 
@@ -404,7 +407,7 @@ def test_an_error_of_read_is_not_one_of_the_file(tmp_path):
     raise FileNotFoundError(errno.ENOENT, 'of the caller')
 
   with pytest.raises(FileNotFoundError, match='of the caller'):
-    safetensors.write_folder(str(tmp_path), {'a': ((2,), 'f4')}, fail)
+    safetensors_writer.write_folder(str(tmp_path), {'a': ((2,), 'f4')}, fail)
 
 
 def test_files_that_exist_are_kept(tmp_path):
@@ -428,7 +431,7 @@ def test_room_is_claimed_before_anything_is_read(tmp_path, monkeypatch):
     raise AssertionError('asked for a tensor')
 
   specs = {name: ((1000,), 'f4') for name in 'abc'}
-  action = lambda: safetensors.write_folder(
+  action = lambda: safetensors_writer.write_folder(
     str(tmp_path), specs, never, max_shard_bytes=5000
   )
   with disk.full_disk(4000):

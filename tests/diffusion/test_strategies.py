@@ -45,7 +45,7 @@ def drawn(length, vocab_size=7):
 def test_entropy_bound_against_its_definition(entropies, bound):
   prediction = predicted(entropy=jnp.array([entropies]))
   config = dataclasses.replace(CONFIG, entropy_bound=float(bound))
-  _, accepted_BL = strategies.entropy_bound(
+  _, accepted_BL, _ = strategies.entropy_bound(
     config, None, prediction, 1, drawn(len(entropies))
   )
   accepted = accepted_BL[0]
@@ -66,10 +66,10 @@ def test_entropy_bound_against_its_definition(entropies, bound):
 def test_confidence_accepts_from_its_threshold_on():
   prediction = predicted(confidence=jnp.array([[0.2, 0.9, 0.95, 0.89]]))
   arguments = (jnp.zeros((1, 4), int), prediction, 1, drawn(4))
-  _, accepted = strategies.confidence(CONFIG, *arguments)
+  _, accepted, _ = strategies.confidence(CONFIG, *arguments)
   assert accepted.tolist() == [[False, True, True, False]]
   strict = dataclasses.replace(CONFIG, accept_confidence=0.99)
-  _, accepted = strategies.confidence(strict, *arguments)
+  _, accepted, _ = strategies.confidence(strict, *arguments)
   assert accepted.tolist() == [[False, False, True, False]]
 
 
@@ -77,7 +77,7 @@ def test_top_k_accepts_more_with_every_step():
   values = jnp.array([[0.1, 0.8, 0.3, 0.7, 0.2, 0.6, 0.5, 0.4]])
   order = np.argsort(-np.asarray(values[0]))
   for step, k in ((4, 2), (3, 4), (2, 6), (1, 8)):
-    _, accepted = strategies.top_k_confident(
+    _, accepted, _ = strategies.top_k_confident(
       CONFIG, jnp.zeros((1, 8), int), predicted(values), step, drawn(8)
     )
     assert set(np.nonzero(np.asarray(accepted[0]))[0]) == set(order[:k])
@@ -93,10 +93,11 @@ def test_ancestral_step_is_the_posterior():
       keys_B = jax.random.split(jax.random.key(step), 1)
       noise = sampler.draw_step_noise(keys_B, step, config, V)
       canvas = jnp.full((1, count), x_t)
-      next_BL, accepted_BL = strategies.ancestral(
+      next_BL, accepted_BL, draft_BL = strategies.ancestral(
         config, canvas, predicted(sample=jnp.full((1, count), x_0)), step, noise
       )
       np.testing.assert_array_equal(accepted_BL, next_BL == x_0)
+      np.testing.assert_array_equal(draft_BL, next_BL)
       t, s = step / N, (step - 1) / N
       kept = (1 - t) / (1 - s)
       is_t, is_0 = np.arange(V) == x_t, np.arange(V) == x_0
