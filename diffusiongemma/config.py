@@ -243,7 +243,8 @@ class Config:
 
 
 def load_config(path: str) -> Config:
-  """Runs `get_config()` of the Python file at `path` and validates it."""
+  """What `get_config()` of the Python file at `path` returns, which is still to
+  be validated."""
   if not os.path.isfile(path):
     raise ConfigError(f'No config file at {path!r}.')
   spec = importlib.util.spec_from_file_location('_config_file', path)
@@ -436,7 +437,7 @@ def _check_numbers(config: Any, prefix: str) -> None:
   for name, value in fields.flatten(config, prefix).items():
     if name.startswith('config.mesh.'):
       continue  # May be -1.
-    positive = not name.startswith(_MAY_BE_ZERO)
+    positive = name not in _MAY_BE_ZERO
     if isinstance(value, (int, float)) and not isinstance(value, bool):
       if value > 1 and name in _AT_MOST_ONE:
         raise ConfigError(f'{name} must be at most 1, it is {value}.')

@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusiongemma import config as configs
-from diffusiongemma import fields
 from diffusiongemma.checkpoints import CheckpointError
 from diffusiongemma.checkpoints import files
 from diffusiongemma.checkpoints import folder as folders
@@ -204,8 +203,7 @@ def _make_run(
 ) -> None:
   """A working directory with one checkpoint, of arrays that arrive one by one,
   and what lies beside the weights in `source`."""
-  train = dataclasses.replace(config.train, init_from=source)
-  beside = workdirs.files_beside(dataclasses.replace(config, train=train))
+  beside = list(workdirs.files_beside(source))
   with (
     folders.appearing(workdir) as folder,
     folders.progress(what, num_bytes) as bar,
@@ -217,10 +215,11 @@ def _make_run(
         bar(array.nbytes)
 
     os.mkdir(os.path.join(folder, workdirs.COMPANIONS_DIR))
-    for name, content in beside.items():
+    for name, content in beside:
       folders.write_file(os.path.join(folder, name), content)
-    text = json.dumps(fields.to_dict(config), indent=2)
-    folders.write_file(os.path.join(folder, 'config.json'), text.encode())
+    folders.write_file(
+      os.path.join(folder, workdirs.CONFIG), workdirs.encode_config(config)
+    )
     native.save_arrays(
       workdirs.checkpoint_dir(folder), 0, watched(), num_bytes, config
     )
@@ -344,9 +343,11 @@ def load(
   config: Config | None = None,
   sharding: native.ShardingOf | None = None,
   verify: bool = True,
-  merge: bool = True,
 ) -> workdirs.Run:
   """Reads a run, or a Hugging Face folder.
+
+  The adapters of a run with `config.lora` are added to what they adapt, which
+  is loaded too.
 
   Args:
     path: what training or conversion had as `--workdir`, or a folder with
@@ -355,8 +356,6 @@ def load(
     sharding: where each array goes; without, to the first device.
     verify: compares the digests of a run's arrays, so that a flipped bit is
       an error. Hugging Face's files have none.
-    merge: adds the adapters of a run with `config.lora` to what they adapt,
-      which is loaded too; else they stand beside it, as in training.
 
   Raises:
     WorkdirError: there is nothing to load, or adapters were trained on other
@@ -381,8 +380,7 @@ def load(
       )
     workdirs.check_base(path, base)
     base = train_state.with_configured_types(config, base)
-    combine = lora.merge if merge else lora.attach
-    return run._replace(params=combine(config.lora, base, adapters))
+    return run._replace(params=lora.merge(config.lora, base, adapters))
   config = config or read_config(path)
   table = huggingface.tensor_table(abstract_params(config.model))
   params = traverse_util.unflatten_dict(

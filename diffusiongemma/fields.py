@@ -44,24 +44,11 @@ def override(config: Any, field: str, text: str) -> Any:
   return replace(config, field.split('.'), 'config')
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-  """Plain nested dictionaries and lists, fit for JSON."""
-
-  def plain(value):
-    if dataclasses.is_dataclass(value):
-      return {
-        f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)
-      }
-    return list(value) if isinstance(value, tuple) else value
-
-  return plain(config)
-
-
 def from_dict(
   values: dict[str, Any], kind: type, prefix: str = 'config'
 ) -> Any:
-  """The inverse of `to_dict`, a `kind`; unknown fields are errors, missing ones
-  take their defaults."""
+  """The inverse of `dataclasses.asdict`, a `kind`; unknown fields are errors,
+  missing ones take their defaults."""
   if not isinstance(values, dict):
     raise ConfigError(f'{prefix} must be a group of fields, it is {values!r}.')
   hints = typing.get_type_hints(kind)

@@ -37,8 +37,6 @@ def bytes_on_a_device(tree: Any) -> int:
   def count(x):
     sharding = getattr(x, 'sharding', None)
     shape = sharding.shard_shape(x.shape) if sharding else x.shape
-    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-      return 8 * math.prod(shape)
     if jnp.issubdtype(x.dtype, jnp.integer):
       return jnp.iinfo(x.dtype).bits * math.prod(shape) // 8
     return x.dtype.itemsize * math.prod(shape)

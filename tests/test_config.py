@@ -89,7 +89,7 @@ def test_invalid_values(group, changes, message):
 
 def test_json_round_trip():
   config = configs.load_config(str(CONFIGS[0]))
-  text = json.dumps(fields.to_dict(config))
+  text = json.dumps(dataclasses.asdict(config))
   again = fields.from_dict(json.loads(text), configs.Config)
   assert again == config and hash(again) == hash(config)
   with pytest.raises(configs.ConfigError, match=r"mean 'steps'|config\.train"):

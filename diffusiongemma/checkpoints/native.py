@@ -13,6 +13,7 @@ job save and restore together.
 from collections.abc import Callable
 from collections.abc import Iterable
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -29,7 +30,6 @@ from orbax.checkpoint.experimental.v1 import partial as ocp_partial
 import tensorstore
 
 from diffusiongemma import config as configs
-from diffusiongemma import fields
 from diffusiongemma import processes
 from diffusiongemma.checkpoints import CheckpointError
 from diffusiongemma.checkpoints import LeftAloneError
@@ -114,7 +114,7 @@ def save(
         params=ocp.args.StandardSave(params),
         opt_state=ocp.args.StandardSave(opt_state),
         data=ocp.args.JsonSave(data),
-        config=ocp.args.JsonSave(fields.to_dict(config)),
+        config=ocp.args.JsonSave(dataclasses.asdict(config)),
         digests=ocp.args.JsonSave(sums),
       ),
     )
@@ -183,7 +183,7 @@ def save_arrays(
       manager.save(
         step,
         args=ocp.args.Composite(
-          config=ocp.args.JsonSave(fields.to_dict(config)),
+          config=ocp.args.JsonSave(dataclasses.asdict(config)),
           digests=ocp.args.JsonSave({'params': sums}),
         ),
       )

@@ -157,6 +157,26 @@ def init_state(canvas_BL: jax.Array, embed_dim: int) -> SamplerState:
   )
 
 
+def first_state(
+  keys_B: jax.Array,
+  config: DiffusionConfig,
+  *,
+  vocab_size: int,
+  embed_dim: int,
+  pinned: Pinned | None = None,
+  initial_canvas_BL: jax.Array | None = None,
+  done_B: jax.Array | None = None,
+) -> SamplerState:
+  """The state that `sample_canvas`, where the arguments are explained, starts
+  from."""
+  if initial_canvas_BL is None:
+    initial_canvas_BL = draw_canvas(keys_B, config, vocab_size)
+  if pinned is not None:
+    initial_canvas_BL = pinned.hold(initial_canvas_BL)
+  state = init_state(initial_canvas_BL, embed_dim)
+  return state if done_B is None else state.replace(converged_B=done_B)
+
+
 def temperature_at(config: DiffusionConfig, step: jax.Array) -> jax.Array:
   """T of step n = N..1 (steps that remain), linear from t_max to t_min."""
   share = step / config.max_denoising_steps
@@ -282,17 +302,22 @@ def sample_canvas(
   configs.validate_diffusion(config)
   keys_B = row_keys(key, batch_size)
   shape = (batch_size, config.canvas_length)
-  if initial_canvas_BL is None:
-    initial_canvas_BL = draw_canvas(keys_B, config, vocab_size)
-  _check_shape('initial_canvas_BL', initial_canvas_BL, shape)
+  if initial_canvas_BL is not None:
+    _check_shape('initial_canvas_BL', initial_canvas_BL, shape)
   if pinned is not None:
     _check_shape('pinned.mask_BL', pinned.mask_BL, shape)
     _check_shape('pinned.tokens_BL', pinned.tokens_BL, shape)
-    initial_canvas_BL = pinned.hold(initial_canvas_BL)
-  state = init_state(initial_canvas_BL, embed_dim)
   if done_B is not None:
     _check_shape('done_B', done_B, (batch_size,))
-    state = state.replace(converged_B=done_B)
+  state = first_state(
+    keys_B,
+    config,
+    vocab_size=vocab_size,
+    embed_dim=embed_dim,
+    pinned=pinned,
+    initial_canvas_BL=initial_canvas_BL,
+    done_B=done_B,
+  )
   if noise_fn is None:
     noise_fn = lambda step: draw_step_noise(keys_B, step, config, vocab_size)
 

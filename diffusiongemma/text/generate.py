@@ -162,13 +162,14 @@ def watch_canvas(
   pinned: sampler.Pinned | None = None,
 ) -> sampler.SamplerState:
   """`write_canvas` with a call after every step; the same tokens."""
-  canvas_BL = sampler.draw_canvas(
-    keys_B, config.diffusion, config.model.vocab_size
+  state = sampler.first_state(
+    keys_B,
+    config.diffusion,
+    vocab_size=config.model.vocab_size,
+    embed_dim=config.model.embed_dim,
+    pinned=pinned,
+    done_B=done_B,
   )
-  if pinned is not None:
-    canvas_BL = pinned.hold(canvas_BL)
-  state = sampler.init_state(canvas_BL, config.model.embed_dim)
-  state = state.replace(converged_B=done_B)
   on_step(0, state)
   total = config.diffusion.max_denoising_steps
   for step in range(total, 0, -1):

@@ -42,9 +42,9 @@ def encode_chat(
   *,
   tools: Sequence[dict[str, Any]] = (),
   thinking: bool = False,
-  generation_prompt: bool = True,
 ) -> list[int]:
-  """Token ids of a conversation, bos among them where the template writes it.
+  """Token ids of a conversation up to where the model goes on, bos among them
+  where the template writes it.
 
   Args:
     tokenizer: whose control tokens the template spells.
@@ -53,13 +53,12 @@ def encode_chat(
       parts like `{'type': 'image'}`, which become one image token each.
     tools: declarations, `{'type': 'function', 'function': {...}}`.
     thinking: the template's `enable_thinking`.
-    generation_prompt: open the model's turn at the end.
 
   Raises:
     TemplateError: the template is broken or refuses the messages.
   """
   write = _writer(tokenizer, template, messages, tools, thinking)
-  text, mark = write(messages, generation_prompt)
+  text, mark = write(messages, generation_prompt=True)
   return tokenizer.encode_template(text, mark)
 
 

@@ -18,6 +18,7 @@ from diffusiongemma import config as configs
 from diffusiongemma import processes
 from diffusiongemma import sharding
 from diffusiongemma.checkpoints import CheckpointError
+from diffusiongemma.checkpoints import LeftAloneError
 from diffusiongemma.checkpoints import native
 from diffusiongemma.config import Config
 from diffusiongemma.text import generate
@@ -338,9 +339,9 @@ def run_steps(
       places = {'shares': [places[i] for i in range(share.count)]}
       items = train_state.to_items(state)
       native.save(manager, step, *items, places, config)
-    except native.LeftAloneError:
+    except LeftAloneError:
       raise
-    except native.CheckpointError as error:
+    except CheckpointError as error:
       newest = manager.latest_step()
       kept = 'There is none yet' if newest is None else f'Step {newest} is kept'
       progress.print(f'{error} {kept}. Mend that, and the next save may work.')

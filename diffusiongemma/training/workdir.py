@@ -13,6 +13,7 @@ sample from it anywhere; of adapters, together with the weights they are for.
 from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -55,7 +56,7 @@ FREE_FIELDS = (
 )
 
 
-LOCK = 'lock'
+CONFIG, LOCK = 'config.json', 'lock'
 COMPANIONS_DIR = 'huggingface'
 # What lies beside the weights of Hugging Face and goes with them.
 COMPANIONS = (
@@ -88,7 +89,7 @@ class WorkdirError(ValueError):
 
 def is_claimed(workdir: str) -> bool:
   """Whether the folder holds a run."""
-  return os.path.isfile(os.path.join(workdir, 'config.json'))
+  return os.path.isfile(os.path.join(workdir, CONFIG))
 
 
 def claim(
@@ -113,11 +114,10 @@ def claim(
   try:
     folder.mkdir(parents=True, exist_ok=True)
     if not is_claimed(workdir):
-      for name, content in files_beside(config, tokenizer).items():
+      for name, content in files_beside(config.train.init_from, tokenizer):
         (folder / name).parent.mkdir(exist_ok=True)
         folders.replace_file(folder / name, content)
-      text = json.dumps(fields.to_dict(config), indent=2)
-      folders.replace_file(folder / 'config.json', text.encode())
+      folders.replace_file(folder / CONFIG, encode_config(config))
       return
     there = read_config(workdir)
     if (folder / COMPANIONS_DIR).exists() and not there.train.init_from:
@@ -182,7 +182,7 @@ def held(workdir: str) -> Iterator[None]:
 
 def read_config(workdir: str) -> Config:
   """The config of the run in `workdir`. Raises `WorkdirError`."""
-  path = pathlib.Path(workdir) / 'config.json'
+  path = pathlib.Path(workdir) / CONFIG
   try:
     if is_claimed(workdir):
       return fields.from_dict(files.read_json(workdir, path.name), Config)
@@ -217,24 +217,29 @@ def load_tokenizer(config: Config, start: str = '') -> tokenizers.Tokenizer:
   return tokenizer
 
 
+def encode_config(config: Config) -> bytes:
+  """A config as it lies in a run's folder."""
+  return json.dumps(dataclasses.asdict(config), indent=2).encode()
+
+
 def files_beside(
-  config: Config, tokenizer: tokenizers.Tokenizer | None = None
-) -> dict[str, bytes]:
-  """What a run's folder has beside its checkpoints, by its name there: what
-  came with the weights it starts from, else the tokenizer."""
-  start = config.train.init_from
+  start: str, tokenizer: tokenizers.Tokenizer | None = None
+) -> Iterator[tuple[str, bytes]]:
+  """(name there, content) of what a run's folder has beside its checkpoints:
+  what lies beside the weights in `start`, if it starts from any, else the
+  tokenizer."""
   if not start:
-    return {tokenizer.file_name: tokenizer.model}
-  beside, companions = {}, os.path.join(start, COMPANIONS_DIR)
+    yield tokenizer.file_name, tokenizer.model
+    return
+  companions = os.path.join(start, COMPANIONS_DIR)
   if os.path.isdir(os.path.join(start, 'checkpoints')):
     for name in (*TOKENIZERS, *CHAT_TEMPLATES):
       if os.path.lexists(os.path.join(start, name)):
-        beside[name] = files.read_file(start, name, MAX_TEXT_BYTES)
+        yield name, files.read_file(start, name, MAX_TEXT_BYTES)
   else:
     companions = start
   for name, content in read_companions(companions):
-    beside[os.path.join(COMPANIONS_DIR, name)] = content
-  return beside
+    yield os.path.join(COMPANIONS_DIR, name), content
 
 
 def read_companions(folder: str) -> Iterator[tuple[str, bytes]]:
