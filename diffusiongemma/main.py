@@ -17,7 +17,6 @@ Exit codes: 0 done, 1 failed (the message says why), 2 wrong usage, 128 + n
 stopped by signal n after saving (130 Ctrl-C, 143 SIGTERM).
 """
 
-import dataclasses
 import functools
 import json
 import os
@@ -38,11 +37,10 @@ from diffusiongemma import benchmark
 from diffusiongemma import checkpoints
 from diffusiongemma import config as configs
 from diffusiongemma import conversion
-from diffusiongemma import fields
+from diffusiongemma import overrides as overrides_lib
 from diffusiongemma import plan
 from diffusiongemma import processes
 from diffusiongemma import runtime
-from diffusiongemma import sharding
 from diffusiongemma.text import chat
 from diffusiongemma.text import prompt as prompt_lib
 from diffusiongemma.text import sample
@@ -106,7 +104,7 @@ _TRACE = flags.DEFINE_string(
   'trace', '', 'sample: .html or .png to draw the denoising steps in.'
 )
 _SEED = flags.DEFINE_integer(
-  'seed', 0, 'sample: of the noise.', lower_bound=0, upper_bound=2**63 - 1
+  'seed', 0, 'sample: the random seed.', lower_bound=0, upper_bound=2**63 - 1
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
   'max_new_tokens',
@@ -183,7 +181,7 @@ def main(argv: list[str]) -> None:
   runtime.reuse_memory()
   runtime.keep_compilations()
   try:
-    overrides = _overrides(argv[1:])
+    overrides = overrides_lib.parse(argv[1:], list(flags.FLAGS))
     _start_processes()
     run = {
       'train': _train,
@@ -244,66 +242,12 @@ def _fail(message: str, code: int) -> int:
   return code
 
 
-def _overrides(arguments: list[str]) -> dict[str, str]:
-  """`{'train.steps': '100'}` of the arguments that absl did not know."""
-  overrides, rest = {}, list(arguments)
-  while rest:
-    argument = rest.pop(0)
-    name, equals, value = argument.lstrip('-').partition('=')
-    if not argument.startswith('--config.'):
-      known = [f'--{flag}' for flag in flags.FLAGS]
-      if argument.startswith('-'):
-        name = fields.unknown_name(argument.partition('=')[0], known)
-        raise configs.ConfigError(name)
-      raise configs.ConfigError(
-        f'{argument!r} stands alone; flags look like --name=value.'
-      )
-    if not equals:
-      if not rest:
-        raise configs.ConfigError(f'{argument} needs a value: {argument}=...')
-      value = rest.pop(0)
-    overrides[name.removeprefix('config.')] = value
-  return overrides
-
-
 def _load_config(overrides: dict[str, str]) -> configs.Config:
   if not _CONFIG.value:
     raise configs.ConfigError(
       'Say what to train: --config=configs/tiny.py, or another config file.'
     )
-  config = _changed(configs.load_config(_CONFIG.value), overrides)
-  if config.train.init_from:
-    adopted = conversion.adopt(config, _workdir())
-    # What was changed on the command line stays changed.
-    rest = {k: v for k, v in overrides.items() if k != 'train.init_from'}
-    config = _changed(adopted, rest)
-    _check_network(config, adopted, config.train.init_from)
-  configs.validate(config)
-  return config
-
-
-def _changed(
-  config: configs.Config, overrides: dict[str, str]
-) -> configs.Config:
-  """The config with single fields set."""
-  for field, text in overrides.items():
-    config = fields.override(config, field, text)
-  return config
-
-
-def _check_network(
-  config: configs.Config, own: configs.Config, folder: str
-) -> None:
-  """Raises `ConfigError` if the network is another than that of the folder."""
-  types = {
-    'dtype': config.model.dtype,
-    'param_dtype': config.model.param_dtype,
-  }
-  if config.model != dataclasses.replace(own.model, **types):
-    raise configs.ConfigError(
-      f'The network of {folder} is trained: config.model stays as it is, '
-      'but for its types.'
-    )
+  return overrides_lib.load_config(_CONFIG.value, _workdir(), overrides)
 
 
 def _workdir() -> str:
@@ -315,31 +259,13 @@ def _workdir() -> str:
 
 
 def _load_run(overrides: dict[str, str]) -> workdirs.Run:
-  """The run in the workdir, or what is in a Hugging Face folder, with single
-  fields of its config changed."""
   if _HF_DIR.value and _WORKDIR.value:
     raise configs.ConfigError('Give --workdir or --hf_dir, not both.')
-  folder = _HF_DIR.value or _workdir()
   if _HF_DIR.value:
-    own = conversion.read_config(folder)
+    folder, own = _HF_DIR.value, conversion.read_config(_HF_DIR.value)
   else:
-    own = workdirs.read_config(folder)
-  config = _changed(own, overrides)
-  configs.validate(config)
-  _check_network(config, own, folder)
-  where = None
-  if any(field.startswith('mesh.') for field in overrides):
-    mesh = sharding.make_mesh(config.mesh)
-    sharding.validate(config, tuple(mesh.shape.values()), batch=False)
-    jax.set_mesh(mesh)
-    where = sharding.parameter_sharding(mesh)
-  run = conversion.load(folder, config, where)
-  if run.tokenizer is None:
-    raise workdirs.WorkdirError(
-      f'{folder} has no tokenizer; put its tokenizer.json or '
-      'tokenizer.model there.'
-    )
-  return run
+    folder, own = _workdir(), workdirs.read_config(_workdir())
+  return overrides_lib.load_run(folder, own, overrides)
 
 
 def _train(overrides: dict[str, str]) -> int:
@@ -412,7 +338,7 @@ def _quantize(overrides: dict[str, str]) -> int:
       '--mode=quantize takes --config.quantization.* alone; the rest is as it '
       'is in --source.'
     )
-  config = _changed(configs.Config(), overrides)
+  config = overrides_lib.apply(overrides, configs.Config())
   configs.validate(config)
   _end_on_signals()
   conversion.quantize(_SOURCE.value, _WORKDIR.value, config.quantization)
@@ -486,7 +412,11 @@ def _benchmark(overrides: dict[str, str]) -> int:
 
 def _print_change(change: str | None) -> None:
   """What would make a program fit."""
-  print(f'  With {change} it would.' if change else '  No small change helps.')
+  print(
+    f'  It would fit with {change}.'
+    if change
+    else '  No small change makes it fit.'
+  )
 
 
 def _evaluate(overrides: dict[str, str]) -> int:

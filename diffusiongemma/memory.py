@@ -80,9 +80,9 @@ def table(need: Need, limit: int | None) -> str:
   rows = [*need.arrays.items()]
   if need.temporaries:
     rows.append(('activations and temporaries', need.temporaries))
-  rows.append(('together', need.peak))
+  rows.append(('total', need.peak))
   if limit is not None:
-    rows.append(('there is', limit))
+    rows.append(('available', limit))
   width = max(len(name) for name, _ in rows)
   return '\n'.join(
     f'  {name:<{width}}  {size / 1e9:8.2f} GB' for name, size in rows

@@ -262,7 +262,7 @@ def _why_not(error: Exception, topology: str) -> str:
   reason = (str(error).splitlines() or [type(error).__name__])[0]
   return (
     f'{topology} cannot be compiled for here: {reason[:300]}\n'
-    f'If the plugin is missing: pip install "diffusiongemma[{extra}]"'
+    f"If the plugin is missing: pip install '.[{extra}]' where this project is."
   )
 
 
@@ -417,7 +417,7 @@ def to_json(made: Plan) -> dict[str, Any]:
 def to_text(made: Plan) -> str:
   """The plan in lines, for a person."""
   shape = ' x '.join(f'{axis} {size}' for axis, size in made.mesh.items())
-  verdict = {True: 'fits', False: 'does not fit', None: 'nobody knows'}
+  verdict = {True: 'fits', False: 'does not fit', None: 'unknown'}
   step = 'step of training' if made.program == 'train' else 'denoising step'
   lines = [
     f'{made.topology}: {made.devices} devices, {shape}; compiled in '

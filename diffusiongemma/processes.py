@@ -1,7 +1,8 @@
 """The processes of a job: how they start, and what they tell each other.
 
 JAX's runtime is the engine. Alone, every question is answered at once; among
-several, every function but `is_first` is a meeting that all must come to.
+several, every function but `is_first` and `leave` is a meeting that all must
+come to.
 """
 
 import json

@@ -11,9 +11,8 @@ def reuse_memory() -> None:
   """Lets glibc keep what XLA frees, instead of mapping it anew each step.
 
   A training step on the CPU works in hundreds of megabytes, or in gigabytes,
-  that would come back from the kernel page by page; keeping them is worth a
-  tenth to a quarter of the time. Elsewhere than on Linux with glibc, nothing
-  happens.
+  that would come back from the kernel page by page. Elsewhere than on Linux
+  with glibc, nothing happens.
   """
   M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
   mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)

@@ -5,9 +5,10 @@
   tensor   heads, hidden features, experts and the vocabulary
   expert   the batch and, in its mixtures, the experts
 
-`RULES` is all there is to it: logical axes to mesh axes. Parameters get their
-logical axes from `PARAMETERS`; inside the network arrays name theirs, and
-what they become depends on the mesh around a call, `jax.set_mesh(mesh)`:
+`RULES` says which axes of the mesh a logical axis lies along; `activate` adds
+what follows from the sizes. Parameters get their logical axes from
+`PARAMETERS`; inside the network arrays name theirs, and what they become
+depends on the mesh around a call, `jax.set_mesh(mesh)`:
 
   mesh = make_mesh(MeshConfig(tensor=8))
   run = diffusiongemma.load(folder, sharding=parameter_sharding(mesh))

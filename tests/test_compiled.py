@@ -10,14 +10,19 @@ import pathlib
 import re
 
 import jax
+from jax.experimental import topologies
 import pytest
 
 from diffusiongemma import config as configs
 from diffusiongemma import fields
 from diffusiongemma import hlo
 from diffusiongemma import plan
+from diffusiongemma.kernels import dispatch
 from diffusiongemma.kernels import grouped_matmul as grouped
 from diffusiongemma.kernels import quantized
+from diffusiongemma.kernels import vocabulary
+from diffusiongemma.model import attention
+from diffusiongemma.model import layers
 from diffusiongemma.model import matrices
 from diffusiongemma.model import moe
 
@@ -201,6 +206,62 @@ def test_experts_of_few_bits_are_two_kernels_on_hopper(kind):
   assert not rewritten(text, sizes)
 
 
+@pytest.fixture(params=['h100', 'a100'])
+def gpu_mesh(request, monkeypatch):
+  """Of a GPU with more and one with less shared memory."""
+  config = configs.load_config(str(RELEASED))
+  mesh = make_mesh(config, 'h100')
+  if request.param == 'h100':
+    return mesh
+  monkeypatch.setattr(dispatch, '_compute_capabilities', lambda: [(8, 0)])
+  jax.clear_caches()
+  assets = pathlib.Path(plan.__file__).parent / 'assets'
+  text = (assets / 'h100.textproto').read_text()
+  for old, new in (
+    ('major: 9', 'major: 8'),
+    ('optin: 232448', 'optin: 166912'),
+    ('per_core: 233472', 'per_core: 167936'),
+    ('core_count: 132', 'core_count: 108'),
+  ):
+    assert old in text
+    text = text.replace(old, new)
+  a100 = topologies.get_topology_desc(
+    '', 'cuda', target_config=text, topology='1x1x1'
+  )
+  return plan.sharding.make_mesh(config.mesh, list(a100.devices))
+
+
+def test_kernels_find_room_in_shared_memory(gpu_mesh):
+  """In float32, and with the longest heads: what takes most."""
+
+  def array(*shape, dtype='float32'):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+  D, F, E, k, T = 512, 256, 32, 4, 512
+  text = compile_for(
+    *(gpu_mesh, functools.partial(moe.mix, num_experts=E)),
+    *(array(T, D), array(T, k), array(T, k, dtype='int32')),
+    *(array(E, 2 * F, D), array(E, D, F)),
+  )
+  assert 'grouped_gate' in text and 'grouped_matmul' in text
+  text = compile_for(
+    *(gpu_mesh, functools.partial(vocabulary.summarize, softcap=30.0)),
+    *(array(2 * T, D), array(32768, D), array(), array(2 * T, 2)),
+  )
+  assert 'vocabulary_statistics' in text and 'vocabulary_mean' in text
+  matrices_DF = [matrix((2816, 2112), 'int8', -2)] * 2
+  text = compile_for(gpu_mesh, layers.gated, array(T, 2816), *matrices_DF)
+  assert 'quantized_gate' in text
+  for dtype, kernels in (('bfloat16', 1), ('float32', 0)):
+    q_BLNH = array(1, 256, 16, 512, dtype=dtype)
+    k_BSKH = array(1, 8192, 2, 512, dtype=dtype)
+    text = compile_for(
+      *(gpu_mesh, attention.attend, q_BLNH),
+      *([(k_BSKH, k_BSKH)], array(1, 256, 8192, dtype='bool')),
+    )
+    assert text.count('name = "attention"') == kernels
+
+
 @pytest.mark.parametrize('kind', ['int8', 'int4', 'fp8'])
 @pytest.mark.parametrize('D, F', [(2816, 4096), (2816, 2112), (2112, 2816)])
 def test_a_quantised_linear_is_one_kernel_on_a_tpu(tpu_mesh, kind, D, F):
@@ -219,13 +280,13 @@ def test_a_step_starts_few_kernels():
     ('quantization.linears', 'int8'),
   ):
     config = fields.override(config, field, value)
-  layers = config.model.attention_pattern
+  pattern = config.model.attention_pattern
   some, more = (
     hlo.count_kernels(compile_loop(shortened, 'h100', room=8192)[0])
     for shortened in (
-      fields.override(config, 'model.attention_pattern', str(layers[:number]))
+      fields.override(config, 'model.attention_pattern', str(pattern[:number]))
       for number in (6, 12)
     )
   )
-  assert layers == layers[:6] * 5
+  assert pattern == pattern[:6] * 5
   assert some + 4 * (more - some) < 600

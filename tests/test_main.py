@@ -301,7 +301,7 @@ def test_few_bits(workdir, tmp_path):
     (
       'sample',
       '--config.quantization.linears=int8',
-      'bits that its config says',
+      'already stored as its config says',
     ),
     ('quantize', '--config.train.steps=3', 'takes --config.quantization'),
   ):

@@ -150,7 +150,7 @@ def parse_json(data: bytearray, what: str) -> dict:
     )
   except UnicodeDecodeError as error:
     raise CheckpointError(
-      f'{what} is not text: byte {error.start} is no UTF-8.'
+      f'{what} is not text: byte {error.start} is not UTF-8.'
     ) from error
   except (RecursionError, MemoryError) as error:
     raise CheckpointError(f'{what} is nested too deeply.') from error

@@ -123,7 +123,7 @@ def save(
     if jax.process_count() > 1:
       raise LeftAloneError(
         f'{failed} by this process in {manager.directory}: {_reason(error)}. '
-        'The others wait for it. Mend that, and the same commands go on from '
+        'The others wait for it. Fix this, and the same commands go on from '
         'the newest checkpoint.'
       ) from error
     _remove_unfinished(manager, step)

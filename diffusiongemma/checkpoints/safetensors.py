@@ -161,7 +161,7 @@ def _list_file(path: str) -> dict[str, Tensor]:
     # Before it is read: a few bytes must not cost more memory than they are.
     if length > files.MAX_JSON_BYTES:
       raise CheckpointError(
-        f'{path!r} tells of a header of {length} bytes, and '
+        f'{path!r} declares a header of {length} bytes, and '
         f'{files.MAX_JSON_BYTES} are the limit: it is damaged, or not '
         'safetensors.'
       )

@@ -1,1 +1,1 @@
-"""Compute kernels, each beside a plain-XLA twin of the same signature."""
+"""Compute kernels, each with a twin in plain JAX, here or in `model`."""

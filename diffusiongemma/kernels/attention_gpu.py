@@ -1,4 +1,4 @@
-"""Attention on GPUs: twins of `attend` and `project` in `model.attention`.
+"""Attention on GPUs: twins of what is in `model.attention` and `model.heads`.
 
 attend: a program has some queries of the heads that share a key, walks over
 blocks of keys, of one part after the other, and rescales what it has summed as
@@ -27,6 +27,8 @@ from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
 from diffusiongemma import powers
+from diffusiongemma.kernels import dispatch
+from diffusiongemma.kernels import few_bits_gpu as few_bits
 from diffusiongemma.kernels import grouped_matmul_gpu as products
 
 _LONGEST_HEAD = 512
@@ -68,9 +70,10 @@ def suits(
   group = N // parts[0][0].shape[2]
   lengths = [k_BSKH.shape[1] for k_BSKH, _ in parts if k_BSKH.shape[1]]
   scores = math.prod(q_BLNH.shape[:3]) * sum(lengths)
+  is_wide = q_BLNH.dtype.itemsize > 2  # Two such blocks find no room.
   return (
     pl.next_power_of_2(H) == H <= _LONGEST_HEAD
-    and not (H == _LONGEST_HEAD and scores <= _FEW_SCORES)
+    and not (H == _LONGEST_HEAD and (scores <= _FEW_SCORES or is_wide))
     and pl.next_power_of_2(group) == group
     and min(H, group * _queries(L, H, group), *lengths) >= products.SMALLEST
   )
@@ -100,6 +103,8 @@ def attend(
   kernel = functools.partial(
     _attend, queries=queries, group=N // K, keys=keys, splits=splits
   )
+  # Of the longest heads two stages find room on Hopper alone.
+  num_stages = 2 if H < _LONGEST_HEAD or dispatch.has_hopper() else 1
   array = jax.ShapeDtypeStruct
   out_SBLNH, top_SBLN, total_SBLN = pl.pallas_call(
     kernel,
@@ -108,7 +113,7 @@ def attend(
       array((splits, B, L, N, H), jnp.float32 if splits > 1 else q_BLNH.dtype),
       *[array((splits, B, L, N), jnp.float32)] * 2,
     ),
-    compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+    compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=num_stages),
     interpret=interpret,
     name='attention',
   )(q_BLNH, parts, mask_BLS.astype(jnp.int8))
@@ -220,6 +225,7 @@ def suits_heads(x_TD: jax.Array, weights: Sequence[Any]) -> bool:
   inputs = products.block(D // max(groups))
   return (
     len(groups) == 1
+    and few_bits.suits(weights[0].values.dtype)
     and pl.next_power_of_2(H) == H
     and 2 * products.SMALLEST <= H <= _LONGEST_HEAD
     and min(math.gcd(len(x_TD), _blocks(H).head_rows), inputs)

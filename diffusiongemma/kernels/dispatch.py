@@ -4,6 +4,7 @@ plain JAX everywhere else."""
 from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
+import re
 from typing import Any
 
 import jax
@@ -52,8 +53,24 @@ def _has_small_gpu() -> bool:
 def has_hopper() -> bool:
   """Whether all GPUs here are Hopper. Where there is none, a program for GPUs
   is compiled for an H100 or H200 (`plan`): then it is true."""
-  gpus = (d for d in jax.local_devices() if d.platform == 'gpu')
-  return all(getattr(d, 'compute_capability', None) == '9.0' for d in gpus)
+  return all(capability == (9, 0) for capability in _compute_capabilities())
+
+
+def has_float8() -> bool:
+  """Whether all GPUs here know float8, from Ada and Hopper on; for others the
+  compiler of kernels ends the process. Where there is none, see `has_hopper`.
+  """
+  return all(capability >= (8, 9) for capability in _compute_capabilities())
+
+
+def _compute_capabilities() -> list[tuple[int, ...]]:
+  """Of the GPUs here; () of one that is not NVIDIA's."""
+  gpus = [d for d in jax.local_devices() if d.platform == 'gpu']
+  texts = [getattr(gpu, 'compute_capability', '') for gpu in gpus]
+  return [
+    tuple(map(int, text.split('.'))) if re.fullmatch(r'\d+\.\d+', text) else ()
+    for text in texts
+  ]
 
 
 @contextlib.contextmanager

@@ -14,6 +14,8 @@ import jax
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
+from diffusiongemma.kernels import dispatch
+
 # Seven bits and the sign apart: 128 + bits, and -128 or -256. (0x3F80 is one:
 # before the H100 GPUs had no addition of pairs without a product.)
 FROM_INT8 = """{
@@ -47,6 +49,11 @@ FROM_INT4 = tuple(_FROM_INT4.replace('SHIFT', shift) for shift in '04')
 FROM_PAIRS = tuple(
   f'prmt.b32 $0, $1, $2, {which};' for which in ('0x5410', '0x7632')
 )
+
+
+def suits(dtype: jnp.dtype) -> bool:
+  """Whether the GPUs here can turn such values into others."""
+  return dtype != jnp.float8_e4m3fn or dispatch.has_float8()
 
 
 def in_pairs(x: jax.Array) -> jax.Array:

@@ -37,6 +37,8 @@ def suits(weights_EFD: Any, tile: int, parts: int = 1) -> bool:
   if isinstance(weights_EFD, quantized.Quantized):
     if not weights_EFD.scales_transposed:
       return False
+    if not few_bits.suits(weights_EFD.values.dtype):
+      return False
     inputs = D // weights_EFD.num_groups
     if weights_EFD.values.dtype == jnp.int4:
       smallest *= 2  # The halves of its pairs are multiplied apart.
@@ -121,7 +123,8 @@ def gate(
 def suits_one(x_TD: jax.Array, values_DF: jax.Array, num_groups: int) -> bool:
   """Whether `multiply` and `gate` can."""
   D, F = values_DF.shape
-  return min(_tile(len(x_TD)), block(F), block(D // num_groups)) >= SMALLEST
+  blocks = (_tile(len(x_TD)), block(F), block(D // num_groups))
+  return min(blocks) >= SMALLEST and few_bits.suits(values_DF.dtype)
 
 
 def _one_group(x_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -181,6 +184,8 @@ def _call(
     interpret=interpret,
   )
   out_shape = jax.ShapeDtypeStruct((T, outputs), x.dtype)
+  # More stages of float32 find no room.
+  num_stages = 3 if x.dtype.itemsize < 4 else 1
   if is_paired:
     x = few_bits.in_pairs(x)
     matrices = [(few_bits.in_pairs(v), scales) for v, scales in matrices]
@@ -189,7 +194,8 @@ def _call(
     grid=(outputs // block_out, T // tile),
     out_shape=out_shape,
     compiler_params=plgpu.CompilerParams(
-      num_warps=max(1, min(4, tile // (16 if is_paired else 8))), num_stages=3
+      num_warps=max(1, min(4, tile // (16 if is_paired else 8))),
+      num_stages=num_stages,
     ),
     interpret=interpret,
     name=name,

@@ -207,17 +207,20 @@ def _call(x_TD, weights_EFD, groups, is_gated, interpret, name):
   columns, splits, _, stages, _ = plan
   bits = jnp.iinfo(values.dtype).bits
   blocks = plan.width // _BLOCK if scales.shape[1] > 1 else 1
+  parts = 2 if is_gated else 1  # Runs of outputs that a program has.
+  run = columns // parts * _BLOCK
+  copies = 1 if scales.shape[1] in (1, D // _BLOCK) else blocks
   scratch = {
     'x_smem': _tiled((stages, _ROWS, plan.width), jnp.bfloat16, 128),
     'w_smem': _tiled(
-      (stages, columns, _BLOCK, plan.width), values.dtype, _BLOCK * bits // 8
+      (stages, parts, run, plan.width), values.dtype, _BLOCK * bits // 8
     ),
-    'scales_smem': plgpu.SMEM((stages, columns, blocks, _BLOCK), scales.dtype),
+    'scales_smem': plgpu.SMEM((stages, parts, blocks, run), scales.dtype),
     'out_smem': _tiled(
       (1 if is_gated else columns, _ROWS, _BLOCK), x_TD.dtype, 128
     ),
     'loaded': plgpu.Barrier(
-      num_arrivals=1 + columns * (1 + blocks), num_barriers=stages
+      num_arrivals=1 + parts * (1 + copies), num_barriers=stages
     ),
     'used': plgpu.Barrier(num_arrivals=_WORKERS, num_barriers=stages),
   }
@@ -293,7 +296,12 @@ def _multiply(
   blocks_of_group = D // scales_ref.shape[1] // _BLOCK
   has_groups = scales_ref.shape[1] > 1
   at_a_time = _BLOCK if is_gated else columns * _BLOCK
-  apart = F // 2 if is_gated else _BLOCK
+
+  def own(column):
+    """Where a worker's outputs lie: which run, and which of it."""
+    if is_gated:
+      return column, pl.ds(0, _BLOCK)
+    return 0, pl.ds(column * _BLOCK, _BLOCK)
 
   def for_each_piece(body):
     """Calls body(expert, first output, first row, how many were before) for all
@@ -324,14 +332,19 @@ def _multiply(
       copy = functools.partial(
         plgpu.copy_gmem_to_smem, barrier=loaded.at[stage]
       )
-      for column in range(columns):
-        where = pl.ds(first + column * apart, _BLOCK)
-        copy(w_ref.at[expert, where, inputs], w_smem.at[stage, column])
-        for block in range(scales_smem.shape[2]):
+      _, parts, blocks, run = scales_smem.shape
+      for part in range(parts):
+        where = pl.ds(first + part * (F // 2), run)
+        copy(w_ref.at[expert, where, inputs], w_smem.at[stage, part])
+        if blocks_of_group == 1 or not has_groups:
+          which = pl.ds(i * blocks if has_groups else 0, blocks)
+          copy(scales_ref.at[expert, which, where], scales_smem.at[stage, part])
+          continue
+        for block in range(blocks):
           which = jax.lax.div(i * splits * depth + block, blocks_of_group)
           copy(
             scales_ref.at[expert, which, where],
-            scales_smem.at[stage, column, block],
+            scales_smem.at[stage, part, block],
           )
       copy(x_ref.at[pl.ds(row, _ROWS), inputs], x_smem.at[stage])
 
@@ -344,7 +357,7 @@ def _multiply(
 
   def weights(stage, column, block):
     """A block of them in bf16, in registers."""
-    where = (stage, column, slice(None), pl.ds(block * _BLOCK, _BLOCK))
+    where = (stage, *own(column), pl.ds(block * _BLOCK, _BLOCK))
     w = plgpu.layout_cast(w_smem[where], few_bits)
     in_order = is_int4 and is_gated  # As the rows are.
     if plain_smem is not None:
@@ -399,8 +412,10 @@ def _multiply(
     return total * jax.lax.broadcast_in_dim(scale, total.shape, [0])
 
   def sum_of_groups(column, split, count):
+    part, rows = own(column)
+
     def start(stage, block):
-      scale = plgpu.layout_cast(scales_smem[stage, column, block], _ROW)
+      scale = plgpu.layout_cast(scales_smem[stage, part, block, rows], _ROW)
       w = weights(stage, column, block)
 
       def product(total_ref):
@@ -415,10 +430,12 @@ def _multiply(
     return over_inputs(start, settle, zeros, split, count)
 
   def sum_of_all(column, split, count):
+    part, rows = own(column)
+
     def products(total_ref):
       def start(stage, block):
         multiply(total_ref, weights(stage, column, block), stage, block)
-        return plgpu.layout_cast(scales_smem[stage, column, 0], _ROW)
+        return plgpu.layout_cast(scales_smem[stage, part, 0, rows], _ROW)
 
       zeros = jnp.zeros((_BLOCK,), scales_ref.dtype)
       zeros = plgpu.layout_cast(zeros, _ROW)

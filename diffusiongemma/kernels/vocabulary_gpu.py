@@ -110,7 +110,7 @@ def _statistics(
       of_block(dtype=jnp.int32),
       of_block(columns // bin_size),
     ),
-    compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=4),
+    compiler_params=_compiler_params(h_RD.dtype),
     interpret=interpret,
     name='vocabulary_statistics',
   )(
@@ -183,11 +183,17 @@ def _mean(p_Rc, shrink_Rb, table_VD, start, *, interpret) -> jax.Array:
     kernel,
     grid=(R // rows, D // width, splits),
     out_shape=jax.ShapeDtypeStruct((splits, R, D), jnp.float32),
-    compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=4),
+    compiler_params=_compiler_params(p_Rc.dtype),
     interpret=interpret,
     name='vocabulary_mean',
   )(start[None], p_Rc, values)
   return jnp.sum(parts_SRD, axis=0)
+
+
+def _compiler_params(dtype: jnp.dtype) -> plgpu.CompilerParams:
+  # More stages of float32 find no room.
+  num_stages = 4 if dtype.itemsize < 4 else 2
+  return plgpu.CompilerParams(num_warps=8, num_stages=num_stages)
 
 
 def _add_up(

@@ -6,7 +6,7 @@
   prompt    image  ->  begin, image * count, end
   count     h w / (kernel * patch_size)^2 soft tokens, at most the budget
 
-Needs Pillow, `pip install "diffusiongemma[images]"`, to read and to resize.
+Needs Pillow, the extra `images`, to read and to resize.
 """
 
 from collections.abc import Sequence
@@ -91,9 +91,7 @@ def _pillow():
   try:
     from PIL import Image
   except ImportError as error:
-    raise ImageError(
-      'Images need Pillow: pip install "diffusiongemma[images]".'
-    ) from error
+    raise ImageError('Images need Pillow: pip install pillow.') from error
   return Image
 
 

@@ -396,7 +396,7 @@ class _Chat:
       print(HELP)
     else:
       raise prompt_lib.PromptError(
-        f'{command} is no command; /help tells which are. A message that '
+        f'{command} is not a command; /help lists them. A message that '
         'begins with / is written //...'
       )
 

@@ -137,7 +137,7 @@ class SentencePieceTokenizer(Tokenizer):
     try:
       self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError as error:
-      raise TokenizerError('This is no SentencePiece model.') from error
+      raise TokenizerError('Not a SentencePiece model.') from error
     self.model = model
     self.vocab_size = self._processor.vocab_size()
     self.pad_id = self._processor.pad_id()
@@ -174,7 +174,7 @@ class JsonTokenizer(Tokenizer):
     try:
       self._tokenizer = huggingface_tokenizers.Tokenizer.from_buffer(model)
     except Exception as error:  # The library raises nothing narrower.
-      raise TokenizerError(f'This is no tokenizer.json: {error}') from error
+      raise TokenizerError(f'Not a tokenizer.json: {error}') from error
     self.model = model
     self.vocab_size = self._tokenizer.get_vocab_size()
     for name in ('pad', 'bos', 'eos'):

@@ -263,6 +263,6 @@ def _import_matplotlib():
     import matplotlib.figure
   except ImportError as error:
     raise TraceError(
-      'A trace as .png needs matplotlib: pip install "diffusiongemma[plots]".'
+      'A trace as .png needs matplotlib: pip install matplotlib.'
     ) from error
   return matplotlib

@@ -8,11 +8,13 @@ With `config.lora`, what is learnt are adapters, and `base` what they adapt.
 
 from collections.abc import Callable
 import contextlib
+import dataclasses
 import functools
 import signal
 
 import grain
 import jax
+import orbax.checkpoint as ocp
 
 from diffusiongemma import config as configs
 from diffusiongemma import processes
@@ -38,6 +40,34 @@ EVALUATION_NOISE = 0.3
 
 class TrainingError(RuntimeError):
   """A run that can't go on; the message says what is left of it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """What a run has beside its state.
+
+  Attributes:
+    config, tokenizer, corpus: what is learnt, and from what.
+    train_step: (state, batch, base) -> (state, metrics).
+    base: the parameters that adapters adapt, None without.
+    iterator: of batches, `share` of each.
+    manager: of the checkpoints.
+    writer, progress, watch: where its numbers go, and its time.
+    received: the signals to stop, as they come.
+  """
+
+  config: Config
+  tokenizer: Tokenizer
+  corpus: corpora.Corpus
+  train_step: Callable
+  base: dict | None
+  iterator: grain.DatasetIterator
+  share: sharding.Share
+  manager: ocp.CheckpointManager
+  writer: metrics_lib.MetricsWriter
+  progress: metrics_lib.Progress
+  watch: metrics_lib.Stopwatch
+  received: list[int]
 
 
 @contextlib.contextmanager
@@ -162,23 +192,21 @@ def _train_on(mesh, share, config, workdir, load_base, until_done) -> int:
         progress.print(f'Going on from step {step}.')
       for line in told_at_start(config):
         progress.print(line)
-      report = functools.partial(
-        report_quality, config, corpus, tokenizer, writer, progress
+      job = Job(
+        config=config,
+        tokenizer=tokenizer,
+        corpus=corpus,
+        train_step=train_step,
+        base=base,
+        iterator=iterator,
+        share=share,
+        manager=manager,
+        writer=writer,
+        progress=progress,
+        watch=watch,
+        received=received,
       )
-      saved = run_steps(
-        config,
-        train_step,
-        watch,
-        state,
-        iterator,
-        share,
-        manager,
-        writer,
-        progress,
-        report,
-        received,
-        base,
-      )
+      saved = run_steps(job, state)
   if received:
     return 128 + received[0] if saved else 1
   return 0 if saved else 1
@@ -209,14 +237,14 @@ def told_at_start(config: Config) -> list[str]:
   if config.lora.rank and not config.train.init_from:
     lines.append(
       'No config.train.init_from is given: the adapters are those of random '
-      'weights, which is a trial and no more.'
+      'weights, useful only as a test.'
     )
   return lines
 
 
 def start_or_resume(
   config: Config,
-  manager,
+  manager: ocp.CheckpointManager,
   corpus: corpora.Corpus,
   tokenizer: Tokenizer,
   abstract: train_state.TrainState,
@@ -269,26 +297,13 @@ def _own_place(restored: native.Restored, share: sharding.Share) -> dict:
   )
 
 
-def run_steps(
-  config: Config,
-  train_step: Callable,
-  watch: metrics_lib.Stopwatch,
-  state: train_state.TrainState,
-  iterator: grain.DatasetIterator,
-  share: sharding.Share,
-  manager,
-  writer: metrics_lib.MetricsWriter,
-  progress: metrics_lib.Progress,
-  report,
-  received: list[int],
-  base: dict | None = None,
-) -> bool:
+def run_steps(job: Job, state: train_state.TrainState) -> bool:
   """The loop itself; True when its last state is saved.
 
   The metrics of a step are fetched after the next one has been started, so
   that the device never waits for the host.
   """
-  schedule = config.train
+  config, schedule, progress = job.config, job.config.train, job.progress
   by_row = sharding.batch_sharding(state.step.sharding.mesh)
   tokens_per_step = config.data.batch_size * config.data.sequence_length
   step = int(state.step)
@@ -302,7 +317,7 @@ def run_steps(
     bad_in_row = int(metrics.pop('bad_in_row'))
     if bad_in_row:
       first = (done - 1) * config.data.batch_size
-      writer.write_bad_step(
+      job.writer.write_bad_step(
         {
           'step': done,
           'loss': float(metrics['loss']),
@@ -325,46 +340,29 @@ def run_steps(
       return
     numbers = metrics_lib.average(collected)
     numbers['bad_steps'] = collected[-1]['bad_steps']
-    seconds = watch.lap() / len(collected)
+    seconds = job.watch.lap() / len(collected)
     numbers['tokens_per_second'] = tokens_per_step / seconds
-    writer.write(done, numbers)
+    job.writer.write(done, numbers)
     progress.show(done, numbers, (schedule.steps - done) * seconds)
     collected.clear()
-
-  def save():
-    """Saves the state after `step` steps; a failure is told, not fatal."""
-    try:
-      own = (share.index, iterator.get_state())
-      places = dict(processes.gather_json(own))
-      places = {'shares': [places[i] for i in range(share.count)]}
-      items = train_state.to_items(state)
-      native.save(manager, step, *items, places, config)
-    except LeftAloneError:
-      raise
-    except CheckpointError as error:
-      newest = manager.latest_step()
-      kept = 'There is none yet' if newest is None else f'Step {newest} is kept'
-      progress.print(f'{error} {kept}. Mend that, and the next save may work.')
-      return False
-    return True
 
   def gives_up():
     return bad_in_row >= schedule.max_bad_steps
 
-  saved = manager.latest_step() == step
+  saved = job.manager.latest_step() == step
   failed = unsaved = started = False
-  while step < schedule.steps and not (received or failed or unsaved):
-    with watch.spent_on('data'):
+  while step < schedule.steps and not (job.received or failed or unsaved):
+    with job.watch.spent_on('data'):
       batch = jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(by_row, x),
-        next(iterator),
+        next(job.iterator),
       )
     started = True
-    state, metrics = train_step(state, batch, base)
+    state, metrics = job.train_step(state, batch, job.base)
     step += 1
     saved = False
     if processes.is_preempted(step):
-      received.append(signal.SIGTERM)
+      job.received.append(signal.SIGTERM)
     if pending is not None:
       record(pending)
     pending = (step, metrics)
@@ -372,22 +370,23 @@ def run_steps(
     if step % schedule.checkpoint_every == 0:
       record(pending)
       pending = None
-      with watch.spent_on('checkpoints'):
-        saved = save()
+      with job.watch.spent_on('checkpoints'):
+        saved = save(job, state, step)
       unsaved = schedule.stops_when_unsaved and not saved
     # There may be little time left to save.
-    if received and step < schedule.steps:
+    if job.received and step < schedule.steps:
       break
     learnt = state.params if state.ema is None else state.ema
-    with watch.spent_on('evaluation'):
-      report(step, train_state.network_params(config, learnt, base))
+    with job.watch.spent_on('evaluation'):
+      params = train_state.network_params(config, learnt, job.base)
+      report_quality(job, step, params)
   if pending is not None:
     record(pending)
   if not (saved or unsaved):
-    with watch.spent_on('checkpoints'):
-      saved = save()
+    with job.watch.spent_on('checkpoints'):
+      saved = save(job, state, step)
   if started:
-    progress.print(watch.summary())
+    progress.print(job.watch.summary())
   if failed or gives_up():
     raise TrainingError(
       f'{schedule.max_bad_steps} steps in a row were left out, by step {step}: '
@@ -398,22 +397,33 @@ def run_steps(
   return saved
 
 
-def report_quality(
-  config: Config,
-  corpus: corpora.Corpus,
-  tokenizer: Tokenizer,
-  writer: metrics_lib.MetricsWriter,
-  progress: metrics_lib.Progress,
-  step: int,
-  params: dict,
-) -> None:
+def save(job: Job, state: train_state.TrainState, step: int) -> bool:
+  """Saves the state after `step` steps; a failure is told, not fatal."""
+  share, manager = job.share, job.manager
+  try:
+    own = (share.index, job.iterator.get_state())
+    places = dict(processes.gather_json(own))
+    places = {'shares': [places[i] for i in range(share.count)]}
+    items = train_state.to_items(state)
+    native.save(manager, step, *items, places, job.config)
+  except LeftAloneError:
+    raise
+  except CheckpointError as error:
+    newest = manager.latest_step()
+    kept = 'There is none yet' if newest is None else f'Step {newest} is kept'
+    job.progress.print(f'{error} {kept}. Fix this, and the next save may work.')
+    return False
+  return True
+
+
+def report_quality(job: Job, step: int, params: dict) -> None:
   """Held-out losses and a sample, at the steps at which they are due."""
-  train = config.train
+  config, train, progress = job.config, job.config.train, job.progress
   if step % train.evaluate_every == 0 or step == train.steps:
     numbers = evaluate.quick(
-      config, params, corpus, train.evaluate_batches, EVALUATION_NOISE
+      config, params, job.corpus, train.evaluate_batches, EVALUATION_NOISE
     )
-    writer.write(step, numbers)
+    job.writer.write(step, numbers)
     line = f'held out: AR {numbers["heldout_loss_ar"]:.3f} nats a token'
     if 'heldout_loss_corrupted' in numbers:
       line += (
@@ -427,10 +437,10 @@ def report_quality(
     (written,), *_ = generate.generate(
       config,
       params,
-      [_sample_prompt(config, tokenizer)],
+      [_sample_prompt(config, job.tokenizer)],
       jax.random.key(train.seed),
       config.diffusion.canvas_length,
     )
-    text = train.sample_prompt + tokenizer.decode(written.tokens)
-    writer.write_text(step, text)
+    text = train.sample_prompt + job.tokenizer.decode(written.tokens)
+    job.writer.write_text(step, text)
     progress.print(f'step {step}/{train.steps}  sample:\n{text}\n')

@@ -400,8 +400,8 @@ def load(
   config = config or own
   if config.quantization != own.quantization:
     raise configs.ConfigError(
-      f'{workdir} has parameters of the bits that its config says. For others: '
-      f'--mode=quantize --source={workdir} --workdir=NEW.'
+      f'The parameters in {workdir} are already stored as its config says. To '
+      f'quantise them: --mode=quantize --source={workdir} --workdir=NEW.'
     )
   params = quantize.abstract_params(
     config.quantization, abstract_state(config).params

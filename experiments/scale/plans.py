@@ -4,7 +4,7 @@
 
 Each plan is a process of its own, `python -m diffusiongemma.main --mode=plan`;
 without names, all that are not in the file yet. TPU plans need libtpu
-(`pip install "diffusiongemma[tpu]"`), GPU plans the CUDA plugin (`[cuda13]`).
+(`pip install '.[tpu]'`), GPU plans the CUDA plugin (`[cuda13]`).
 """
 
 import argparse

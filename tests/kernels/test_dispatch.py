@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from diffusiongemma.kernels import dispatch
+from diffusiongemma.kernels import grouped_matmul_gpu
 
 
 def has_kernel() -> bool:
@@ -36,14 +37,32 @@ def test_kernels_can_be_switched_off():
 
 
 @pytest.mark.parametrize(
-  'capabilities, expected',
-  [([], True), (['9.0'], True), (['8.0'], False), (['9.0', '10.0'], False)],
+  'capabilities, is_hopper, has_float8',
+  [
+    ([], True, True),
+    (['9.0'], True, True),
+    (['8.0'], False, False),
+    (['8.9'], False, True),
+    (['9.0', '10.0'], False, True),
+    (['9.0', '8.6'], False, False),
+    (['gfx942'], False, False),
+  ],
 )
-def test_a_gpu_of_another_kind(monkeypatch, capabilities, expected):
+def test_a_gpu_of_another_kind(
+  monkeypatch, capabilities, is_hopper, has_float8
+):
   gpus = [
     types.SimpleNamespace(platform='gpu', compute_capability=capability)
     for capability in capabilities
   ]
   here = [*jax.devices('cpu'), *gpus]
   monkeypatch.setattr(jax, 'local_devices', lambda: here)
-  assert dispatch.has_hopper() is expected
+  assert dispatch.has_hopper() is is_hopper
+  assert dispatch.has_float8() is has_float8
+  for dtype in ('int8', 'int4', 'float8_e4m3fn'):
+    suits = grouped_matmul_gpu.suits_one(
+      jax.ShapeDtypeStruct((64, 128), 'bfloat16'),
+      jax.ShapeDtypeStruct((128, 64), dtype),
+      1,
+    )
+    assert suits is (has_float8 or dtype != 'float8_e4m3fn')

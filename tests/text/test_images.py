@@ -313,7 +313,7 @@ def test_module_needs_no_pillow(tmp_path):
   done = subprocess.run(
     [sys.executable, '-c', code], capture_output=True, text=True, check=True
   )
-  line = 'Images need Pillow: pip install "diffusiongemma[images]".\n'
+  line = 'Images need Pillow: pip install pillow.\n'
   assert done.stdout == 2 * line
 
 

@@ -98,7 +98,7 @@ def test_mistakes_in_a_chat_end_no_chat(write, script, tmp_path):
   code, output, errors = write(typed)
   assert code == 1 and output.endswith('one\n')
   assert 'Thinking is on.' in output and sample.HELP in output
-  assert '/dance is no command' in errors
+  assert '/dance is not a command' in errors
   assert "'none.png' is not a file" in errors
 
 
