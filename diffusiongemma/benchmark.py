@@ -9,8 +9,6 @@ medians of several; the two programs take turns, since a machine that is shared
 has fast and slow minutes.
 """
 
-from collections.abc import Callable
-import copy
 import dataclasses
 import functools
 import gc
@@ -29,7 +27,7 @@ import numpy as np
 from diffusiongemma import config as configs
 from diffusiongemma import conversion
 from diffusiongemma import memory
-from diffusiongemma.checkpoints import huggingface_config
+from diffusiongemma import peer as peer_lib
 from diffusiongemma.config import Config
 from diffusiongemma.config import QuantizationConfig
 from diffusiongemma.diffusion import sampler
@@ -43,14 +41,6 @@ from diffusiongemma.training import train_state
 from diffusiongemma.training import workdir as workdirs
 
 STEPS = 16
-# Ways in which `transformers` runs: name -> (whether compiled, its column).
-PEERS = {
-  'peer': (False, 'transformers'),
-  'compiled_peer': (True, 'compiled'),
-}
-# Tokens of a prompt that `transformers` reads at a time, each piece with all
-# that is before it.
-PEER_PIECE = 1024
 # What is timed by itself: name -> the method of `Ours`.
 _PROGRAMS = {
   'prefill': 'read_prompt',
@@ -146,147 +136,12 @@ def fixed_steps(config: Config, steps: int) -> Config:
   return dataclasses.replace(config, diffusion=diffusion)
 
 
-class Transformers:
-  """The same of `transformers`, eager or compiled by torch, in float32; its
-  weights are random and `params` has them as ours."""
-
-  def __init__(self, config: Config):
-    import torch
-    import transformers
-    from transformers.models import diffusion_gemma
-
-    self.torch, self.version = torch, transformers.__version__
-    self.generation = diffusion_gemma.generation_diffusion_gemma
-    self.caches = transformers.cache_utils
-    values = huggingface_config.to_config(
-      conversion.with_smallest_vision(config), config.diffusion, 'float32'
-    )
-    own = diffusion_gemma.DiffusionGemmaConfig.from_dict(values)
-    torch.manual_seed(0)
-    self.model = diffusion_gemma.DiffusionGemmaForBlockDiffusion(own)
-    self.model = self.model.float().eval()
-    self.optimizer = None
-    self.params = conversion.from_state_dict(
-      config.model, self.model.state_dict()
-    )
-
-  def read_prompt(
-    self, config: Config, tokens_BP: np.ndarray, compiled: bool
-  ) -> Any:
-    """Its cache of these tokens, with room for a canvas; of a fixed size, which
-    is what it compiles for, or of one that grows."""
-    text = self.model.config.get_text_config(decoder=True)
-    P = tokens_BP.shape[1]
-    if compiled:
-      room = P + 1 + config.diffusion.canvas_length
-      cache = self.caches.StaticCache(config=text, max_cache_len=room)
-    else:
-      cache = self.caches.DynamicCache(config=text)
-    with self.torch.no_grad():
-      for start in range(0, P, PEER_PIECE):
-        end = min(start + PEER_PIECE, P)
-        self.model.model.encoder(
-          input_ids=self.torch.tensor(tokens_BP[:, start:end]).long(),
-          position_ids=self.torch.arange(start, end)[None],
-          cache=cache,
-        )
-    return cache
-
-  def write(
-    self, config: Config, last_B1: np.ndarray, cache: Any, steps: int
-  ) -> None:
-    """A canvas of so many steps, after the last token of a prompt whose others
-    are in the cache, of which it takes a copy. It compiles where the cache has
-    a fixed size."""
-    diffusion, module = config.diffusion, self.generation
-    self.model.generate(
-      self.torch.tensor(last_B1).long(),
-      cache=copy.deepcopy(cache),
-      generation_config=module.DiffusionGemmaGenerationConfig(
-        max_new_tokens=diffusion.canvas_length,
-        max_denoising_steps=steps,
-        sampler_config=module.EntropyBoundSamplerConfig(
-          diffusion.entropy_bound
-        ),
-        t_min=diffusion.t_min,
-        t_max=diffusion.t_max,
-        confidence_threshold=1e-9,
-        eos_token_id=[10**6],  # Which is never written.
-        pad_token_id=diffusion.pad_token_id,
-      ),
-    )
-
-  def writers(
-    self, config: Config, tokens_BP: np.ndarray
-  ) -> tuple[dict[str, Callable[[int], None]], str | None]:
-    """(`write` for so many steps, eager and compiled, warmed up; why it can't
-    be compiled, where it can't)."""
-    made = {}
-    for name, (compiled, _) in PEERS.items():
-      try:
-        cache = self.read_prompt(config, tokens_BP[:, :-1], compiled)
-        write = functools.partial(self.write, config, tokens_BP[:, -1:], cache)
-        write(1)
-      except Exception as error:  # Whatever a compiler may raise.
-        if not compiled:
-          raise
-        return made, f'{type(error).__name__}: {error}'.splitlines()[0]
-      made[name] = write
-    return made, None
-
-  def learn(self, config: Config, batch: dict[str, np.ndarray]) -> float:
-    """A step of training with our losses, on the first canvas of each row;
-    the loss.
-
-    Its cache forgets what local layers don't need, so that the text before the
-    canvas is read once more.
-    """
-    torch, train, C = self.torch, config.train, config.diffusion.canvas_length
-    if self.optimizer is None:
-      self.model.requires_grad_(True)
-      self.optimizer = torch.optim.AdamW(self.model.parameters())
-    encoder, V = self.model.model.encoder, config.model.vocab_size
-    tokens_BS = torch.tensor(batch['tokens_BS'], dtype=torch.long)
-    start, rows = int(batch['canvas_start_BK'][0, 0]), len(tokens_BS)
-    clean_BC = tokens_BS[:, start : start + C]
-    is_noise_BC = torch.rand(clean_BC.shape) < torch.rand(rows, 1)
-    noise_BC = torch.randint(V, clean_BC.shape)
-    canvas_BC = torch.where(is_noise_BC, noise_BC, clean_BC)
-
-    def cross_entropy(logits, targets):
-      return torch.nn.functional.cross_entropy(
-        logits.reshape(-1, V), targets.flatten()
-      )
-
-    h_BSD = encoder(input_ids=tokens_BS).last_hidden_state
-    mask_BS = torch.tensor(batch['target_mask_BS'])[:, 1:]
-    cap = config.model.logit_softcap
-    logits_MV = self.model.lm_head(h_BSD[:, :-1][mask_BS])
-    logits_MV = torch.tanh(logits_MV / cap) * cap
-    loss_ar = cross_entropy(logits_MV, tokens_BS[:, 1:][mask_BS])
-    cache = encoder(input_ids=tokens_BS[:, :start]).past_key_values
-    given = {'decoder_input_ids': canvas_BC, 'past_key_values': cache}
-    with torch.no_grad():
-      first_BCV = self.model(**given).logits
-    logits_BCV = self.model(
-      **given,
-      self_conditioning_logits=first_BCV,
-      self_conditioning_mask=torch.rand(rows)
-      < train.self_conditioning_probability,
-    ).logits
-    loss = cross_entropy(logits_BCV, clean_BC) + train.ar_loss_weight * loss_ar
-    self.optimizer.zero_grad()
-    loss.backward()
-    self.optimizer.step()
-    return loss.item()
-
-
 def measure(
   config: Config,
   params: dict,
   grid: list[tuple[int, int]],
   repeats: int = 5,
-  peer: Transformers | None = None,
+  peer: peer_lib.Transformers | None = None,
 ) -> list[dict[str, Any]]:
   """Times for each (batch, context) of the grid: seconds, medians, with the
   spread of a step, and with a `peer` its step, eager and compiled, and how much
@@ -344,7 +199,7 @@ def seconds(run) -> float:
 
 
 def measure_training(
-  config: Config, repeats: int = 5, peer: Transformers | None = None
+  config: Config, repeats: int = 5, peer: peer_lib.Transformers | None = None
 ) -> dict[str, float]:
   """Tokens a second of the training step, and its compilation's time; with a
   `peer` its step and how much faster ours is."""
@@ -424,7 +279,7 @@ def run(
   suits = whole and config.model.dtype == 'float32'
   peer = None
   if beside_peer and suits and importlib.util.find_spec('transformers'):
-    peer = Transformers(config)
+    peer = peer_lib.Transformers(config)
   params = peer.params if peer else random_params(config, jax.random.key(0))
   made = {
     'device': jax.devices()[0].device_kind,
@@ -449,10 +304,12 @@ def to_text(made: dict[str, Any]) -> str:
   head = ['batch', 'context', 'prefill', 'step', 'vocabulary', 'commit']
   head += ['tokens/s', 'peak GB', 'compile s']
   peers = [
-    name for name in PEERS if any(f'{name}_step_seconds' in row for row in rows)
+    name
+    for name in peer_lib.WAYS
+    if any(f'{name}_step_seconds' in row for row in rows)
   ]
   for name in peers:
-    head += [PEERS[name][1], 'times as fast']
+    head += [peer_lib.WAYS[name][1], 'times as fast']
   lines = []
   for row in rows:
     line = [str(row['batch']), str(row['context'])]

@@ -11,6 +11,7 @@ import pytest
 
 from diffusiongemma import benchmark
 from diffusiongemma import config as configs
+from diffusiongemma import peer as peer_lib
 from diffusiongemma.kernels import quantized
 
 MICRO = pathlib.Path(__file__).parent / 'micro_config.py'
@@ -62,7 +63,7 @@ def test_the_peer_has_our_weights(config, monkeypatch):
   pytest.importorskip('transformers', reason='needs transformers')
   compiled = []  # Which would take a minute.
   monkeypatch.setattr(torch, 'compile', lambda f, **_: compiled.append(f) or f)
-  peer = benchmark.Transformers(config)
+  peer = peer_lib.Transformers(config)
   tokens_BP = np.arange(3, 15, dtype=np.int32)[None]
   with torch.no_grad():
     theirs = peer.model.model.encoder(
@@ -94,7 +95,7 @@ def test_the_peer_has_our_weights(config, monkeypatch):
     raise RuntimeError('no compiler\nis installed')
 
   monkeypatch.setattr(torch, 'compile', refuse)
-  peer = benchmark.Transformers(config)
+  peer = peer_lib.Transformers(config)
   rows = benchmark.measure(config, peer.params, [(1, 8)], 1, peer)
   assert rows[0]['compiled_peer_refusal'] == 'RuntimeError: no compiler'
   made = {'sampling': rows, 'training': None, 'transformers': '5'}
@@ -108,7 +109,7 @@ def test_the_peer_learns(config):
   of a random network is."""
   pytest.importorskip('torch', reason='needs torch')
   pytest.importorskip('transformers', reason='needs transformers')
-  peer = benchmark.Transformers(config)
+  peer = peer_lib.Transformers(config)
   S, C = config.data.sequence_length, config.diffusion.canvas_length
   batch = {
     'tokens_BS': np.random.default_rng(0).integers(3, 2048, (2, S)),
