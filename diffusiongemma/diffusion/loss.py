@@ -54,10 +54,12 @@ class Counts(NamedTuple):
   Attributes:
     targets: tokens that the AR loss predicts.
     rows: rows that have a canvas.
+    corrupted: positions of canvases that were drawn anew.
   """
 
   targets: jax.Array
   rows: jax.Array
+  corrupted: jax.Array
 
 
 @flax.struct.dataclass
@@ -76,6 +78,7 @@ class Noise:
       sees nothing. None where no row ever does.
     group_size: of so many rows, which follow each other, at most one sees its
       guess, so that the others need not make any.
+    most_guesses: no row has more.
   """
 
   start_BK: jax.Array
@@ -86,6 +89,7 @@ class Noise:
   corrupted_BL: jax.Array
   guesses_B: jax.Array | None
   group_size: int = flax.struct.field(pytree_node=False, default=1)
+  most_guesses: int = flax.struct.field(pytree_node=False, default=1)
 
 
 BATCH_KEYS = (
@@ -178,6 +182,7 @@ def draw_noise(
     corrupted_BL,
     guesses_B,
     group_size,
+    self_conditioning_passes,
   )
 
 
@@ -189,7 +194,6 @@ def diffusion_loss(
   *,
   objective: str = 'ce',
   counts: Counts | None = None,
-  self_conditioning_passes: int = 1,
 ) -> tuple[jax.Array, dict]:
   """The joint loss of one batch.
 
@@ -201,7 +205,6 @@ def diffusion_loss(
     objective: 'ce', 'loo_ce' or 'ar', see the top of the file.
     counts: what sums are divided by, instead of `count` of this batch: for a
       part of a larger one.
-    self_conditioning_passes: what the noise was drawn with.
 
   Returns:
     (loss in nats a token, metrics): `loss_denoise`, `loss_ar`, both in nats a
@@ -211,7 +214,7 @@ def diffusion_loss(
   """
   C = drawn.canvas_BL.shape[1] // drawn.start_BK.shape[1]
   check_batch(batch, C)
-  counts = counts or count(batch)
+  counts = counts or count(batch, drawn)
   loss_ar = jnp.zeros(())
   if ar_loss_weight or objective == 'ar':
     h_BSD, cache, auxiliary = network.prefill(
@@ -234,7 +237,7 @@ def diffusion_loss(
   if objective == 'ar':
     loss_denoise = accuracy = jnp.zeros(())
   else:
-    h_BLD = denoise_canvases(network, cache, drawn, self_conditioning_passes)
+    h_BLD = denoise_canvases(network, cache, drawn)
     clean_BL = slice_canvases(batch['tokens_BS'], drawn.start_BK, C)
     evidence = None
     if objective == 'loo_ce':
@@ -244,7 +247,8 @@ def diffusion_loss(
     loss_denoise, right_BL = cross_entropy.weighted(
       network.logits, h_BLD, clean_BL, share_BL / counts.rows, evidence
     )
-    accuracy = masked_mean(right_BL, drawn.corrupted_BL & valid_BL)
+    judged_BL = drawn.corrupted_BL & valid_BL
+    accuracy = jnp.sum(jnp.where(judged_BL, right_BL, 0)) / counts.corrupted
   loss = loss_denoise + ar_loss_weight * loss_ar
   metrics = {
     'loss': loss,
@@ -256,16 +260,19 @@ def diffusion_loss(
   return loss, metrics
 
 
-def count(batch: dict) -> Counts:
+def count(batch: dict, drawn: Noise) -> Counts:
   """How much there is to learn in a batch."""
-  targets = jnp.sum(batch['target_mask_BS'][:, 1:])
-  rows = jnp.sum(jnp.any(batch['canvas_start_BK'] >= 0, axis=1))
-  return Counts(jnp.maximum(targets, 1), jnp.maximum(rows, 1))
+  rows = jnp.any(batch['canvas_start_BK'] >= 0, axis=1)
+  corrupted_BKC = drawn.corrupted_BL.reshape(*drawn.valid_BK.shape, -1)
+  counted = (
+    batch['target_mask_BS'][:, 1:],
+    rows,
+    corrupted_BKC & drawn.valid_BK[:, :, None],
+  )
+  return Counts(*(jnp.maximum(jnp.sum(x), 1) for x in counted))
 
 
-def denoise_canvases(
-  network: Network, cache, drawn: Noise, self_conditioning_passes: int = 1
-) -> jax.Array:
+def denoise_canvases(network: Network, cache, drawn: Noise) -> jax.Array:
   """The pass over the canvases that is learnt from, and those without
   gradients before it, where a row may see what they give.
 
@@ -293,8 +300,8 @@ def denoise_canvases(
     return jnp.where(wanted_G11, guess(sc_GLD), sc_GLD)
 
   sc_GLD = guess(None)
-  if self_conditioning_passes > 1:
-    sc_GLD = jax.lax.fori_loop(1, self_conditioning_passes, again, sc_GLD)
+  if drawn.most_guesses > 1:
+    sc_GLD = jax.lax.fori_loop(1, drawn.most_guesses, again, sc_GLD)
   sc_GNLD = jnp.where(guesses_GN[:, :, None, None] > 0, sc_GLD[:, None], 0.0)
   sc_BLD = sc_GNLD.reshape(-1, *sc_GLD.shape[1:])
   return network.denoise(drawn.canvas_BL, sc_BLD, cache, *places)
@@ -317,9 +324,3 @@ def slice_canvases(
   place_BKC = start_BK[:, :, None] + jnp.arange(canvas_length)
   place_BL = place_BKC.reshape(len(start_BK), -1)
   return jnp.take_along_axis(tokens_BS, place_BL, axis=1, mode='clip')
-
-
-def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
-  """Mean over the True places; zero when there are none."""
-  total = jnp.sum(jnp.where(mask, values, 0.0))
-  return total / jnp.maximum(jnp.sum(mask), 1)

@@ -428,8 +428,8 @@ def predict(
   scaled_BLV = logits_BLV.astype(jnp.float32) / temperature
   log_p_BLV = jax.nn.log_softmax(scaled_BLV, axis=-1)
   p_BLV = jnp.exp(log_p_BLV)
-  # A forbidden token has log p = -inf and adds nothing.
-  terms_BLV = jnp.where(p_BLV > 0, p_BLV * log_p_BLV, 0.0)
+  # A forbidden token has log p = -inf, and adds nothing, nor to gradients.
+  terms_BLV = p_BLV * jnp.where(p_BLV > 0, log_p_BLV, 0.0)
   return Prediction(
     sample_BL=vocabulary.sample(p_BLV, uniforms_BL2),
     argmax_BL=jnp.argmax(scaled_BLV, axis=-1).astype(jnp.int32),

@@ -53,7 +53,7 @@ def top_k_confident(
   del canvas_BL
   N = config.max_denoising_steps
   free_B1 = jnp.sum(prediction.confidence_BL >= 0, axis=-1, keepdims=True)
-  k_B1 = jnp.ceil(free_B1 * (N - step + 1) / N)
+  k_B1 = -(-free_B1 * (N - step + 1) // N)
   accepted_BL = _rank(_most_confident_first(prediction)) < k_B1
   return renoise(accepted_BL, prediction, drawn)
 

@@ -182,7 +182,7 @@ def grouped_matmul(
     x_TD: rows in the tiled layout of `groups`.
     weights_EFD: one matrix [F, D] per expert, as Hugging Face stores them; of
       a `quantized.Quantized` each tile's matrix is made when it is met, and
-      there is no gradient.
+      its gradient is zero.
     groups: the layout. Rows of tiles that are not used may hold anything;
       padding within used ones is zero if it is zero in x.
   """
@@ -196,6 +196,8 @@ def _matmul_forward(x_TD, weights_EFD, groups):
 def _matmul_backward(saved, d_TF):
   x_TD, weights_EFD, groups = saved
   d_x_TD = _multiply_tiles(d_TF, weights_EFD, groups, transposed=True)
+  if isinstance(weights_EFD, quantized.Quantized):
+    return d_x_TD, None, None
   return d_x_TD, _add_tiles(d_TF, x_TD, weights_EFD, groups), None
 
 
@@ -280,6 +282,8 @@ def _multiply_tiles(x_TD, weights_EFD, groups, transposed=False):
   if not transposed:
     kernels = _gpu_kernels(x_TD, weights_EFD, groups)
     on_gpu = kernels and kernels.multiply_tiles
+  elif isinstance(weights_EFD, quantized.Quantized):
+    on_gpu = None  # Scales lie along what is summed over the other way round.
   elif gpu.suits(weights_EFD, groups.tile):
     on_gpu = functools.partial(gpu.multiply_tiles, transposed=True)
   else:

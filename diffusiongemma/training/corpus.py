@@ -71,6 +71,14 @@ class Example(NamedTuple):
   prompt_length: int | None = None
   num_targets: int = 0
 
+  @property
+  def targets(self) -> np.ndarray:
+    """The tokens that the AR loss predicts."""
+    if self.prompt_length is None:
+      return self.tokens
+    end = self.prompt_length + self.num_targets
+    return self.tokens[self.prompt_length : end]
+
 
 class Corpus(NamedTuple):
   """Tokenised documents.
@@ -279,7 +287,10 @@ def load_corpus(
   """
   documents = read_documents(data.path or str(SHIPPED_CORPUS))
   if data.heldout_path:
-    train, heldout = documents, read_documents(data.heldout_path)
+    # What says so itself is kept apart also where two files are given.
+    others = read_documents(data.heldout_path)
+    train = [d for d in documents if d.split != 'heldout']
+    heldout = [d for d in others if d.split != 'train']
   else:
     train, heldout = split_documents(documents, data.heldout_every)
   for name, part in (('train on', train), ('hold out', heldout)):
@@ -294,15 +305,11 @@ def load_corpus(
   train, examples = ([tokenize(d) for d in part] for part in (train, heldout))
   pairs = zip(heldout, examples, strict=True)
   texts = [
-    d.text if d.stands_alone else _spelled(e, tokenizer) for d, e in pairs
+    # A response may have been cut.
+    d.text if d.stands_alone else tokenizer.decode(e.targets.tolist())
+    for d, e in pairs
   ]
   return Corpus(train, examples, texts)
-
-
-def _spelled(example: Example, tokenizer: tokenizers.Tokenizer) -> str:
-  """What the targets of a response say; it may have been cut."""
-  end = example.prompt_length + example.num_targets
-  return tokenizer.decode(example.tokens[example.prompt_length : end].tolist())
 
 
 def _tokenize(

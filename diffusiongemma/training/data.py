@@ -10,6 +10,7 @@ the order, so the iterator's state is small and a resumed run reads on where it
 stopped.
 """
 
+import itertools
 from typing import NamedTuple
 
 import grain
@@ -51,10 +52,10 @@ class _Pieces(grain.transforms.RandomMap):
     self.bos_id = bos_id
 
   def random_map(self, place, rng: np.random.Generator):
-    index, start = place
+    index, part = place
     example, C = self.examples[index], self.canvas_length
     if example.prompt_length is None:
-      text = self._window(example.tokens, start, rng)
+      text = self._window(example.tokens, part, rng)
       # One shorter than a canvas is for the AR loss alone.
       room = max(len(text) + 1 - C, 1)
       prompt_length = int(rng.integers(1, room + 1))
@@ -72,12 +73,13 @@ class _Pieces(grain.transforms.RandomMap):
       'canvas': (position >= prompt_length) & fits & on_grid,
     }
 
-  def _window(self, document, start, rng):
-    """Up to length - 1 tokens from somewhere in the window at `start`."""
-    stride = self.length - 1
-    start = start + int(rng.integers(stride))
-    start = min(start, max(0, len(document) - stride))
-    return document[start : start + stride]
+  def _window(self, document, part, rng):
+    """Up to length - 1 tokens, around one of a part of the document; at its
+    ends they begin or end with it, so that these are read as often."""
+    size = self.length - 1
+    start = int(rng.integers(*part)) - size // 2
+    start = max(0, min(start, len(document) - size))
+    return document[start : start + size]
 
 
 class _Row(grain.transforms.Map):
@@ -120,9 +122,10 @@ def make_dataset(
 ) -> grain.IterDataset:
   """An endless dataset of batches (see `diffusion.loss.check_batch`).
 
-  Every epoch visits each window of a document once, with its own offset and
-  its own split into prompt and canvases, and each prompt with a response once;
-  in its own order. The shares take turns over one global order.
+  Every epoch visits each of the equal parts of a document once, as many as rows
+  would hold, with its own window around it and its own split into prompt and
+  canvases, and each prompt with a response once; in its own order. The shares
+  take turns over one global order.
 
   Args:
     examples: what to learn from.
@@ -140,10 +143,11 @@ def make_dataset(
   length = data.sequence_length
   places = []
   for index, example in enumerate(examples):
-    windows = 1
+    size, parts = len(example.tokens), 1
     if example.prompt_length is None:
-      windows = -(-len(example.tokens) // (length - 1))
-    places += [(index, (length - 1) * window) for window in range(windows)]
+      parts = -(-size // (length - 1))
+    bounds = [size * part // parts for part in range(parts + 1)]
+    places += [(index, part) for part in itertools.pairwise(bounds)]
   pieces = (
     grain.MapDataset.source(places)
     .seed(data.seed)
@@ -155,7 +159,10 @@ def make_dataset(
   options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
   size = data.batch_size // share.count
   if not data.packing:
-    return pieces.map(row).batch(size).to_iter_dataset(options)
+    # There is no remainder: rows are endless. Rounded up, their number, the
+    # largest there is, would be larger still.
+    batches = pieces.map(row).batch(size, drop_remainder=True)
+    return batches.to_iter_dataset(options)
   packed = grain.experimental.FirstFitPackIterDataset(
     pieces.to_iter_dataset(options),
     length_struct=dict.fromkeys(('tokens', 'targets', 'canvas'), length),

@@ -184,8 +184,9 @@ def _batches(rows: data.Windows | data.Canvases, size: int):
 
 
 def unigram_bits(examples: list[corpora.Example], vocab_size: int) -> float:
-  """Entropy of single tokens in bits: what is left to know without context."""
-  tokens = np.concatenate([example.tokens for example in examples])
+  """Entropy of single tokens that are to be predicted, in bits: what is left to
+  know of each without context."""
+  tokens = np.concatenate([example.targets for example in examples])
   counts = np.bincount(tokens, minlength=vocab_size)
   p = counts[counts > 0] / counts.sum()
   return float(-np.sum(p * np.log2(p)))

@@ -152,7 +152,7 @@ def compute_gradients(
   """
   train = config.train
   parts = train.accumulate_steps
-  counts = jax.tree.map(lambda n: n / parts, loss.count(batch))
+  counts = jax.tree.map(lambda n: n / parts, loss.count(batch, drawn))
   rows = rows_at_once or _rows_at_once(config, len(drawn.start_BK))
   drawn = drawn.replace(group_size=math.gcd(drawn.group_size, rows))
 
@@ -167,7 +167,6 @@ def compute_gradients(
       train.ar_loss_weight,
       objective=train.objective,
       counts=counts,
-      self_conditioning_passes=train.self_conditioning_passes,
     )
     routings = metrics.pop('auxiliary')
     metrics.update(moe.routing_statistics(routings, batch['length_B']))

@@ -87,8 +87,24 @@ def test_accuracy_is_that_of_corrupted_positions(network, model_config, batch):
 
   fake = dict(denoise=undo, logits=logits, soft_embedding=nothing)
   fake = network._replace(**fake, frozen=network.frozen._replace(**fake))
-  _, metrics = loss.diffusion_loss(fake, batch, drawn_for(batch, 0), 0.0)
+  drawn = drawn_for(batch, 0)
+  _, metrics = loss.diffusion_loss(fake, batch, drawn, 0.0)
   assert metrics['accuracy'] == 1.0
+  # Of a batch in two parts, one of which has no canvas.
+  valid_BK = jnp.array([[True], [False]])
+  drawn = drawn.replace(valid_BK=valid_BK)
+  counts = jax.tree.map(lambda n: n / 2, loss.count(batch, drawn))
+  parts = [
+    loss.diffusion_loss(
+      fake,
+      jax.tree.map(lambda x, row=row: x[row : row + 1], batch),
+      jax.tree.map(lambda x, row=row: x[row : row + 1], drawn),
+      0.0,
+      counts=counts,
+    )[1]['accuracy']
+    for row in (0, 1)
+  ]
+  assert sum(parts) / 2 == 1.0
 
 
 def test_the_canvas_sees_what_is_before_it_and_nothing_else(
@@ -172,7 +188,9 @@ def test_self_conditioning_off_in_one_row_of_a_mixed_batch(network, batch):
 def test_a_guess_is_a_constant(model_config, params, network, batch, guesses_B):
   """After one pass or more: the gradient is that of a constant signal, for
   parameters and the cache."""
-  drawn = drawn_for(batch, 1).replace(guesses_B=jnp.array(guesses_B))
+  drawn = drawn_for(batch, 1).replace(
+    guesses_B=jnp.array(guesses_B), most_guesses=max(guesses_B)
+  )
   _, cache, _ = network.prefill(batch['tokens_BS'], batch['length_B'])
   cut = cache.replace(length_B=drawn.start_BK[:, 0])
 
@@ -188,7 +206,7 @@ def test_a_guess_is_a_constant(model_config, params, network, batch, guesses_B):
 
   def twice(params, k):
     network, given = make_network(model_config, params), cache.replace(k=k)
-    h_BLD = loss.denoise_canvases(network, given, drawn, max(guesses_B))
+    h_BLD = loss.denoise_canvases(network, given, drawn)
     return jnp.sum(h_BLD**2)
 
   def constant(params, k):
@@ -275,8 +293,8 @@ def test_a_row_that_is_told_nothing_needs_no_guess(network, batch, guesses_B):
       return network.frozen.denoise(tokens_BL, *args)
 
     counting = network._replace(frozen=network.frozen._replace(denoise=denoise))
-    told = drawn.replace(group_size=group_size)
-    return loss.denoise_canvases(counting, cache, told, 2), set(rows)
+    told = drawn.replace(group_size=group_size, most_guesses=2)
+    return loss.denoise_canvases(counting, cache, told), set(rows)
 
   (wanted, all_rows), (found, rows) = run(1), run(2)
   assert (all_rows, rows) == ({2}, {1})

@@ -177,6 +177,21 @@ def test_predict_scales_by_temperature_and_forbids():
   assert prediction.argmax_BL[0, 0] == 1
 
 
+def test_a_forbidden_token_has_no_gradient():
+  """That of the entropy is the one without the token."""
+
+  def entropy(logits):
+    uniforms_BL2 = jnp.full((1, 1, 2), 0.3)
+    predicted = sampler.predict(logits, 0.5, uniforms_BL2, lambda p: p)
+    return jnp.sum(predicted.entropy_BL)
+
+  free = jnp.array([[[1.0, 2.0, 0.5]]])
+  banned = jnp.concatenate([free, jnp.full((1, 1, 1), -jnp.inf)], axis=-1)
+  found, expected = jax.grad(entropy)(banned), jax.grad(entropy)(free)
+  np.testing.assert_allclose(found[..., :3], expected, atol=1e-6)
+  assert found[0, 0, 3] == 0 and np.abs(expected).max() > 0.1
+
+
 PINNED = sampler.Pinned(
   mask_BL=jnp.arange(L)[None, :] % jnp.array([[3], [5], [1]]) == 0,
   tokens_BL=jnp.broadcast_to((jnp.arange(L) * 7) % V, (B, L)),

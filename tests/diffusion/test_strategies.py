@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from diffusiongemma.config import DiffusionConfig
 from diffusiongemma.diffusion import sampler
@@ -81,6 +82,23 @@ def test_top_k_accepts_more_with_every_step():
       CONFIG, jnp.zeros((1, 8), int), predicted(values), step, drawn(8)
     )
     assert set(np.nonzero(np.asarray(accepted[0]))[0]) == set(order[:k])
+
+
+@pytest.mark.parametrize('L, N', [(21, 7), (256, 56), (128, 28), (8, 5)])
+def test_top_k_accepts_an_equal_number_more_in_a_program(L, N):
+  """Rounded up, where XLA would multiply by a rounded 1 / N."""
+  config = dataclasses.replace(CONFIG, max_denoising_steps=N)
+  confidence_BL = jax.random.uniform(jax.random.key(0), (1, L))
+
+  @jax.jit
+  def count(step):
+    _, accepted_BL, _ = strategies.top_k_confident(
+      config, jnp.zeros((1, L), int), predicted(confidence_BL), step, drawn(L)
+    )
+    return jnp.sum(accepted_BL)
+
+  found = [int(count(step)) for step in range(N, 0, -1)]
+  assert found == [-(-L * i // N) for i in range(1, N + 1)]
 
 
 def test_ancestral_step_is_the_posterior():

@@ -94,7 +94,7 @@ def test_experts_of_few_bits(kind):
   x_MD = jax.random.normal(keys[2], (M, D))
   groups = grouped.make_groups(expert_M, E, 8)
 
-  def apply(w):
+  def apply(w, x_MD=x_MD):
     x_TD = grouped.scatter_to_tiles(x_MD, groups, 1)
     return grouped.gather_from_tiles(
       grouped.grouped_matmul(x_TD, w, groups), groups
@@ -108,3 +108,9 @@ def test_experts_of_few_bits(kind):
     rtol=1e-5,
     atol=1e-5,
   )
+  # Nor do rows learn anything else.
+  found, expected = (
+    jax.grad(lambda x_MD, w=w: jnp.sum(apply(w, x_MD) ** 2))(x_MD)
+    for w in (w, whole)
+  )
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)

@@ -1,5 +1,6 @@
 """Files to batches: order, shares, places, and every kind of bad input."""
 
+import dataclasses
 import itertools
 import json
 import lzma
@@ -59,6 +60,29 @@ def test_an_epoch_visits_every_window_once():
   ):
     documents, counts = np.unique((epoch - 10) // 1000, return_counts=True)
     assert documents.tolist() == [0, 1, 2] and counts.tolist() == [4, 14, 2]
+
+
+@pytest.mark.parametrize('length', [64, 33, 200])
+def test_no_place_of_a_document_is_rarely_read(length):
+  """At its ends half as often as in the middle, or more."""
+  document = corpus.Example(np.arange(length, dtype=np.int32))
+  config = dataclasses.replace(CONFIG, sequence_length=33, batch_size=1)
+  dataset = data.make_dataset([document], config, C, TOKENIZER)
+  windows = -(-length // 32)
+  epochs = 120
+  read = [
+    batch['tokens_BS'][batch['target_mask_BS']]
+    for batch in itertools.islice(iter(dataset), epochs * windows)
+  ]
+  share = np.bincount(np.concatenate(read), minlength=length) / epochs
+  assert share.min() > 0.4 and share.max() <= 2
+
+
+def test_a_batch_may_be_one_row():
+  config = dataclasses.replace(CONFIG, batch_size=1)
+  one_by_one = np.concatenate([b['tokens_BS'] for b in batches(8, config)])
+  together = np.concatenate([b['tokens_BS'] for b in batches(2)])
+  np.testing.assert_array_equal(one_by_one, together)
 
 
 def test_order_follows_the_seed():
@@ -378,6 +402,18 @@ def test_splits():
   marked = [documents(1)[0]._replace(split='heldout'), documents(1)[0]]
   train, heldout = corpus.split_documents(marked, 2)
   assert (train, heldout) == (marked[1:], marked[:1])
+
+
+def test_what_is_marked_stays_apart_in_two_files(tmp_path):
+  lines = [
+    {'text': f'{split} ' * 50, 'split': split}
+    for split in ('train', 'heldout', '')
+  ]
+  path = write(tmp_path / 'a.jsonl', '\n'.join(map(json.dumps, lines)))
+  config = DataConfig(path=str(path), heldout_path=str(path))
+  read = corpus.load_corpus(config, TOKENIZER, C)
+  assert len(read.train) == 2
+  assert [text.split(' ')[0] for text in read.heldout_texts] == ['heldout', '']
 
 
 def test_nothing_to_hold_out_is_an_error(tmp_path):

@@ -86,6 +86,9 @@ def test_unigram_entropy():
     corpora.Example(np.array([5])),
   ]
   assert evaluate.unigram_bits(documents, 8) == 1.5
+  # Of a response neither the prompt nor the fill of its canvas.
+  response = corpora.Example(np.array([6, 6, 3, 4, 1, 1, 1]), 2, 2)
+  assert evaluate.unigram_bits([response], 8) == 1.0
 
 
 def test_compressors_compress_each_text_alone():
