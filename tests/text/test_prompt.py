@@ -20,20 +20,12 @@ C = 6
 PROMPT = [2, 10, 20, 30]
 
 
-@pytest.fixture(scope='module')
-def config(model_config):
-  diffusion = DiffusionConfig(
-    canvas_length=C, max_denoising_steps=4, stop_token_ids=()
-  )
-  return Config(model=model_config, diffusion=diffusion)
-
-
-def test_a_cache_that_is_too_small_is_refused(config, params):
+def test_a_cache_that_is_too_small_is_refused(model_config, params):
   """A global layer would forget what it has read."""
-  read = functools.partial(prompt_lib.read_prompt, config.model, params)
+  read = functools.partial(prompt_lib.read_prompt, model_config, params)
   tokens_BP, length_B = np.array([PROMPT]), np.array([len(PROMPT)])
   cache = read(
-    tokens_BP, length_B, kv_cache.init_cache(config.model, 1, 2 * len(PROMPT))
+    tokens_BP, length_B, kv_cache.init_cache(model_config, 1, 2 * len(PROMPT))
   )
   cache = read(tokens_BP, length_B, cache)
   with pytest.raises(prompt_lib.PromptError, match='The cache has room for'):
