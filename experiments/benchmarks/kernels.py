@@ -119,8 +119,8 @@ def make_cases(
   )
   yield Case('experts, down', down, (hidden_TF, int4(E, D, F), groups))
   del groups, hidden_TF
-  matrices = [int8(D, model.mlp_dim, axis=-2) for _ in range(2)]
-  yield Case('shared MLP, gate', layers.gated, (x_BLD, *matrices))
+  gate_and_up = [int8(D, model.mlp_dim, axis=-2) for _ in range(2)]
+  yield Case('shared MLP, gate', layers.gated, (x_BLD, *gate_and_up))
   matrix = int8(model.mlp_dim, D, axis=-2)
   hidden_BLF = normal(1, T, model.mlp_dim)
   yield Case('shared MLP, down', matrices.linear, (hidden_BLF, matrix))
