@@ -22,7 +22,7 @@ WAYS = {
 }
 # Tokens of a prompt that `transformers` reads at a time, each piece with all
 # that is before it.
-_PIECE = 1024
+PIECE = 1024
 
 
 class Transformers:
@@ -62,8 +62,8 @@ class Transformers:
     else:
       cache = self.caches.DynamicCache(config=text)
     with self.torch.no_grad():
-      for start in range(0, P, _PIECE):
-        end = min(start + _PIECE, P)
+      for start in range(0, P, PIECE):
+        end = min(start + PIECE, P)
         self.model.model.encoder(
           input_ids=self.torch.tensor(tokens_BP[:, start:end]).long(),
           position_ids=self.torch.arange(start, end)[None],

@@ -74,7 +74,7 @@ def test_the_peer_has_our_weights(config, monkeypatch):
   )
   np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
   # So it has them of a prompt that was read in pieces.
-  monkeypatch.setattr(benchmark, 'PEER_PIECE', 5)
+  monkeypatch.setattr(peer_lib, 'PIECE', 5)
   for is_static in (False, True):
     cache = peer.read_prompt(config, tokens_BP[:, :-1], is_static)
     with torch.no_grad():
