@@ -25,7 +25,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusiongemma import config as configs
-from diffusiongemma import conversion
 from diffusiongemma import memory
 from diffusiongemma import peer as peer_lib
 from diffusiongemma.config import Config
@@ -38,7 +37,6 @@ from diffusiongemma.text import generate
 from diffusiongemma.text import prompt as prompt_lib
 from diffusiongemma.training import step as steps_lib
 from diffusiongemma.training import train_state
-from diffusiongemma.training import workdir as workdirs
 
 STEPS = 16
 # What is timed by itself: name -> the method of `Ours`.
@@ -55,7 +53,7 @@ def random_params(config: Config, key: jax.Array) -> dict:
   in more bits than it has."""
   dtype = jnp.dtype(config.model.dtype)
   text = dataclasses.replace(config.model, vision=None)
-  abstract = traverse_util.flatten_dict(conversion.abstract_params(text))
+  abstract = traverse_util.flatten_dict(denoiser.abstract_params(text))
   params = {}
   for index, (path, leaf) in enumerate(abstract.items()):
     if leaf.ndim == 1:
@@ -289,7 +287,7 @@ def run(
   }
   del params
   gc.collect()
-  state = memory.bytes_on_a_device(workdirs.abstract_state(config))
+  state = memory.bytes_on_a_device(train_state.abstract_state(config))
   limit = memory.available(jax.devices()[0]) or math.inf
   fits = 2 * state < limit  # Gradients and activations besides.
   made['training'] = None

@@ -81,17 +81,11 @@ def read_config(hf_dir: str) -> Config:
   return config
 
 
-def abstract_params(config: configs.ModelConfig) -> dict:
-  """Shapes of the parameters; their types are those of fresh ones."""
-  model = denoiser.Denoiser(config)
-  return jax.eval_shape(lambda: denoiser.init_params(model, jax.random.key(0)))
-
-
 def from_state_dict(
   config: configs.ModelConfig, state: Mapping[str, np.ndarray]
 ) -> dict:
   """Our parameters from a `transformers` model's tensors, by their names."""
-  table = huggingface.tensor_table(abstract_params(config))
+  table = huggingface.tensor_table(denoiser.abstract_params(config))
   return traverse_util.unflatten_dict(
     {
       entry.path: jnp.asarray(entry.to_ours(np.asarray(state[name])))
@@ -108,7 +102,7 @@ def convert(hf_dir: str, workdir: str) -> Config:
       exists, or there is no room. No `workdir` is left behind.
   """
   config = read_config(hf_dir)
-  table = huggingface.tensor_table(abstract_params(config.model))
+  table = huggingface.tensor_table(denoiser.abstract_params(config.model))
   tensors = huggingface.check_tensors(hf_dir, table)
   num_bytes = sum(tensor.nbytes for tensor in tensors.values())
   arrays = _arrays_of_folder(hf_dir, table)
@@ -137,7 +131,7 @@ def quantize(
     )
   if is_huggingface(source):
     config = read_config(source)
-    table = huggingface.tensor_table(abstract_params(config.model))
+    table = huggingface.tensor_table(denoiser.abstract_params(config.model))
     arrays = _arrays_of_folder(source, table)
   else:
     config = workdirs.read_config(source)
@@ -150,7 +144,7 @@ def quantize(
     train=dataclasses.replace(config.train, init_from=''),
   )
   abstract = quantize_lib.abstract_params(
-    quantization, abstract_params(config.model)
+    quantization, denoiser.abstract_params(config.model)
   )
   # On disk 4 bits take a byte, before they are compressed.
   num_bytes = sum(
@@ -247,8 +241,8 @@ def export(
   zeros = {}
   if config.model.vision is None:
     config = dataclasses.replace(config, model=with_smallest_vision(config))
-    zeros = abstract_params(config.model)['vision']
-  table = huggingface.tensor_table(abstract_params(config.model))
+    zeros = denoiser.abstract_params(config.model)['vision']
+  table = huggingface.tensor_table(denoiser.abstract_params(config.model))
   with _stored_arrays(workdir, config) as (stored, read_array):
     dtypes = {
       name: np.dtype(stored.get(entry.path, np.float32))
@@ -382,7 +376,7 @@ def load(
     base = train_state.with_configured_types(config, base)
     return run._replace(params=lora.merge(config.lora, base, adapters))
   config = config or read_config(path)
-  table = huggingface.tensor_table(abstract_params(config.model))
+  table = huggingface.tensor_table(denoiser.abstract_params(config.model))
   params = traverse_util.unflatten_dict(
     {
       name: quantize_lib.quantize_array(

@@ -33,7 +33,7 @@ from diffusiongemma.checkpoints import huggingface_config
 from diffusiongemma.diffusion import loss as losses
 from diffusiongemma.model import denoiser
 from diffusiongemma.model import masks
-from diffusiongemma.training import evaluate
+from diffusiongemma.training import network as network_lib
 
 VISION = configs.VisionConfig(
   embed_dim=24,
@@ -458,7 +458,7 @@ def training_example(pair: Pair):
 
 def network_of(model: denoiser.Denoiser, params: dict) -> losses.Network:
   config = configs.Config(model=model.config)
-  return evaluate.bind_network(config, params)
+  return network_lib.bind(config, params)
 
 
 def our_gradients(pair: Pair) -> tuple[float, dict]:
@@ -522,7 +522,7 @@ def their_gradients(pair: Pair) -> tuple[float, dict]:
   loss = denoise.mean() + 0.7 * ar[mask].mean()
   loss.backward()
   parameters = dict(theirs.named_parameters(remove_duplicate=False))
-  table = huggingface.tensor_table(conversion.abstract_params(pair.config))
+  table = huggingface.tensor_table(denoiser.abstract_params(pair.config))
   grads = {
     name: entry.to_ours(parameters[name].grad.numpy().copy())
     for name, entry in table.items()

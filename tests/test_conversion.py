@@ -29,6 +29,8 @@ from diffusiongemma.checkpoints import huggingface_config
 from diffusiongemma.checkpoints import native
 from diffusiongemma.checkpoints import safetensors
 from diffusiongemma.checkpoints import safetensors_writer
+from diffusiongemma.model import denoiser
+from diffusiongemma.training import train_state
 from diffusiongemma.training import workdir as workdirs
 
 MODEL = configs.ModelConfig(
@@ -73,7 +75,7 @@ TYPES = {
 def make_folder(folder, dtype='float32', max_shard_bytes=10**9):
   """A Hugging Face folder of random tensors; `{name: array}`."""
   folder.mkdir()
-  table = conversion.huggingface.tensor_table(conversion.abstract_params(MODEL))
+  table = conversion.huggingface.tensor_table(denoiser.abstract_params(MODEL))
   rng = np.random.default_rng(0)
   arrays = {
     name: rng.normal(size=entry.their_shape).astype(TYPES[dtype])
@@ -212,7 +214,7 @@ def test_a_text_network_gets_an_encoder_of_nothing(tmp_path):
   config = micro_config.get_config()
   workdir, out = tmp_path / 'run', tmp_path / 'out'
   workdirs.claim(str(workdir), config, workdirs.load_tokenizer(config))
-  state = workdirs.abstract_state(config)
+  state = train_state.abstract_state(config)
   params = jax.tree.map(
     lambda x: jax.random.normal(jax.random.key(0), x.shape, x.dtype),
     state.params,

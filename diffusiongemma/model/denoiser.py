@@ -377,6 +377,12 @@ def init_params(model: Denoiser, key: jax.Array) -> dict:
   return jax.jit(lambda key: model.init(key)['params'])(key)
 
 
+def abstract_params(config: ModelConfig) -> dict:
+  """Shapes of the parameters; their types are those of fresh ones."""
+  model = Denoiser(config)
+  return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+
+
 def _set_up(module: nn.Module) -> None:
   """Makes the parameters of a module and of all within it, which all are made
   in `setup`: Flax calls it before it lists what a module has."""

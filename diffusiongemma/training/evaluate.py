@@ -22,18 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusiongemma import powers
-from diffusiongemma import sharding
 from diffusiongemma.config import Config
-from diffusiongemma.diffusion import chunks
 from diffusiongemma.diffusion import cross_entropy
 from diffusiongemma.diffusion import likelihood
 from diffusiongemma.diffusion import loss
 from diffusiongemma.diffusion import noise
-from diffusiongemma.model import denoiser
-from diffusiongemma.model import parallel
 from diffusiongemma.training import corpus as corpora
 from diffusiongemma.training import data
+from diffusiongemma.training import network as network_lib
 
 NOISE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 NELBO_DRAWS = 4  # Denoising passes over the held-out text.
@@ -47,46 +43,10 @@ class DenoiseLoss(NamedTuple):
   kept: float
 
 
-def bind_network(
-  config: Config, params: dict, remat: str = 'none'
-) -> loss.Network:
-  """The loss's view of a network: its functions with parameters bound."""
-  model = denoiser.Denoiser(config.model, remat, lower_once=True)
-
-  def bind(params, method):
-    def call(rows, *args, **kwargs):
-      with sharding.activate(config.model, rows.shape[0]):
-        return model.apply(
-          {'params': params}, rows, *args, method=method, **kwargs
-        )
-
-    return call
-
-  def network(params, frozen=None):
-    prefill, denoise, logits, mean_embedding = (
-      bind(params, method)
-      for method in ('prefill', 'denoise', 'logits', 'mean_embedding')
-    )
-
-    def soft_embedding(h_BLD):
-      B, L, _ = h_BLD.shape
-      with sharding.activate(config.model, B):
-        if parallel.is_active():  # Every device makes its part of the logits.
-          size = chunks.chunk_size(logits, h_BLD)
-        else:  # A power of two, as kernels want it.
-          most = max(1, chunks.PASS_ROWS // B)
-          size = powers.largest_power_of_two(most)
-      return chunks.in_chunks(mean_embedding, min(size, L), h_BLD)
-
-    return loss.Network(prefill, denoise, logits, soft_embedding, frozen)
-
-  return network(params, network(jax.lax.stop_gradient(params)))
-
-
 @functools.partial(jax.jit, static_argnames='config')
 def _ar_nats(config, params, tokens_BS, length_B, mask_BS):
   """Sum of -log p over the targets of a batch."""
-  network = bind_network(config, params)
+  network = network_lib.bind(config, params)
   h_BSD, _, _ = network.prefill(tokens_BS, length_B)
   targets_BS = jnp.roll(tokens_BS, -1, axis=1)
   nats_BS, _ = cross_entropy.per_position(network.logits, h_BSD, targets_BS)
@@ -106,7 +66,7 @@ def ar_nats_per_token(
 @functools.partial(jax.jit, static_argnames='config')
 def _denoise_sums(config, params, tokens_BS, length_B, key, t):
   """[(CE sum, count) of corrupted, of kept positions] of last canvases."""
-  network = bind_network(config, params)
+  network = network_lib.bind(config, params)
   C, (B, _) = config.diffusion.canvas_length, tokens_BS.shape
   start_BK = jnp.maximum(length_B - C, 0)[:, None]
   _, cache, _ = network.prefill(tokens_BS, length_B)
@@ -149,7 +109,7 @@ def denoise_nats_per_token(
 @functools.partial(jax.jit, static_argnames='config')
 def _nelbo(config, params, key, canvases):
   return likelihood.nelbo(
-    bind_network(config, params),
+    network_lib.bind(config, params),
     key,
     *canvases,
     config.model.vocab_size,

@@ -21,13 +21,13 @@ from diffusiongemma import memory
 from diffusiongemma import sharding
 from diffusiongemma.config import Config
 from diffusiongemma.diffusion import loss
+from diffusiongemma.model import denoiser
 from diffusiongemma.model import moe
 from diffusiongemma.model import parallel
 from diffusiongemma.training import data
-from diffusiongemma.training import evaluate
+from diffusiongemma.training import network as network_lib
 from diffusiongemma.training import optimizer as optimizers
 from diffusiongemma.training import train_state
-from diffusiongemma.training import workdir as workdirs
 
 
 def make_train_step(
@@ -70,7 +70,7 @@ def make_train_step(
 
 def abstract_state(config: Config, mesh: Mesh) -> train_state.TrainState:
   """Shapes and types of a run's state, and where they lie."""
-  return sharding.with_sharding(workdirs.abstract_state(config), mesh)
+  return sharding.with_sharding(train_state.abstract_state(config), mesh)
 
 
 def lower_step(
@@ -80,9 +80,7 @@ def lower_step(
   within `jax.set_mesh(mesh)`. Nothing is allocated."""
   base = None
   if config.lora.rank:
-    base = sharding.with_sharding(
-      jax.eval_shape(lambda: train_state.fresh_params(config)), mesh
-    )
+    base = sharding.with_sharding(denoiser.abstract_params(config.model), mesh)
   batch = data.abstract_batch(config.data, config.diffusion.canvas_length)
   by_row = sharding.batch_sharding(mesh)
   batch = jax.tree.map(lambda x: x.update(sharding=by_row), batch)
@@ -100,10 +98,10 @@ def lower_step(
 def trace_step(config: Config, mesh: AbstractMesh) -> Any:
   """The training step as a jaxpr, of the whole batch on one device, with as
   many guesses as the devices of the mesh make together."""
-  abstract = workdirs.abstract_state(config)
+  abstract = train_state.abstract_state(config)
   base = None
   if config.lora.rank:
-    base = jax.eval_shape(lambda: train_state.fresh_params(config))
+    base = denoiser.abstract_params(config.model)
   batch = data.abstract_batch(config.data, config.diffusion.canvas_length)
   with jax.sharding.use_abstract_mesh(mesh):
     rows = _rows_at_once(config, config.data.batch_size)
@@ -159,7 +157,7 @@ def compute_gradients(
   def loss_fn(params, batch, drawn):
     params = optimizers.stop_frozen(config, params)
     params = train_state.network_params(config, params, base)
-    network = evaluate.bind_network(config, params, train.remat)
+    network = network_lib.bind(config, params, train.remat)
     value, metrics = loss.diffusion_loss(
       network,
       batch,

@@ -64,7 +64,7 @@ def fresh_params(config: Config) -> dict:
 
 def fresh_params_at(config: Config, where: native.ShardingOf) -> dict:
   """`fresh_params`, each where it is to lie."""
-  abstract = jax.eval_shape(lambda: fresh_params(config))
+  abstract = denoiser.abstract_params(config.model)
   shardings = jax.tree.map(
     lambda x: x.sharding, sharding.placed(abstract, where)
   )
@@ -73,7 +73,7 @@ def fresh_params_at(config: Config, where: native.ShardingOf) -> dict:
 
 def with_configured_types(config: Config, params: dict) -> dict:
   """Loaded parameters in the types that the config asks for."""
-  abstract = jax.eval_shape(lambda: fresh_params(config))
+  abstract = denoiser.abstract_params(config.model)
   return jax.tree.map(
     lambda x, wanted: jnp.asarray(x, wanted.dtype), params, abstract
   )
@@ -97,6 +97,11 @@ def init_train_state(config: Config, params: dict | None = None) -> TrainState:
     step,
     _in_float32(params) if config.train.ema_decay else None,
   )
+
+
+def abstract_state(config: Config) -> TrainState:
+  """Shapes and types of a run's state, with nothing computed."""
+  return jax.eval_shape(lambda: init_train_state(config))
 
 
 def _in_float32(params: dict) -> dict:

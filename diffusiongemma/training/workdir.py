@@ -22,7 +22,6 @@ import pathlib
 from typing import NamedTuple
 
 from absl import logging
-import jax
 from orbax import checkpoint as ocp
 
 from diffusiongemma import config as configs
@@ -353,11 +352,6 @@ def _check_tokenizer(
     )
 
 
-def abstract_state(config: Config) -> train_state.TrainState:
-  """Shapes and types of a run's state, with nothing computed."""
-  return jax.eval_shape(lambda: train_state.init_train_state(config))
-
-
 class Run(NamedTuple):
   """A network that can be used.
 
@@ -404,7 +398,7 @@ def load(
       f'quantise them: --mode=quantize --source={workdir} --workdir=NEW.'
     )
   params = quantize.abstract_params(
-    config.quantization, abstract_state(config).params
+    config.quantization, train_state.abstract_state(config).params
   )
   params = quantize.to_stored(params)
   if sharding is not None:

@@ -25,6 +25,7 @@ from diffusiongemma import config as configs
 from diffusiongemma import conversion
 from diffusiongemma.checkpoints import huggingface
 from diffusiongemma.checkpoints import huggingface_config
+from diffusiongemma.model import denoiser
 
 _CONFIG = flags.DEFINE_string('config', None, 'Config file.', required=True)
 _FOLDER = flags.DEFINE_string('folder', None, 'New folder.', required=True)
@@ -40,7 +41,7 @@ def write_zeros(config: configs.Config, folder: str) -> dict[str, int]:
   )
   with open(os.path.join(folder, 'config.json'), 'w') as file:
     json.dump(values, file)
-  table = huggingface.tensor_table(conversion.abstract_params(config.model))
+  table = huggingface.tensor_table(denoiser.abstract_params(config.model))
   sizes = {n: 2 * math.prod(e.their_shape) for n, e in table.items()}
   shards, room = [], 0
   for name, size in sizes.items():

@@ -17,6 +17,7 @@ from diffusiongemma import conversion
 from diffusiongemma.checkpoints import CheckpointError
 from diffusiongemma.checkpoints import huggingface
 from diffusiongemma.checkpoints import huggingface_config
+from diffusiongemma.model import denoiser
 
 REFERENCE = pathlib.Path(__file__).parents[1] / 'reference'
 RELEASED_CONFIG = pathlib.Path(__file__).parents[2] / 'configs' / '26b_a4b.py'
@@ -39,7 +40,7 @@ def released_shapes():
 def test_every_released_tensor_has_its_place(released):
   """Names and shapes, each once, and every leaf of ours is filled once."""
   config = huggingface_config.model_config(released)
-  params = conversion.abstract_params(config)
+  params = denoiser.abstract_params(config)
   table = huggingface.tensor_table(params)
   theirs = {name: entry.their_shape for name, entry in table.items()}
   assert theirs == released_shapes() and len(theirs) == 1047
@@ -283,7 +284,7 @@ def test_arrays_are_turned_and_turned_back():
     experts_per_token=1,
     expert_dim=7,
   )
-  table = huggingface.tensor_table(conversion.abstract_params(config))
+  table = huggingface.tensor_table(denoiser.abstract_params(config))
   prefix = 'model.decoder.layers.0.self_attn'
   entry = table[f'{prefix}.q_proj.weight']
   theirs = np.arange(8 * 6).reshape(8, 6)

@@ -12,14 +12,14 @@ from diffusiongemma.diffusion import chunks
 from diffusiongemma.diffusion import cross_entropy
 from diffusiongemma.diffusion import loss
 from diffusiongemma.model import denoiser
-from diffusiongemma.training import evaluate
+from diffusiongemma.training import network as network_lib
 
 B, S, C = 2, 30, 6
 PROMPT_B = np.array([4, 9])
 
 
 def make_network(model_config, params):
-  return evaluate.bind_network(configs.Config(model=model_config), params)
+  return network_lib.bind(configs.Config(model=model_config), params)
 
 
 @pytest.fixture(scope='module')

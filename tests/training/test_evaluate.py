@@ -14,6 +14,7 @@ from diffusiongemma.config import DiffusionConfig
 from diffusiongemma.training import corpus as corpora
 from diffusiongemma.training import data
 from diffusiongemma.training import evaluate
+from diffusiongemma.training import network as network_lib
 
 C = 6
 
@@ -36,7 +37,7 @@ def test_ar_loss_is_that_of_one_token_after_the_other(config, params, document):
   """A document that fits one window, token by token from longer prefixes."""
   short = document[:12]
   windows = data.heldout_windows([corpora.Example(short)], 16, 2, 0)
-  network = evaluate.bind_network(config, params)
+  network = network_lib.bind(config, params)
 
   @jax.jit
   def log_p_after(prefix_P, length):

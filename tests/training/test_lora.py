@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from diffusiongemma import config as configs
-from diffusiongemma.training import evaluate
 from diffusiongemma.training import lora
+from diffusiongemma.training import network as network_lib
 
 EVERYTHING = configs.LoraConfig(
   rank=3,
@@ -45,7 +45,7 @@ def logits(model_config):
 
   @jax.jit
   def run(params):
-    network = evaluate.bind_network(configs.Config(model=model_config), params)
+    network = network_lib.bind(configs.Config(model=model_config), params)
     h_BSD, cache, _ = network.prefill(text_BS, jnp.array([9, 6]))
     h_BLD = network.denoise(canvas_BL, sc_BLD, cache)
     return network.logits(h_BSD), network.logits(h_BLD)

@@ -76,7 +76,7 @@ def straight(tmp_path_factory):
 
 def read_state(workdir):
   config = workdirs.read_config(workdir)
-  abstract = workdirs.abstract_state(config)
+  abstract = train_state.abstract_state(config)
   with contextlib.closing(
     native.open_checkpoints(workdirs.checkpoint_dir(workdir), keep=9)
   ) as manager:

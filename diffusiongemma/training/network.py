@@ -1,0 +1,49 @@
+"""A network as the loss and likelihoods see it.
+
+This is where it meets them: functions of a `denoiser.Denoiser` with parameters
+bound, which run on the mesh around a call.
+"""
+
+import jax
+
+from diffusiongemma import powers
+from diffusiongemma import sharding
+from diffusiongemma.config import Config
+from diffusiongemma.diffusion import chunks
+from diffusiongemma.diffusion import loss
+from diffusiongemma.model import denoiser
+from diffusiongemma.model import parallel
+
+
+def bind(config: Config, params: dict, remat: str = 'none') -> loss.Network:
+  """The loss's view of a network: its functions with parameters bound."""
+  model = denoiser.Denoiser(config.model, remat, lower_once=True)
+
+  def bound(params, method):
+    def call(rows, *args, **kwargs):
+      with sharding.activate(config.model, rows.shape[0]):
+        return model.apply(
+          {'params': params}, rows, *args, method=method, **kwargs
+        )
+
+    return call
+
+  def network(params, frozen=None):
+    prefill, denoise, logits, mean_embedding = (
+      bound(params, method)
+      for method in ('prefill', 'denoise', 'logits', 'mean_embedding')
+    )
+
+    def soft_embedding(h_BLD):
+      B, L, _ = h_BLD.shape
+      with sharding.activate(config.model, B):
+        if parallel.is_active():  # Every device makes its part of the logits.
+          size = chunks.chunk_size(logits, h_BLD)
+        else:  # A power of two, as kernels want it.
+          most = max(1, chunks.PASS_ROWS // B)
+          size = powers.largest_power_of_two(most)
+      return chunks.in_chunks(mean_embedding, min(size, L), h_BLD)
+
+    return loss.Network(prefill, denoise, logits, soft_embedding, frozen)
+
+  return network(params, network(jax.lax.stop_gradient(params)))
