@@ -1,4 +1,4 @@
-"""Between Hugging Face's folders and ours: convert, export, load.
+"""Between Hugging Face's folders and ours: convert, export, quantize, load.
 
   convert   HF/*.safetensors          ->  WORKDIR/checkpoints/0
   export    WORKDIR/checkpoints/<n>   ->  HF/model-0000i-of-0000n.safetensors
@@ -394,8 +394,7 @@ def is_huggingface(path: str) -> bool:
   """Whether the config.json there is one of Hugging Face's."""
   if not os.path.isfile(os.path.join(path, CONFIG)):
     return False
-  values = files.read_json(path, CONFIG)
-  return 'model_type' in values or 'architectures' in values
+  return huggingface_config.is_theirs(files.read_json(path, CONFIG))
 
 
 def _to_device(

@@ -1,7 +1,7 @@
 """Fields of nested frozen dataclasses by their dotted names, `config.a.b`.
 
-They are set from text, written as plain values and read again. Every name and
-every type is checked, and a wrong name is answered with the nearest right one.
+They are set from text, and read from plain values. Every name and every type is
+checked, and a wrong name is answered with the nearest right one.
 """
 
 import ast

@@ -95,7 +95,7 @@ _TOOLS = flags.DEFINE_string(
   'tools', None, 'sample: JSON file, a list of functions it may call.'
 )
 _INFILL = flags.DEFINE_string(
-  'infill', None, 'sample: a text with holes, an underscore a token: "a ___."'
+  'infill', None, 'sample: a text with holes, ___, an underscore a token.'
 )
 _CHAT = flags.DEFINE_bool(
   'chat', None, 'sample: prompts are messages. Default: if there are turns.'
@@ -136,7 +136,11 @@ _BATCH_SIZE = flags.DEFINE_integer(
   'batch_size', 1, 'plan: texts that are sampled together.', lower_bound=1
 )
 _CONTEXT = flags.DEFINE_integer(
-  'context', 8192, 'plan: tokens that sampling has room for.', lower_bound=1
+  'context',
+  None,
+  'plan: tokens that sampling has room for. Default: 8192, or what the network '
+  'has.',
+  lower_bound=1,
 )
 _GRID = flags.DEFINE_list(
   'grid',
@@ -152,6 +156,23 @@ _FORMAT = flags.DEFINE_enum(
   ['text', 'json'],
   'sample, evaluate, plan, benchmark: what to print.',
 )
+
+_MODES_OF_FLAG = {
+  'config': ('train', 'evaluate', 'sample', 'plan', 'benchmark'),
+  'hf_dir': ('evaluate', 'sample', 'convert', 'export'),
+  'source': ('quantize',),
+  **dict.fromkeys(
+    (
+      *('prompt', 'system', 'image', 'think', 'tools', 'infill', 'chat'),
+      *('trace', 'seed', 'max_new_tokens'),
+    ),
+    ('sample',),
+  ),
+  **dict.fromkeys(('coordinator', 'num_processes', 'process_id'), ('train',)),
+  **dict.fromkeys(('topology', 'program', 'batch_size', 'context'), ('plan',)),
+  **dict.fromkeys(('grid', 'peer'), ('benchmark',)),
+  'format': ('sample', 'evaluate', 'plan', 'benchmark'),
+}
 
 # Errors that are the user's to mend: a message, no stack trace.
 EXPECTED_ERRORS = (
@@ -182,7 +203,8 @@ def main(argv: list[str]) -> None:
   runtime.keep_compilations()
   try:
     overrides = overrides_lib.parse(argv[1:], list(flags.FLAGS))
-    _start_processes()
+    _check_flags()
+    processes.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     run = {
       'train': _train,
       'evaluate': _evaluate,
@@ -219,15 +241,17 @@ def main(argv: list[str]) -> None:
   sys.exit(code)
 
 
-def _start_processes() -> None:
-  """Joins the job that the flags describe."""
-  given = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-  if _MODE.value != 'train' and any(x is not None for x in given):
-    raise configs.ConfigError(
-      f'--mode={_MODE.value} runs in one process: leave out --coordinator, '
-      '--num_processes and --process_id.'
-    )
-  processes.start(*given)
+def _check_flags() -> None:
+  """Raises `ConfigError` for a flag that the mode would not look at."""
+  for name, modes in _MODES_OF_FLAG.items():
+    if flags.FLAGS[name].present and _MODE.value not in modes:
+      remedy = ''
+      if (name, _MODE.value) == ('hf_dir', 'train'):
+        remedy = ' To train its weights: --config.train.init_from=FOLDER.'
+      raise configs.ConfigError(
+        f'--{name} is for --mode={", ".join(modes)}, not for '
+        f'{_MODE.value}.{remedy}'
+      )
 
 
 def _fail(message: str, code: int) -> int:
@@ -333,7 +357,7 @@ def _quantize(overrides: dict[str, str]) -> int:
         'folder to read, --workdir the new one.'
       )
   others = [f for f in overrides if not f.startswith('quantization.')]
-  if others or _CONFIG.value:
+  if others:
     raise configs.ConfigError(
       '--mode=quantize takes --config.quantization.* alone; the rest is as it '
       'is in --source.'
@@ -364,7 +388,7 @@ def _both_folders(overrides: dict[str, str]) -> tuple[str, str]:
         f'--mode={_MODE.value} needs --{flag}: --hf_dir is the Hugging Face '
         'folder, --workdir ours.'
       )
-  if overrides or _CONFIG.value:
+  if overrides:
     raise configs.ConfigError(
       f'--mode={_MODE.value} takes no --config; the checkpoint has its own.'
     )
@@ -374,11 +398,15 @@ def _both_folders(overrides: dict[str, str]) -> tuple[str, str]:
 
 def _plan(overrides: dict[str, str]) -> int:
   config = _load_config(overrides)
+  most = config.model.context_length
+  context = _CONTEXT.value or min(8192, most)
+  if context > most:
+    raise configs.ConfigError(
+      f'--context={context} is more than config.model.context_length = {most}.'
+    )
   what = (config, _TOPOLOGY.value, _PROGRAM.value)
   try:
-    made = plan.plan(
-      *what, batch_size=_BATCH_SIZE.value, context=_CONTEXT.value
-    )
+    made = plan.plan(*what, batch_size=_BATCH_SIZE.value, context=context)
   except plan.TooLarge as error:
     change = plan.nearest_fit(*what)
     if _FORMAT.value == 'json':

@@ -153,7 +153,8 @@ def plan(
     context: tokens that sampling has room for.
 
   Raises:
-    PlanError: there is no such topology, or the plugin for it is missing.
+    PlanError: the plugin for the topology is missing.
+    ConfigError: there is no such topology.
     ConfigError: the mesh does not suit the devices or the network.
   """
   kind, devices = _devices(topology)
@@ -226,7 +227,7 @@ def _devices(topology: str) -> tuple[str, list]:
       number = int(gpu[2] or 1)
       hosts = max(1, number // GPUS_PER_HOST)
       if number > GPUS_PER_HOST and number % GPUS_PER_HOST:
-        raise PlanError(
+        raise configs.ConfigError(
           f'{topology}: more than {GPUS_PER_HOST} GPUs come in hosts of '
           f'{GPUS_PER_HOST}.'
         )
@@ -245,11 +246,11 @@ def _devices(topology: str) -> tuple[str, list]:
         platform='tpu', topology_name=topology
       )
     else:
-      raise PlanError(
+      raise configs.ConfigError(
         f'There is no topology {topology!r}; there are v5e:4x4, v5p:4x4x4, '
         'v6e:8x8, tpu7x:4x4x4, h100, h200, h100x8, h100x16 and local.'
       )
-  except PlanError:
+  except configs.ConfigError:
     raise
   except Exception as error:  # Whatever a plugin that is not there may raise.
     raise PlanError(_why_not(error, topology)) from error

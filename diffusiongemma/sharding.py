@@ -62,7 +62,7 @@ PARAMETERS = {
   '*mlp/down': ('mlp', 'embed'),
   '*/experts/gate_up': ('experts', None, 'embed'),
   '*/experts/down': ('experts', 'embed', None),
-  # Of few bits: these scales are turned. All others lie as their values.
+  # Of few bits: these scales are transposed. All others lie as their values.
   '*/experts/gate_up/scales': ('experts', None, None),
   '*/experts/down/scales': ('experts', None, 'embed'),
 }

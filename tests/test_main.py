@@ -129,6 +129,14 @@ MISTAKES = {
   'stray word': ([f'--config={MICRO}', 'train'], "'train' stands alone"),
   'unknown mode': (['--mode=dance'], 'mode'),
   'sample without workdir': (['--mode=sample'], 'Name the run'),
+  'weights of another kind': (
+    [f'--config={MICRO}', '--hf_dir=hf'],
+    '--config.train.init_from=FOLDER',
+  ),
+  'more context than there is': (
+    ['--mode=plan', f'--config={MICRO}', '--context=100000'],
+    'more than config.model.context_length',
+  ),
 }
 
 
@@ -149,6 +157,7 @@ def test_wrong_usage(name):
     ('--think', '--think is for a chat'),
     ('--chat', 'knows no turns'),
     ('--infill=no hole', 'needs a hole'),
+    ('--grid=1x8', '--grid is for --mode=benchmark, not for sample'),
     ('--tools=none.json', 'none.json cannot be read'),
     ('--config.diffusion.strategy=best', "'entropy_bound' or 'confidence'"),
     ('--config.diffusion.max_denoising_steps=0', 'must be positive'),
@@ -164,6 +173,15 @@ def test_damaged_config_of_a_run(tmp_path):
   (tmp_path / 'config.json').write_text('{"model": 3}')
   code, _, errors = sample(tmp_path, '--prompt=x')
   assert code == 1 and 'config.model must be a group of fields' in errors
+
+
+def test_another_kind_of_folder(tmp_path):
+  path = tmp_path / 'config.json'
+  path.write_text('{"model_type": "diffusion_gemma"}')
+  code, _, errors = sample(tmp_path, '--prompt=x')
+  assert code == 1 and 'give it as --hf_dir' in errors
+  code, _, errors = run(f'--config={MICRO}', f'--workdir={path}')
+  assert code == 1 and 'is a file' in errors and path.read_text()
 
 
 def test_no_run_there(tmp_path):
@@ -262,7 +280,7 @@ def test_a_plan_for_devices_that_nobody_knows():
   code, _, errors = run(
     '--mode=plan', f'--config={MICRO}', '--topology=v5q:2x2'
   )
-  assert code == 1 and 'v5p:4x4x4' in errors
+  assert code == 2 and 'v5p:4x4x4' in errors
 
 
 def test_what_does_not_fit_stops_before_anything_is_written(
@@ -277,7 +295,7 @@ def test_what_does_not_fit_stops_before_anything_is_written(
 
 def test_samples_are_written_by_one_process(workdir):
   code, _, errors = sample(workdir, '--coordinator=host:1')
-  assert code == 2 and 'one process' in errors
+  assert code == 2 and '--coordinator is for --mode=train' in errors
 
 
 def test_a_mesh_of_more_devices_than_there_are(workdir):
@@ -306,7 +324,7 @@ def test_few_bits(workdir, tmp_path):
     ('quantize', '--config.train.steps=3', 'takes --config.quantization'),
   ):
     given = arguments if mode == 'quantize' else (f'--workdir={few}',)
-    code, _, errors = run(f'--mode={mode}', *given, more, '--prompt=a')
+    code, _, errors = run(f'--mode={mode}', *given, more)
     assert code == 2 and message in errors, errors
 
 

@@ -268,7 +268,7 @@ def test_what_would_fit_is_compiled(one_layer, monkeypatch):
 
 @pytest.mark.parametrize('topology', ['h1000', 'v9:2x2', 'v5p', 'h100x12'])
 def test_unknown_topologies_are_errors(topology):
-  with pytest.raises(plan.PlanError, match=topology):
+  with pytest.raises(configs.ConfigError, match=topology):
     plan._devices(topology)
 
 

@@ -77,6 +77,11 @@ _LARGEST = 2**31 - 1
 _MAX_LAYERS = 1000
 
 
+def is_theirs(values: dict) -> bool:
+  """Whether a config.json is one of Hugging Face's, of whatever network."""
+  return 'model_type' in values or 'architectures' in values
+
+
 def model_config(values: dict, path: str = 'config.json') -> ModelConfig:
   """The network that a Hugging Face config describes.
 

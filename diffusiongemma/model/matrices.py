@@ -60,10 +60,8 @@ def axes_of(
   return tuple(range(inputs)), tuple(range(inputs, ndim))
 
 
-def cast(w: Matrix, dtype: jnp.dtype) -> Matrix:
+def _cast(w: jax.Array | quantized.Quantized, dtype: jnp.dtype) -> Any:
   """The matrix in the type that is computed in; few bits stay as they are."""
-  if isinstance(w, LowRank):
-    return w.replace(weight=cast(w.weight, dtype))
   return w if isinstance(w, quantized.Quantized) else w.astype(dtype)
 
 
@@ -162,7 +160,7 @@ def expert_linear(
     thin_TR = expert_linear(x_TD, w_EFD.a, groups)
     update_TF = expert_linear(thin_TR, w_EFD.b, groups)
     return expert_linear(x_TD, w_EFD.weight, groups) + w_EFD.scale * update_TF
-  return grouped.grouped_matmul(x_TD, cast(w_EFD, x_TD.dtype), groups)
+  return grouped.grouped_matmul(x_TD, _cast(w_EFD, x_TD.dtype), groups)
 
 
 def expert_gated(
@@ -173,7 +171,7 @@ def expert_gated(
     x_TD = grouped.scatter_to_tiles(x_MD, groups, k)
     gate_up_TF = expert_linear(x_TD, w_EFD, groups)
     return activation.geglu(*jnp.split(gate_up_TF, 2, axis=-1))
-  return grouped.gated_matmul(x_MD, cast(w_EFD, x_MD.dtype), groups, k)
+  return grouped.gated_matmul(x_MD, _cast(w_EFD, x_MD.dtype), groups, k)
 
 
 def expert_specs(w: Matrix, axes: tuple[str | None, ...]) -> Any:

@@ -293,12 +293,15 @@ def load_corpus(
     heldout = [d for d in others if d.split != 'train']
   else:
     train, heldout = split_documents(documents, data.heldout_every)
-  for name, part in (('train on', train), ('hold out', heldout)):
+  for name, part, path in (
+    ('train on', train, data.path),
+    ('hold out', heldout, data.heldout_path or data.path),
+  ):
     if not part:
-      raise DataError(
-        f'{data.path!r} leaves nothing to {name}: give more documents, or '
-        'name others in config.data.heldout_path.'
-      )
+      remedy = 'give more documents'
+      if not data.heldout_path:
+        remedy += ', or name others in config.data.heldout_path'
+      raise DataError(f'{path!r} leaves nothing to {name}: {remedy}.')
 
   template = chat_template or templates.default_template()
   tokenize = lambda d: _tokenize(d, data, tokenizer, canvas_length, template)

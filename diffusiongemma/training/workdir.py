@@ -32,6 +32,7 @@ from diffusiongemma.checkpoints import CheckpointError
 from diffusiongemma.checkpoints import digest as digest_lib
 from diffusiongemma.checkpoints import files
 from diffusiongemma.checkpoints import folder as folders
+from diffusiongemma.checkpoints import huggingface_config
 from diffusiongemma.checkpoints import native
 from diffusiongemma.config import Config
 from diffusiongemma.model import quantize
@@ -87,7 +88,9 @@ class WorkdirError(ValueError):
 
 
 def is_claimed(workdir: str) -> bool:
-  """Whether the folder holds a run."""
+  """Whether the folder holds a run. Raises `WorkdirError` for a file."""
+  if os.path.isfile(workdir):
+    raise WorkdirError(f'{workdir} is a file, and a run has a folder.')
   return os.path.isfile(os.path.join(workdir, CONFIG))
 
 
@@ -108,8 +111,6 @@ def claim(
     WorkdirError: it can't be written, or holds the run of another config.
   """
   folder = pathlib.Path(workdir)
-  if os.path.isfile(workdir):
-    raise WorkdirError(f'{workdir} is a file; --workdir is a folder.')
   try:
     folder.mkdir(parents=True, exist_ok=True)
     if not is_claimed(workdir):
@@ -181,16 +182,22 @@ def held(workdir: str) -> Iterator[None]:
 
 def read_config(workdir: str) -> Config:
   """The config of the run in `workdir`. Raises `WorkdirError`."""
+  if not is_claimed(workdir):
+    raise WorkdirError(
+      f'{workdir} holds no run (there is no config.json). Train one first: '
+      f'python -m diffusiongemma.main --config=configs/tiny.py '
+      f'--workdir={workdir}'
+    )
   path = pathlib.Path(workdir) / CONFIG
   try:
-    if is_claimed(workdir):
-      return fields.from_dict(files.read_json(workdir, path.name), Config)
+    values = files.read_json(workdir, CONFIG)
+    if not huggingface_config.is_theirs(values):
+      return fields.from_dict(values, Config)
   except (CheckpointError, ValueError, TypeError, AttributeError) as error:
     raise WorkdirError(f'{path} cannot be read: {error}') from error
   raise WorkdirError(
-    f'{workdir} holds no run (there is no config.json). Train one first: '
-    f'python -m diffusiongemma.main --config=configs/tiny.py '
-    f'--workdir={workdir}'
+    f'{workdir} is a Hugging Face folder: give it as --hf_dir, or make it a '
+    'run with --mode=convert.'
   )
 
 
@@ -393,9 +400,12 @@ def load(
   own = read_config(workdir)
   config = config or own
   if config.quantization != own.quantization:
+    remedy = 'leave config.quantization as it is'
+    if own.quantization == configs.QuantizationConfig():
+      remedy = f'--mode=quantize --source={workdir} --workdir=NEW'
     raise configs.ConfigError(
-      f'The parameters in {workdir} are already stored as its config says. To '
-      f'quantise them: --mode=quantize --source={workdir} --workdir=NEW.'
+      f'The parameters in {workdir} are already stored as its config says: '
+      f'{remedy}.'
     )
   params = quantize.abstract_params(
     config.quantization, train_state.abstract_state(config).params

@@ -147,7 +147,7 @@ where = jax.tree.map(
   lambda x: x.sharding, sharding.with_sharding(abstract, mesh)
 )
 placed = jax.device_put(params, where)
-# As what they stand for lies; the scales of experts are turned.
+# As what they stand for lies; the scales of experts are transposed.
 shapes = {
   name: [x.addressable_shards[0].data.shape for x in (w.values, w.scales)]
   for name, w in placed['layer_00']['experts'].items()
