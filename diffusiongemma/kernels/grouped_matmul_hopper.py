@@ -198,6 +198,12 @@ def _from_int4(_, w: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
   )
 
 
+def _are_neighbours(num_groups: int, inputs: int) -> bool:
+  """Whether the scales of the blocks of inputs lie side by side: one for each,
+  or one for all."""
+  return num_groups in (1, inputs // _BLOCK)
+
+
 def _call(x_TD, weights_EFD, groups, is_gated, interpret, name):
   """Each tile times its expert's matrix transposed, or GeGLU of its halves."""
   values, scales = weights_EFD.values, weights_EFD.scales
@@ -209,7 +215,7 @@ def _call(x_TD, weights_EFD, groups, is_gated, interpret, name):
   blocks = plan.width // _BLOCK if scales.shape[1] > 1 else 1
   parts = 2 if is_gated else 1  # Runs of outputs that a program has.
   run = columns // parts * _BLOCK
-  copies = 1 if scales.shape[1] in (1, D // _BLOCK) else blocks
+  copies = 1 if _are_neighbours(scales.shape[1], D) else blocks
   scratch = {
     'x_smem': _tiled((stages, _ROWS, plan.width), jnp.bfloat16, 128),
     'w_smem': _tiled(
@@ -336,7 +342,7 @@ def _multiply(
       for part in range(parts):
         where = pl.ds(first + part * (F // 2), run)
         copy(w_ref.at[expert, where, inputs], w_smem.at[stage, part])
-        if blocks_of_group == 1 or not has_groups:
+        if _are_neighbours(scales_ref.shape[1], D):
           which = pl.ds(i * blocks if has_groups else 0, blocks)
           copy(scales_ref.at[expert, which, where], scales_smem.at[stage, part])
           continue
