@@ -18,7 +18,6 @@ import numpy as np
 from diffusiongemma.checkpoints import CheckpointError
 from diffusiongemma.checkpoints import files
 from diffusiongemma.checkpoints import safetensors
-from diffusiongemma.model import matrices
 
 # (our path, their name, whether it is transposed); * is the layer's number.
 _TEXT_LAYER = (
@@ -153,10 +152,9 @@ def tensor_table(abstract_params: Any) -> dict[str, Entry]:
     name, shape = name.replace('*', number), tuple(leaf.shape)
     their_shape = shape
     if transposed:
-      their_shape = tuple(  # Heads are merged.
-        math.prod(shape[axis] for axis in axes)
-        for axes in reversed(matrices.axes_of(path, len(shape)))
-      )
+      # Heads are merged; only the output projection has them on the input.
+      inputs = 2 if path[-1] == 'o_proj' else 1
+      their_shape = (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
     table[name] = Entry(name, path, shape, their_shape, transposed)
   return table
 
