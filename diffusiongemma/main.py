@@ -31,7 +31,6 @@ from absl import flags
 from absl import logging
 import jax
 from rich import console as rich_console
-from rich import table as rich_table
 
 from diffusiongemma import benchmark
 from diffusiongemma import checkpoints
@@ -461,15 +460,8 @@ def _evaluate(overrides: dict[str, str]) -> int:
   if _FORMAT.value == 'json':
     print(json.dumps(numbers))
     return 0
-  table = rich_table.Table(
-    title=f'{_HF_DIR.value or _workdir()}, step {step}, held-out text of '
-    f'{numbers["heldout_bytes"]:,} bytes'
-  )
-  table.add_column('measure')
-  table.add_column('value', justify='right')
-  for name, value in numbers.items():
-    if isinstance(value, float):
-      table.add_row(name.replace('_', ' '), f'{value:.3f}')
+  table = evaluation.to_table(measured)
+  table.title = f'{_HF_DIR.value or _workdir()}, step {step}, {table.title}'
   rich_console.Console().print(table)
   return 0
 

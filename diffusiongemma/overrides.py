@@ -89,10 +89,7 @@ def load_run(
     where = sharding.parameter_sharding(mesh)
   run = conversion.load(folder, config, where)
   if run.tokenizer is None:
-    raise workdirs.WorkdirError(
-      f'{folder} has no tokenizer; put its tokenizer.json or '
-      'tokenizer.model there.'
-    )
+    raise workdirs.no_tokenizer(folder)
   return run
 
 

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich import table as rich_table
 
 from diffusiongemma.config import Config
 from diffusiongemma.diffusion import cross_entropy
@@ -247,3 +248,16 @@ def evaluate(
     numbers[f'denoise_loss_t{t}_corrupted_bits'] = at_t.corrupted / math.log(2)
     numbers[f'denoise_loss_t{t}_kept_bits'] = at_t.kept / math.log(2)
   return _known(numbers)
+
+
+def to_table(numbers: dict[str, float]) -> rich_table.Table:
+  """What `evaluate` has measured, for a person."""
+  table = rich_table.Table(
+    title=f'held-out text of {numbers["heldout_bytes"]:,} bytes'
+  )
+  table.add_column('measure')
+  table.add_column('value', justify='right')
+  for name, value in numbers.items():
+    if isinstance(value, float):
+      table.add_row(name.replace('_', ' '), f'{value:.3f}')
+  return table

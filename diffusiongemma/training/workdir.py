@@ -201,6 +201,14 @@ def read_config(workdir: str) -> Config:
   )
 
 
+def no_tokenizer(folder: str) -> WorkdirError:
+  """What is raised for a folder without one."""
+  return WorkdirError(
+    f'{folder} has no tokenizer; put its tokenizer.json or tokenizer.model '
+    'there.'
+  )
+
+
 def load_tokenizer(config: Config, start: str = '') -> tokenizers.Tokenizer:
   """The tokenizer that a run is trained with, checked: that in the folder
   `start`, or else the one that the config names.
@@ -212,10 +220,7 @@ def load_tokenizer(config: Config, start: str = '') -> tokenizers.Tokenizer:
   if start:
     tokenizer = find_tokenizer(config, start)
     if tokenizer is None:
-      raise WorkdirError(
-        f'{start} has no tokenizer; put its tokenizer.json or tokenizer.model '
-        'there.'
-      )
+      raise no_tokenizer(start)
     return tokenizer
   tokenizer = tokenizers.load_tokenizer(config.data.tokenizer)
   name = config.data.tokenizer or 'the shipped one'
