@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from diffusiongemma.config import ModelConfig
 from diffusiongemma.kernels import attention_gpu as gpu
-from diffusiongemma.kernels import quantized
 from diffusiongemma.model import cache as kv_cache
 from diffusiongemma.model import layers
 from diffusiongemma.model import matrices
@@ -47,7 +46,7 @@ def project(
     )
     return {name: x.reshape(B, L, *x.shape[1:]) for name, x in heads.items()}
 
-  suits = all(isinstance(w, quantized.Quantized) for w in weights.values())
+  suits = matrices.are_few_bits(*weights.values())
   if suits:
     x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
     suits = gpu.suits_heads(x_TD, list(weights.values()))

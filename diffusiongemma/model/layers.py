@@ -15,7 +15,6 @@ import numpy as np
 from diffusiongemma.kernels import activation
 from diffusiongemma.kernels import grouped_matmul_gpu as gpu
 from diffusiongemma.kernels import norms_gpu
-from diffusiongemma.kernels import quantized
 from diffusiongemma.model import matrices
 from diffusiongemma.model import parallel
 
@@ -137,7 +136,7 @@ def gated(
     hidden_TF = gpu.gate(x.reshape(-1, x.shape[-1]), *few_bits)
     return hidden_TF.reshape(*x.shape[:-1], -1)
 
-  suits = all(isinstance(w, quantized.Quantized) for w in (gate, up))
+  suits = matrices.are_few_bits(gate, up)
   if suits:
     x_TD = x.reshape(-1, x.shape[-1])
     suits = gpu.suits_one(x_TD, gate.values, len(gate.scales))

@@ -60,6 +60,11 @@ def axes_of(
   return tuple(range(inputs)), tuple(range(inputs, ndim))
 
 
+def are_few_bits(*given: Matrix) -> bool:
+  """Whether all of them are."""
+  return all(isinstance(w, quantized.Quantized) for w in given)
+
+
 def _cast(w: jax.Array | quantized.Quantized, dtype: jnp.dtype) -> Any:
   """The matrix in the type that is computed in; few bits stay as they are."""
   return w if isinstance(w, quantized.Quantized) else w.astype(dtype)
