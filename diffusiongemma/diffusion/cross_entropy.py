@@ -140,7 +140,8 @@ def _cross_entropy(logits_BLV, targets_BL, *evidence_BL):
   if evidence_BL:
     logits_BLV = add_evidence(logits_BLV, *evidence_BL)
   loss_BL = negative_log_likelihood(logits_BLV, targets_BL)
-  right_BL = jnp.argmax(logits_BLV, axis=-1) == targets_BL
+  # As the loss computes them: they are not computed again, as argmax would be.
+  right_BL = _pick(logits_BLV, targets_BL) == jnp.max(logits_BLV, axis=-1)
   return loss_BL, right_BL.astype(jnp.float32)
 
 
@@ -156,9 +157,7 @@ def negative_log_likelihood(
 def _nll_forward(logits_BLV, targets_BL):
   max_BL = jnp.max(logits_BLV, axis=-1)
   sum_BL = jnp.sum(jnp.exp(logits_BLV - max_BL[..., None]), axis=-1)
-  # As a sum: a vocabulary in parts is not put together for it.
-  is_target_BLV = _is_target(logits_BLV, targets_BL)
-  picked_BL = jnp.sum(jnp.where(is_target_BLV, logits_BLV, 0.0), axis=-1)
+  picked_BL = _pick(logits_BLV, targets_BL)
   kept = (logits_BLV, targets_BL, max_BL, sum_BL)
   return jnp.log(sum_BL) + (max_BL - picked_BL), kept
 
@@ -169,6 +168,13 @@ def _nll_backward(kept, d_BL):
   p_BLV = jnp.exp(logits_BLV - max_BL[..., None]) / sum_BL[..., None]
   d_BLV = p_BLV - _is_target(logits_BLV, targets_BL)
   return d_BL[..., None] * d_BLV, None
+
+
+def _pick(logits_BLV, targets_BL):
+  """The logit of each target."""
+  # As a sum: a vocabulary in parts is not put together for it.
+  is_target_BLV = _is_target(logits_BLV, targets_BL)
+  return jnp.sum(jnp.where(is_target_BLV, logits_BLV, 0.0), axis=-1)
 
 
 def _is_target(logits_BLV, targets_BL):

@@ -49,7 +49,7 @@ class Mask:
     seen_BLS: bool, True: the query sees the key. Its L may be 1, the same for
       all.
     window: where it is known that query i sees none but keys i - window < j <=
-      i, the window; else None.
+      i, the window, L for all before it; else None.
   """
 
   seen_BLS: jax.Array
@@ -88,8 +88,8 @@ def prefill_mask(
     mask_BPS |= (image_BP[:, :, None] == image_B1S) & (image_B1S >= 0)
   if first_BP is not None:
     mask_BPS &= key_B1S >= first_BP[:, :, None]
-  is_band = cached_BS.shape[1] == 0 and image_BP is None
-  return Mask(mask_BPS, window if is_band else None)
+  is_afresh = cached_BS.shape[1] == 0 and image_BP is None
+  return Mask(mask_BPS, (window or num_queries) if is_afresh else None)
 
 
 def denoise_mask(

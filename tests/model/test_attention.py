@@ -59,9 +59,15 @@ def test_blocks_of_queries_equal_all_at_once(num_blocks, same_for_all):
 # All blocks at once, two of them, and parts of one.
 @pytest.mark.parametrize('max_scores', [attention.MAX_SCORES, 800, 50])
 @pytest.mark.parametrize('L', [24, 29])
-@pytest.mark.parametrize('window', [1, 2, 5, 8])
-def test_bands_equal_all_at_once(monkeypatch, window, L, max_scores):
-  """Of two documents a row too; and few keys are multiplied."""
+@pytest.mark.parametrize(
+  'window, most',  # Of the keys of each query, the blocks' on average.
+  [(1, 12 + 4), (2, 12 + 4), (5, 12 + 4), (8, 12 + 4), (13, 18), (None, 20)],
+)
+def test_blocks_with_keys_of_their_own_equal_all_at_once(
+  monkeypatch, window, most, L, max_scores
+):
+  """In bands and in steps, of two documents a row too; and few keys are
+  multiplied."""
   monkeypatch.setattr(attention, '_BLOCK_UNIT', 4)
   keys = jax.random.split(jax.random.key(2), 3)
   shapes = ((B, L, N, H), (B, L, K, H), (B, L, K, H))
@@ -85,17 +91,26 @@ def test_bands_equal_all_at_once(monkeypatch, window, L, max_scores):
     return flops, (out, gradients)
 
   all_flops, whole = run(None)
-  flops, banded = run(mask.window)
-  assert flops < all_flops * (12 + 4) / L
+  flops, in_blocks = run(mask.window)
+  assert flops < all_flops * most / L
   for ours, theirs in zip(
-    jax.tree.leaves(banded), jax.tree.leaves(whole), strict=True
+    jax.tree.leaves(in_blocks), jax.tree.leaves(whole), strict=True
   ):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-6)
 
 
-@pytest.mark.parametrize('L, is_banded', [(1536, False), (2048, True)])
-def test_bands_where_they_are_less(L, is_banded):
-  """For a window of 1,024, in blocks of 512."""
+@pytest.mark.parametrize(
+  'L, window, scores',
+  [
+    (252, 1024, 252**2),
+    (512, 512, 128 * (128 + 256 + 384 + 512)),
+    (1536, 1024, 384 * (384 + 768 + 1152 + 1536 - 129)),
+    (4096, 1024, 4096 * (512 + 1024)),
+    (4096, 4096, 1024 * (1024 + 2048 + 3072 + 4096)),
+  ],
+)
+def test_bands_and_steps_where_they_are_less(L, window, scores):
+  """All at once, in four steps, or in bands of 512 queries."""
   shapes = ((1, L, N, H), (1, L, K, H), (1, L, K, H))
   q, *part = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
   mask = jax.ShapeDtypeStruct((1, L, L), jnp.bool_)
@@ -105,7 +120,7 @@ def test_bands_where_they_are_less(L, is_banded):
     return plan.count_flops(jax.make_jaxpr(attend)(q, [part], mask))
 
   assert count(None) == 4 * L * L * N * H
-  assert count(1024) == 4 * L * (1536 if is_banded else L) * N * H
+  assert count(window) == 4 * scores * N * H
 
 
 def test_many_rows_take_a_few_blocks_at_a_time(monkeypatch):

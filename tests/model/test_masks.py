@@ -37,7 +37,7 @@ def test_masks_of_packed_documents(window):
   first = np.array([0, 0, 2, 2, 2, 5])
   mask = masks.prefill_mask(start_B, none_BS, 6, window, None, first[None])
   plain = masks.prefill_mask(start_B, none_BS, 6, window)
-  assert mask.window == plain.window == window
+  assert mask.window == plain.window == (window or 6)
   for i in range(6):
     for s in range(6):
       assert mask.seen_BLS[0, i, s] == (
@@ -57,9 +57,10 @@ def test_only_text_read_afresh_is_known_to_stay_within_the_window():
   image_BP = jnp.array([[-1, 0, 0, 0, 0, -1]])
   assert masks.prefill_mask(start_B, none_BS, 6, 2).window == 2
   assert masks.prefill_mask(start_B, none_BS, 6, 2, image_BP).window is None
-  assert masks.prefill_mask(start_B, none_BS[:, :1], 6, None).window is None
+  assert masks.prefill_mask(start_B, none_BS, 6, None).window == 6
   cached_BS = jnp.array([[0, 1]])
   assert masks.prefill_mask(start_B + 2, cached_BS, 6, 2).window is None
+  assert masks.prefill_mask(start_B + 2, cached_BS, 6, None).window is None
 
 
 @pytest.mark.parametrize('window', [None, 2, 4, 50])
