@@ -161,7 +161,8 @@ def _attend_in_steps(
   window: int,
 ) -> jax.Array:
   """`attend` with a few blocks of queries, each with the keys up to its end, as
-  far as the window of its first reaches."""
+  far as the window of its first reaches. A gradient keeps the scores of all of
+  them, so that each may have its share of `max_scores`."""
   L = q_BLNH.shape[1]
   length = -(-L // _NUM_STEPS)
   ((k_BLKH, v_BLKH),) = (part for part in parts if part[0].shape[1])
@@ -170,8 +171,9 @@ def _attend_in_steps(
     own = slice(start, start + length)
     seen = slice(max(0, start + 1 - window), start + length)
     part = (k_BLKH[:, seen], v_BLKH[:, seen])
+    mask_BlS = mask_BLL[:, own, seen]
     blocks.append(
-      attend(q_BLNH[:, own], [part], mask_BLL[:, own, seen], max_scores)
+      attend(q_BLNH[:, own], [part], mask_BlS, max_scores // _NUM_STEPS)
     )
   return jnp.concatenate(blocks, axis=1)
 
