@@ -23,7 +23,8 @@ def weighted(
   weights_BL: jax.Array,
   evidence: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """(sum of weights * cross entropy in nats, argmax hits [B, L]), float32.
+  """(sum of weights * cross entropy in nats, hits [B, L]), float32; a hit is 1
+  where no token is more probable than the target.
 
   Logits exist for one chunk of positions at a time, and are computed once:
   where there is a gradient, it is made while they are there. Positions of no
@@ -121,7 +122,7 @@ def per_position(
   targets_BL: jax.Array,
   evidence: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Cross entropy in nats and argmax hits, [B, L] each, float32; not meant for
+  """Cross entropy in nats and hits, [B, L] each, float32; not meant for
   gradients, which `weighted` makes.
 
   Logits exist for one chunk of positions at a time. With `evidence` (z_BL,

@@ -27,11 +27,12 @@ _CACHED_SCORES = 2**21
 _FEWEST_KEYS = 256
 # Queries of a block that has keys of its own are so many times as many.
 _BLOCK_UNIT = 64
-# The share of all scores that bands may have at most: steps have about as many.
+# The share of all scores that bands may have at most: causal blocks have about
+# as many.
 _MOST_IN_BANDS = 0.5
 # Blocks that a causal text is taken in: 5/8 of all scores, more would save
 # little.
-_NUM_STEPS = 4
+_CAUSAL_BLOCKS = 4
 
 
 def attend(
@@ -62,8 +63,8 @@ def attend(
   if window is not None and parallel.parts('length') == 1:
     if _has_bands(L, window):
       return _attend_in_bands(q_BLNH, parts, mask_BLS, max_scores, window)
-    if L >= _NUM_STEPS * _BLOCK_UNIT:
-      return _attend_in_steps(q_BLNH, parts, mask_BLS, max_scores, window)
+    if L >= _CAUSAL_BLOCKS * _BLOCK_UNIT:
+      return _attend_causally(q_BLNH, parts, mask_BLS, max_scores, window)
   given = (q_BLNH, list(map(tuple, parts)), mask_BLS)
   plain = functools.partial(_attend_in_blocks, max_scores=max_scores)
   if parallel.is_active():
@@ -153,7 +154,7 @@ def _attend_in_bands(
   return jnp.moveaxis(out_gBlNH, 0, 1).reshape(B, -1, N, H)[:, :L]
 
 
-def _attend_in_steps(
+def _attend_causally(
   q_BLNH: jax.Array,
   parts: Sequence[tuple[jax.Array, jax.Array]],
   mask_BLL: jax.Array,
@@ -164,7 +165,7 @@ def _attend_in_steps(
   far as the window of its first reaches. A gradient keeps the scores of all of
   them, so that each may have its share of `max_scores`."""
   L = q_BLNH.shape[1]
-  length = -(-L // _NUM_STEPS)
+  length = -(-L // _CAUSAL_BLOCKS)
   ((k_BLKH, v_BLKH),) = (part for part in parts if part[0].shape[1])
   blocks = []
   for start in range(0, L, length):
@@ -173,7 +174,7 @@ def _attend_in_steps(
     part = (k_BLKH[:, seen], v_BLKH[:, seen])
     mask_BlS = mask_BLL[:, own, seen]
     blocks.append(
-      attend(q_BLNH[:, own], [part], mask_BlS, max_scores // _NUM_STEPS)
+      attend(q_BLNH[:, own], [part], mask_BlS, max_scores // _CAUSAL_BLOCKS)
     )
   return jnp.concatenate(blocks, axis=1)
 

@@ -66,7 +66,7 @@ def test_blocks_of_queries_equal_all_at_once(num_blocks, same_for_all):
 def test_blocks_with_keys_of_their_own_equal_all_at_once(
   monkeypatch, window, most, L, max_scores
 ):
-  """In bands and in steps, of two documents a row too; and few keys are
+  """In bands and causal blocks, of two documents a row too; and few keys are
   multiplied."""
   monkeypatch.setattr(attention, '_BLOCK_UNIT', 4)
   keys = jax.random.split(jax.random.key(2), 3)
@@ -109,8 +109,8 @@ def test_blocks_with_keys_of_their_own_equal_all_at_once(
     (4096, 4096, 1024 * (1024 + 2048 + 3072 + 4096)),
   ],
 )
-def test_bands_and_steps_where_they_are_less(L, window, scores):
-  """All at once, in four steps, or in bands of 512 queries."""
+def test_bands_and_causal_blocks_where_they_are_less(L, window, scores):
+  """All at once, in four causal blocks, or in bands of 512 queries."""
   shapes = ((1, L, N, H), (1, L, K, H), (1, L, K, H))
   q, *part = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
   mask = jax.ShapeDtypeStruct((1, L, L), jnp.bool_)
