@@ -22,7 +22,7 @@ from diffusiongemma.kernels import quantized
 from diffusiongemma.kernels import vocabulary_gpu as gpu
 
 BIN = 32  # Neighbouring tokens that a draw chooses between at its end.
-_CHUNK_ELEMENTS = 2**20  # Of logits that exist at a time: 4 MB, a cache full.
+_CHUNK_ELEMENTS = 2**19  # Of logits that exist at a time: 2 MB, for a cache.
 _DRAWN_TOGETHER = 256  # Rows, each of which reads a bin of the table again.
 
 
@@ -65,7 +65,7 @@ def summarize(
     uniforms_R2: float32 in [0, 1).
     softcap: c of c tanh(x / c); 0 is none.
     chunk: rows of E that are looked at at a time, a multiple of `BIN`; None is
-      as many as keep the logits at 4 MB.
+      as many as keep the logits at 2 MB.
   """
   R, V = len(h_RD), table_VD.shape[0]
   given = (h_RD, table_VD, temperature)

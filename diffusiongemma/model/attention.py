@@ -4,7 +4,8 @@
 
 All at once, or in one of four ways that give the same with less memory or work:
 queries block by block, a few blocks with the keys up to their end alone, blocks
-with the keys of a window alone, keys chunk by chunk.
+with the keys of a window alone, keys chunk by chunk, without chunks of which
+nothing is seen, such as slots of a cache that hold nothing yet.
 """
 
 from collections.abc import Sequence
@@ -14,17 +15,14 @@ import math
 import jax
 import jax.numpy as jnp
 
-from diffusiongemma import powers
 from diffusiongemma.kernels import attention_gpu as gpu
 from diffusiongemma.kernels import dispatch
 from diffusiongemma.model import parallel
 
 # Attention scores that a device has at a time, 256 MB of float32.
 MAX_SCORES = 2**26
-# Those that a CPU has at a time where there is no gradient: 8 MB, which stay in
-# a cache; and the keys that are still worth a product.
-_CACHED_SCORES = 2**21
-_FEWEST_KEYS = 256
+# Keys that a CPU takes at a time where there is no gradient.
+_CHUNK = 256
 # Queries of a block that has keys of its own are so many times as many.
 _BLOCK_UNIT = 64
 # The share of all scores that bands may have at most: causal blocks have about
@@ -69,14 +67,12 @@ def attend(
   plain = functools.partial(_attend_in_blocks, max_scores=max_scores)
   if parallel.is_active():
     return plain(*given)
-  rows, in_chunks = math.prod(q_BLNH.shape[:3]), None
-  chunk = _default_chunk(rows)
-  is_long = any(k_BSKH.shape[1] > chunk for k_BSKH, _ in parts)
-  if is_long and rows * chunk <= max_scores:
-    in_chunks = functools.partial(_attend_in_chunks, chunk=chunk)
+  is_long = any(k_BSKH.shape[1] > _CHUNK for k_BSKH, _ in parts)
+  has_room = math.prod(q_BLNH.shape[:3]) * _CHUNK <= max_scores
+  in_chunks = functools.partial(_attend_in_chunks, chunk=_CHUNK)
   return dispatch.run(
     *(plain, *given),
-    cpu=in_chunks,
+    cpu=in_chunks if is_long and has_room else None,
     cuda=gpu.attend if gpu.suits(q_BLNH, parts) else None,
   )
 
@@ -179,20 +175,14 @@ def _attend_causally(
   return jnp.concatenate(blocks, axis=1)
 
 
-def _default_chunk(rows: int) -> int:
-  """A power of two of keys, for so many queries of all heads."""
-  most = max(_FEWEST_KEYS, _CACHED_SCORES // rows)
-  return powers.largest_power_of_two(most)
-
-
 def _attend_in_chunks(
   q_BLNH: jax.Array,
   parts: Sequence[tuple[jax.Array, jax.Array]],
   mask_BLS: jax.Array,
   chunk: int,
 ) -> jax.Array:
-  """`attend` of so many keys at a time: sums are rescaled as the maximum
-  grows."""
+  """`attend` of so many keys at a time, where any query sees one of them: sums
+  are rescaled as the maximum grows."""
   B, L, N, H = q_BLNH.shape
   K = parts[0][0].shape[2]
   q_BLKGH = q_BLNH.reshape(B, L, K, N // K, H)
@@ -215,17 +205,20 @@ def _attend_in_chunks(
     S = k_BSKH.shape[1]
     own_BLS = mask_BLS[:, :, start : start + S]
     start += S
-
-    def one_chunk(carry, first, part=(k_BSKH, v_BSKH, own_BLS)):
-      k, v, mask = (
-        jax.lax.dynamic_slice_in_dim(x, first, chunk, axis)
-        for x, axis in zip(part, (1, 1, 2), strict=True)
-      )
-      return take_in(carry, k, v, mask), None
-
-    whole = S - S % chunk
+    whole = S - S % chunk if chunk < S else 0
     if whole:
-      carry, _ = jax.lax.scan(one_chunk, carry, jnp.arange(0, whole, chunk))
+      is_seen_n = jnp.any(own_BLS, axis=(0, 1))[:whole].reshape(-1, chunk)
+      is_seen_n = jnp.any(is_seen_n, axis=1)
+      (seen_n,) = jnp.nonzero(is_seen_n, size=len(is_seen_n))
+
+      def one_chunk(i, carry, part=(k_BSKH, v_BSKH, own_BLS), seen_n=seen_n):
+        k, v, mask = (
+          jax.lax.dynamic_slice_in_dim(x, seen_n[i] * chunk, chunk, axis)
+          for x, axis in zip(part, (1, 1, 2), strict=True)
+        )
+        return take_in(carry, k, v, mask)
+
+      carry = jax.lax.fori_loop(0, jnp.sum(is_seen_n), one_chunk, carry)
     if whole < S:
       rest = (k_BSKH[:, whole:], v_BSKH[:, whole:], own_BLS[..., whole:])
       carry = take_in(carry, *rest)

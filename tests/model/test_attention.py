@@ -146,7 +146,7 @@ def test_many_rows_take_a_few_blocks_at_a_time(monkeypatch):
 @pytest.mark.parametrize('same_for_all', [True, False])
 @pytest.mark.parametrize('chunk', [1, 4, 11, 50])
 def test_chunks_of_keys_equal_all_at_once(chunk, same_for_all):
-  """Some of which have nothing that a query sees."""
+  """Some of which have nothing that any query sees, or that one does."""
   q_BLNH, parts, mask_BLS = given(same_for_all)
   mask_BLS = mask_BLS.at[:, :, :9].set(False).at[0, 0, 3:].set(False)
   mask_BLS = mask_BLS.at[0, 0, -1].set(True)
@@ -155,12 +155,26 @@ def test_chunks_of_keys_equal_all_at_once(chunk, same_for_all):
   np.testing.assert_allclose(chunked, whole, rtol=0, atol=1e-6)
 
 
+def test_chunks_that_nobody_sees_are_not_looked_at():
+  """What they hold would be found in a sum: a weight of zero times NaN."""
+  q_BLNH, parts, mask_BLS = given(True)
+  whole = attention._attend(q_BLNH, parts, mask_BLS.at[:, :, 4:8].set(False))
+  (k_BSKH, v_BSKH), new = parts
+  v_BSKH = v_BSKH.at[:, 4:8].set(jnp.nan)
+  chunked = functools.partial(attention._attend_in_chunks, chunk=4)
+  one_row_sees = mask_BLS.at[0, :, 4:8].set(False).at[1, :, 7].set(True)
+  mask_BLS = mask_BLS.at[:, :, 4:8].set(False)
+  parts = ((k_BSKH, v_BSKH), new)
+  out_BLNH = chunked(q_BLNH, parts, mask_BLS)
+  np.testing.assert_allclose(out_BLNH, whole, rtol=0, atol=1e-6)
+  assert jnp.any(jnp.isnan(chunked(q_BLNH, parts, one_row_sees)))
+
+
 def test_a_cpu_takes_long_texts_in_chunks(monkeypatch):
   """The gradient is that of all at once; short ones are taken whole, and so
   many queries that chunks would be too large in blocks."""
   q_BLNH, parts, mask_BLS = given(True)
-  monkeypatch.setattr(attention, '_FEWEST_KEYS', 8)
-  monkeypatch.setattr(attention, '_CACHED_SCORES', 8 * B * L * N)
+  monkeypatch.setattr(attention, '_CHUNK', 8)
 
   def run(q_BLNH):
     out_BLNH = attention.attend(q_BLNH, parts, mask_BLS)
@@ -176,12 +190,12 @@ def test_a_cpu_takes_long_texts_in_chunks(monkeypatch):
   assert 'while' not in gradient.lower(q_BLNH).as_text()
   expected, _ = jax.grad(whole, has_aux=True)(q_BLNH)
   np.testing.assert_allclose(gradient(q_BLNH)[0], expected, atol=1e-6)
-  monkeypatch.setattr(attention, '_CACHED_SCORES', 16 * B * L * N)
+  monkeypatch.setattr(attention, '_CHUNK', 16)
   jax.clear_caches()
   short, expected = jax.jit(run)(q_BLNH), jax.jit(whole)(q_BLNH)
   np.testing.assert_array_equal(short[1], expected[1])
-  monkeypatch.setattr(attention, '_CACHED_SCORES', 8 * B * L * N)
-  monkeypatch.setattr(attention, '_attend_in_chunks', None)
+  monkeypatch.setattr(attention, '_CHUNK', 8)
+  monkeypatch.setattr(attention, '_attend_in_chunks', pytest.fail)
   in_blocks = attention.attend(q_BLNH, parts, mask_BLS, 8 * B * L * N - 1)
   np.testing.assert_allclose(in_blocks, expected[1], atol=1e-6)
 
