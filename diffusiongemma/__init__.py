@@ -13,7 +13,8 @@ and `SoftTokens` (images in a prompt), `make_denoise_fn` (a network that has
 read a text, as the sampler sees it), `sample_canvas` (the sampler, for use
 inside `jax.jit`) with `pin` and `Pinned` and the module `strategies`,
 `generate` (prompts to tokens), `load` (a trained run or a Hugging Face folder),
-`convert` and `export` (one into the other), `quantize` (either, to few bits).
+`arrange` (parameters as this device writes with them fastest), `convert` and
+`export` (one into the other), `quantize` (either, to few bits).
 """
 
 from diffusiongemma.config import Config
@@ -35,6 +36,7 @@ from diffusiongemma.model.cache import init_cache
 from diffusiongemma.model.denoiser import Denoiser
 from diffusiongemma.model.denoiser import SoftTokens
 from diffusiongemma.model.denoiser import init_params
+from diffusiongemma.model.matrices import arrange
 from diffusiongemma.text.generate import generate
 from diffusiongemma.text.generate import make_denoise_fn
 from diffusiongemma.text.prompt import encode_images
@@ -56,6 +58,7 @@ __all__ = [
   'Tokenizer',
   'VisionConfig',
   '__version__',
+  'arrange',
   'convert',
   'encode_images',
   'export',

@@ -32,6 +32,7 @@ from diffusiongemma.config import QuantizationConfig
 from diffusiongemma.diffusion import sampler
 from diffusiongemma.model import cache as kv_cache
 from diffusiongemma.model import denoiser
+from diffusiongemma.model import matrices
 from diffusiongemma.model import quantize
 from diffusiongemma.text import generate
 from diffusiongemma.text import prompt as prompt_lib
@@ -279,6 +280,7 @@ def run(
   if beside_peer and suits and importlib.util.find_spec('transformers'):
     peer = peer_lib.Transformers(config)
   params = peer.params if peer else random_params(config, jax.random.key(0))
+  params = matrices.arrange(params)
   made = {
     'device': jax.devices()[0].device_kind,
     'jax': jax.__version__,

@@ -10,6 +10,7 @@ from diffusiongemma import config as configs
 from diffusiongemma import conversion
 from diffusiongemma import fields
 from diffusiongemma import sharding
+from diffusiongemma.model import matrices
 from diffusiongemma.training import workdir as workdirs
 
 
@@ -72,8 +73,9 @@ def load_config(
 def load_run(
   folder: str, own: configs.Config, overrides: dict[str, str]
 ) -> workdirs.Run:
-  """A run, or what is in a Hugging Face folder, with single fields of `own`,
-  its config, changed; on a mesh if they describe one.
+  """A run, or what is in a Hugging Face folder, to write with: with single
+  fields of `own`, its config, changed, on a mesh if they describe one, else as
+  this device takes its parameters.
 
   Raises:
     ConfigError, WorkdirError, CheckpointError: it can't be used.
@@ -90,7 +92,7 @@ def load_run(
   run = conversion.load(folder, config, where)
   if run.tokenizer is None:
     raise workdirs.no_tokenizer(folder)
-  return run
+  return run._replace(params=matrices.arrange(run.params))
 
 
 def _check_network(

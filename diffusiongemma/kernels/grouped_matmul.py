@@ -261,7 +261,7 @@ def _multiply_tiles(x_TD, weights_EFD, groups, transposed=False):
 
   def plain(x_TD, weights_EFD, groups):
     def tile(index, y_TF):
-      x_mD = _rows(x_TD, index, groups)
+      x_mD = rows(x_TD, index, groups)
       weights_FD = weights_EFD[groups.expert_of_tile[index]]
       y_mF = jnp.einsum(one, x_mD, weights_FD.astype(x_TD.dtype))
       return jax.lax.dynamic_update_slice_in_dim(
@@ -277,7 +277,7 @@ def _multiply_tiles(x_TD, weights_EFD, groups, transposed=False):
     else:
       outputs = weights_EFD.shape[2 if transposed else 1]
       y_TF = jnp.zeros((x_TD.shape[0], outputs), x_TD.dtype)
-    return _for_each_tile(tile, groups, y_TF)
+    return for_each_tile(tile, groups, y_TF)
 
   if not transposed:
     kernels = _gpu_kernels(x_TD, weights_EFD, groups)
@@ -305,9 +305,9 @@ def _add_tiles(d_TF, x_TD, weights_EFD, groups):
     multiply = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def tile(index, total_EFD):
-      d_mF, x_mD = _rows(d_TF, index, groups), _rows(x_TD, index, groups)
+      d_mF, x_mD = rows(d_TF, index, groups), rows(x_TD, index, groups)
       if groups.window:
-        rank_m = _rows(_rank(groups), index, groups)
+        rank_m = rows(rank(groups), index, groups)
         d_mF = jnp.where(rank_m[:, None] < groups.window, 0, d_mF)
       product_FD = multiply('mf,md->fd', d_mF, x_mD)
       return total_EFD.at[groups.expert_of_tile[index]].add(product_FD)
@@ -317,7 +317,7 @@ def _add_tiles(d_TF, x_TD, weights_EFD, groups):
       total_EFD = multiply('ewf,ewd->efd', d_EwF, x_EwD)
     else:
       total_EFD = jnp.zeros(weights_EFD.shape, jnp.float32)
-    return _for_each_tile(tile, groups, total_EFD)
+    return for_each_tile(tile, groups, total_EFD)
 
   total_EFD = dispatch.run(
     *(plain, d_TF, x_TD, groups),
@@ -327,7 +327,7 @@ def _add_tiles(d_TF, x_TD, weights_EFD, groups):
   return total_EFD.astype(weights_EFD.dtype)
 
 
-def _rows(x_TD: jax.Array, index: jax.Array, groups: Groups) -> jax.Array:
+def rows(x_TD: jax.Array, index: jax.Array, groups: Groups) -> jax.Array:
   """The rows of one tile."""
   return jax.lax.dynamic_slice_in_dim(
     x_TD, index * groups.tile, groups.tile, axis=0
@@ -336,29 +336,35 @@ def _rows(x_TD: jax.Array, index: jax.Array, groups: Groups) -> jax.Array:
 
 def _windows(x_TD: jax.Array, groups: Groups) -> jax.Array:
   """The rows of each expert's window, [E, w, D]; zero where its tiles end."""
-  begin_E, end_E = groups.begin_E * groups.tile, groups.end_E * groups.tile
-  row_Ew = begin_E[:, None] + jnp.arange(groups.window)
-  is_own_Ew = row_Ew < end_E[:, None]
-  x_EwD = jnp.take(x_TD, row_Ew, axis=0, mode='clip')
+  slot_Ew, is_own_Ew = window_slots(groups)
+  x_EwD = jnp.take(x_TD, slot_Ew, axis=0, mode='clip')
   return jnp.where(is_own_Ew[..., None], x_EwD, 0)
+
+
+def window_slots(groups: Groups) -> tuple[jax.Array, jax.Array]:
+  """Where in the buffer the rows of each expert's window are, int32 [E, w], and
+  which are in a tile of its own, bool; the others may be past the end."""
+  begin_E, end_E = groups.begin_E * groups.tile, groups.end_E * groups.tile
+  slot_Ew = begin_E[:, None] + jnp.arange(groups.window)
+  return slot_Ew, slot_Ew < end_E[:, None]
 
 
 def _from_windows(y_EwF: jax.Array, groups: Groups) -> jax.Array:
   """The rows of windows where they lie in the layout, [T, F]; others are
   zero."""
   first_T = jnp.repeat(groups.expert_of_tile, groups.tile) * groups.window
-  rank_T = _rank(groups)
+  rank_T = rank(groups)
   y_WF = y_EwF.reshape(-1, y_EwF.shape[-1])
   y_TF = jnp.take(y_WF, first_T + rank_T, axis=0, mode='clip')
   return jnp.where(rank_T[:, None] < groups.window, y_TF, 0)
 
 
-def _for_each_tile(body: Callable, groups: Groups, initial: jax.Array):
+def for_each_tile(body: Callable, groups: Groups, initial: jax.Array):
   """`fori_loop` over the tiles that have rows which are in no window."""
   if not groups.window:
     return jax.lax.fori_loop(0, groups.used, body, initial)
   is_left_T = (groups.row_T < len(groups.slot_R)) & (
-    _rank(groups) >= groups.window
+    rank(groups) >= groups.window
   )
   is_left_t = jnp.any(is_left_T.reshape(-1, groups.tile), axis=1)
   (left_t,) = jnp.nonzero(is_left_t, size=len(is_left_t))
@@ -367,7 +373,7 @@ def _for_each_tile(body: Callable, groups: Groups, initial: jax.Array):
   )
 
 
-def _rank(groups: Groups) -> jax.Array:
+def rank(groups: Groups) -> jax.Array:
   """int32 [T], the index of each buffer row among those of its expert."""
   begin_t = groups.begin_E[groups.expert_of_tile] * groups.tile
   row_T = jnp.arange(len(groups.row_T), dtype=jnp.int32)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusiongemma.config import ModelConfig
+from diffusiongemma.kernels import experts_cpu as cpu
 from diffusiongemma.kernels import grouped_matmul as grouped
 from diffusiongemma.kernels import routing_gpu as gpu
 from diffusiongemma.model import layers
@@ -91,9 +92,16 @@ class Experts(nn.Module):
   def setup(self):
     cfg = self.config
     D, F, E = cfg.embed_dim, cfg.expert_dim, cfg.num_experts
-    init, dtype = layers.linear_init(2, 1, (0,)), jnp.dtype(cfg.param_dtype)
-    self.gate_up = self.param('gate_up', init, (E, 2 * F, D), dtype)
-    self.down = self.param('down', init, (E, D, F), dtype)
+    self.gate_up = self._matrices('gate_up', (E, 2 * F, D))
+    self.down = self._matrices('down', (E, D, F))
+
+  def _matrices(self, name: str, shape: tuple[int, ...]) -> matrices.Matrix:
+    """The parameter; Flax would compare the shape of one that is turned."""
+    given = self.variables.get('params', {}).get(name)
+    if isinstance(given, cpu.Turned):
+      return given
+    dtype = jnp.dtype(self.config.param_dtype)
+    return self.param(name, layers.linear_init(2, 1, (0,)), shape, dtype)
 
   def __call__(self, x_BLD: jax.Array, routing: Routing) -> jax.Array:
     """[B, L, D]; each token meets only the experts it was routed to."""
@@ -167,10 +175,22 @@ def mix(
   tile = grouped.default_tile(len(experts_R), num_experts, gate_up_EFD)
   window = grouped.default_window(len(experts_R), num_experts)
   groups = grouped.make_groups(experts_R, E, tile, window)
+  y_RD = parallel.run(
+    functools.partial(_in_tiles, k=k),
+    *(x_MD, gate_up_EFD, down_EDF, groups),
+    cpu=functools.partial(cpu.apply, k=k)
+    if cpu.suits(gate_up_EFD, down_EDF)
+    else None,
+  )
+  y_MkD = y_RD.reshape(*experts_Mk.shape, -1)
+  return jnp.einsum('mkd,mk->md', y_MkD, weights_Mk)
+
+
+def _in_tiles(x_MD, gate_up_EFD, down_EDF, groups, k):
+  """[R, D]: the routed rows after their experts, product after product."""
   hidden_TF = matrices.expert_gated(x_MD, gate_up_EFD, groups, k)
   y_TD = matrices.expert_linear(hidden_TF, down_EDF, groups)
-  y_MkD = grouped.gather_from_tiles(y_TD, groups).reshape(*experts_Mk.shape, -1)
-  return jnp.einsum('mkd,mk->md', y_MkD, weights_Mk)
+  return grouped.gather_from_tiles(y_TD, groups)
 
 
 def routing_statistics(

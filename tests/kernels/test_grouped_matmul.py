@@ -82,7 +82,7 @@ def test_only_tiles_with_rows_past_the_window_are_left_to_the_loop():
   groups = grouped.make_groups(experts_R, 3, 8, 4)
 
   def visited(window):
-    return grouped._for_each_tile(
+    return grouped.for_each_tile(
       lambda tile, seen: seen.at[tile].add(1),
       groups.replace(window=window),
       jnp.zeros(len(groups.expert_of_tile), jnp.int32),

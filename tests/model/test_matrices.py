@@ -1,11 +1,19 @@
-"""The product of a linear layer, whose gradient is written by hand."""
+"""Products of linear layers, whose gradient is written by hand, and parameters
+as a device takes them."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusiongemma import config as configs
+from diffusiongemma import sharding
+from diffusiongemma.kernels import experts_cpu
+from diffusiongemma.model import denoiser
 from diffusiongemma.model import matrices
+from diffusiongemma.model import quantize
 
 
 @pytest.mark.parametrize('axis', [0, 1])
@@ -52,3 +60,38 @@ def test_multiply_and_its_gradients_are_those_of_einsum(
       rtol=tolerance,
       atol=tolerance,
     )
+
+
+def test_arranged_parameters_are_the_same_network(model_config, params):
+  copied = jax.tree.map(jnp.copy, params)
+  arranged = matrices.arrange(copied)
+  assert isinstance(arranged['layer_00']['experts']['down'], experts_cpu.Turned)
+  assert copied['layer_00']['experts']['down'].is_deleted()
+  assert arranged['embedding'] is copied['embedding']
+  tokens_BP = jnp.arange(3, 15).reshape(2, 6)
+  model = denoiser.Denoiser(model_config)
+
+  def read(params):
+    return model.apply(
+      {'params': params}, tokens_BP, jnp.array([6, 4]), method='prefill'
+    )
+
+  (made, cache, _), (wanted, *_) = read(arranged), read(params)
+  np.testing.assert_allclose(made, wanted, atol=1e-5)
+  denoise = functools.partial(model.apply, method='denoise')
+  made, wanted = (
+    denoise({'params': p}, tokens_BP, None, cache) for p in (arranged, params)
+  )
+  np.testing.assert_allclose(made, wanted, atol=1e-5)
+
+
+def test_where_nothing_is_to_be_arranged_all_stays(params):
+  few = quantize.quantize_params(
+    configs.QuantizationConfig(experts='int8'), params
+  )
+  assert jax.tree.all(
+    jax.tree.map(lambda a, b: a is b, matrices.arrange(few), few)
+  )
+  mesh = sharding.make_mesh(configs.MeshConfig(data=1))
+  with jax.set_mesh(mesh):
+    assert matrices.arrange(params) is params

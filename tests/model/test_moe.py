@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusiongemma.kernels import dispatch
 from diffusiongemma.model import layers
 from diffusiongemma.model import moe
 
@@ -85,3 +86,27 @@ def test_statistics_tell_even_from_collapsed():
   statistics = moe.routing_statistics((padded,), length_B)
   np.testing.assert_allclose(statistics['expert_load_max'], 1.0)
   np.testing.assert_allclose(statistics['router_entropy'], np.log(E), rtol=1e-5)
+
+
+def test_a_cpu_has_a_way_of_its_own_without_a_gradient(
+  model_config, params, monkeypatch
+):
+  layer, x_BLD, routing = make(model_config, params)
+  experts = moe.Experts(model_config)
+
+  def run(x_BLD, params):
+    out_BLD = experts.apply({'params': params}, x_BLD, routing)
+    return jnp.sum(jnp.sin(out_BLD)), out_BLD
+
+  gradient = jax.grad(run, argnums=(0, 1), has_aux=True)
+  given = x_BLD, layer['experts']
+  with dispatch.switched_off():
+    in_tiles, wanted = run(*given)[1], gradient(*given)
+  calls, apply = [], moe.cpu.apply
+  monkeypatch.setattr(
+    moe.cpu, 'apply', lambda *a, **k: calls.append(a) or apply(*a, **k)
+  )
+  np.testing.assert_allclose(run(*given)[1], in_tiles, atol=1e-6)
+  assert len(calls) == 1
+  jax.tree.map(np.testing.assert_array_equal, gradient(*given), wanted)
+  assert len(calls) == 1

@@ -1,0 +1,102 @@
+"""The experts on CPUs, where there is no gradient: both products at once.
+
+  y_r = GeGLU(x_r gate_up_e^T) down_e^T   for each routed row r, e its expert
+
+The windows of `grouped_matmul` are fetched once, go through both products and
+come back once; the portable twin writes the rows of all tiles in between. What
+is in no window goes tile by tile.
+"""
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from diffusiongemma.kernels import activation
+from diffusiongemma.kernels import grouped_matmul as grouped
+
+
+@flax.struct.dataclass
+class Turned:
+  """The matrix of each expert with its inputs first. CPUs multiply by it up to
+  twice as fast as by one with its outputs first, as it is stored elsewhere.
+
+  It stands in the place of that one, [E, out, in]: `w[index]` and
+  `w.astype(dtype)` are what they would be of it.
+
+  Attributes:
+    values: [E, in, out].
+  """
+
+  values: jax.Array
+
+  def __len__(self) -> int:
+    return len(self.values)
+
+  def __getitem__(self, index) -> 'Turned':
+    return Turned(self.values[index])
+
+  def astype(self, dtype: jnp.dtype) -> jax.Array:
+    return jnp.swapaxes(self.values, -1, -2).astype(dtype)
+
+
+def suits(*weights: object) -> bool:
+  """Whether they can be multiplied by `apply`."""
+  return all(isinstance(w, jax.Array | Turned) for w in weights)
+
+
+def apply(
+  x_MD: jax.Array,
+  gate_up_EFD: jax.Array | Turned,
+  down_EDF: jax.Array | Turned,
+  groups: grouped.Groups,
+  k: int,
+) -> jax.Array:
+  """Each row of M*k, the k choices of each token, after its expert: [R, D];
+  zero where it was left out.
+
+  Args:
+    x_MD: tokens.
+    gate_up_EFD: matrices [2F, D], the gate first.
+    down_EDF: matrices [D, F].
+    groups: the layout of the rows.
+    k: how many experts a token has.
+  """
+  R, T, D = len(groups.slot_R), len(groups.row_T), x_MD.shape[1]
+  window, rank_T = groups.window, grouped.rank(groups)
+  x_padded = jnp.concatenate([x_MD, jnp.zeros_like(x_MD[:1])])
+
+  def mlp(row, gate_up, down):
+    """Of these routed rows, R where there is none, with their matrices."""
+    x = jnp.take(x_padded, row // k, axis=0, mode='clip')
+    gate, up = jnp.split(_multiply(x, gate_up), 2, axis=-1)
+    return _multiply(activation.geglu(gate, up), down)
+
+  if window:
+    slot_Ew, is_own_Ew = grouped.window_slots(groups)
+    row_Ew = jnp.take(groups.row_T, slot_Ew, mode='clip')
+    y_EwD = mlp(jnp.where(is_own_Ew, row_Ew, R), gate_up_EFD, down_EDF)
+    slot_R = jnp.minimum(groups.slot_R, T - 1)
+    expert_R = groups.expert_of_tile[slot_R // groups.tile]
+    is_in_R = (groups.slot_R < T) & (rank_T[slot_R] < window)
+    place_R = jnp.where(is_in_R, expert_R * window + rank_T[slot_R], 0)
+    y_RD = jnp.where(is_in_R[:, None], y_EwD.reshape(-1, D)[place_R], 0)
+  else:
+    y_RD = jnp.zeros((R, D), x_MD.dtype)
+
+  def tile(index, y_RD):
+    row_m, rank_m = (
+      grouped.rows(x_T, index, groups) for x_T in (groups.row_T, rank_T)
+    )
+    row_m = jnp.where(rank_m < window, R, row_m)
+    expert = groups.expert_of_tile[index]
+    y_mD = mlp(row_m, gate_up_EFD[expert], down_EDF[expert])
+    return y_RD.at[row_m].set(y_mD, mode='drop')
+
+  return grouped.for_each_tile(tile, groups, y_RD)
+
+
+def _multiply(x: jax.Array, w: jax.Array | Turned) -> jax.Array:
+  """Rows [..., m, in] times matrices, [..., m, out]."""
+  if isinstance(w, Turned):
+    return jnp.einsum('...md,...df->...mf', x, w.values.astype(x.dtype))
+  return jnp.einsum('...md,...fd->...mf', x, w.astype(x.dtype))
