@@ -176,9 +176,10 @@ def look_at(
   )
   x_Rc = _scaled(product_Rc, softcap, temperature)
   here_R = jnp.max(x_Rc, axis=-1)
-  # Faster than argmax, which is not vectorised everywhere.
-  place_c = jnp.arange(size, dtype=jnp.int32)
-  place_R = jnp.min(jnp.where(x_Rc == here_R[:, None], place_c, size), axis=1)
+  # Not argmax, which is not vectorised everywhere, nor are sums of integers.
+  left_c = jnp.arange(size, 0, -1, dtype=jnp.float32)
+  left_R = jnp.max(jnp.where(x_Rc == here_R[:, None], left_c, 0.0), axis=1)
+  place_R = size - left_R.astype(jnp.int32)
   argmax_R = jnp.where(here_R > max_R, start + place_R, argmax_R)
   new_max_R = jnp.maximum(max_R, here_R)
   shrink_R = jnp.exp(max_R - new_max_R)
