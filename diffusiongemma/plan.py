@@ -313,7 +313,7 @@ def count_flops(closed: Any) -> float:
   """FLOPs of all products in a jaxpr: 2 for each multiplication and addition.
 
   A scan counts as often as it runs, a while loop once; of a branch, the
-  longest. The products of experts count their padded rows. What nothing uses,
+  longest, of ways for different devices the plain one. The products of experts count their padded rows. What nothing uses,
   such as gradients of what is frozen, is left out, as by XLA.
   """
   jaxpr = getattr(closed, 'jaxpr', closed)
@@ -328,7 +328,10 @@ def count_flops(closed: Any) -> float:
     elif name == 'scan':
       total += params['length'] * count_flops(params['jaxpr'])
     elif name == 'cond':
-      total += max(map(count_flops, params['branches']))
+      branches = params['branches']
+      if params['branches_platforms']:  # The last is for all that have no own.
+        branches = branches[-1:]
+      total += max(map(count_flops, branches))
     else:
       for value in params.values():
         for inner in value if isinstance(value, (tuple, list)) else (value,):

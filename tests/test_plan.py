@@ -14,6 +14,7 @@ from diffusiongemma import hlo
 from diffusiongemma import memory
 from diffusiongemma import plan
 from diffusiongemma import sharding
+from diffusiongemma.kernels import dispatch
 from diffusiongemma.kernels import grouped_matmul
 from diffusiongemma.model import matrices
 from diffusiongemma.training import step as steps
@@ -145,6 +146,17 @@ def test_flops_of_a_denoising_step_are_those_of_the_formula(config):
     expected += layer_flops(model, C, keys, kind)
   counted = plan.count_flops(plan._lower_sampling(config, 1, context, None))
   assert counted == pytest.approx(expected, rel=0.05)
+
+
+def test_ways_for_single_devices_are_not_counted():
+  x_MD = jax.ShapeDtypeStruct((8, 16), jnp.float32)
+
+  def run(x_MD):
+    once = lambda x_MD: x_MD @ jnp.ones((16, 4))
+    more = lambda x_MD: once(x_MD @ x_MD.T @ x_MD)
+    return dispatch.run(once, x_MD, cpu=more, cuda=more)
+
+  assert plan.count_flops(jax.make_jaxpr(run)(x_MD)) == 2 * 8 * 16 * 4
 
 
 def test_gradients_of_what_is_frozen_are_not_counted():
