@@ -313,8 +313,9 @@ def count_flops(closed: Any) -> float:
   """FLOPs of all products in a jaxpr: 2 for each multiplication and addition.
 
   A scan counts as often as it runs, a while loop once; of a branch, the
-  longest, of ways for different devices the plain one. The products of experts count their padded rows. What nothing uses,
-  such as gradients of what is frozen, is left out, as by XLA.
+  longest, of ways for different devices the plain one. The products of experts
+  count their padded rows. What nothing uses, such as gradients of what is
+  frozen, is left out, as by XLA.
   """
   jaxpr = getattr(closed, 'jaxpr', closed)
   jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))

@@ -62,7 +62,7 @@ def apply(
     k: how many experts a token has.
   """
   R, T, D = len(groups.slot_R), len(groups.row_T), x_MD.shape[1]
-  window, rank_T = groups.window, grouped.rank(groups)
+  window, rank_T = groups.window, groups.rank_T
   x_padded = jnp.concatenate([x_MD, jnp.zeros_like(x_MD[:1])])
 
   def mlp(row, gate_up, down):

@@ -58,6 +58,13 @@ class Groups:
     return jnp.pad(self.end_E[:-1], (1, 0))
 
   @property
+  def rank_T(self) -> jax.Array:
+    """int32, the index of each buffer row among those of its expert."""
+    begin_t = self.begin_E[self.expert_of_tile] * self.tile
+    row_T = jnp.arange(len(self.row_T), dtype=jnp.int32)
+    return row_T - jnp.repeat(begin_t, self.tile)
+
+  @property
   def used(self) -> jax.Array:
     """int32, how many tiles, the first ones, have rows."""
     return self.end_E[-1]
@@ -307,7 +314,7 @@ def _add_tiles(d_TF, x_TD, weights_EFD, groups):
     def tile(index, total_EFD):
       d_mF, x_mD = rows(d_TF, index, groups), rows(x_TD, index, groups)
       if groups.window:
-        rank_m = rows(rank(groups), index, groups)
+        rank_m = rows(groups.rank_T, index, groups)
         d_mF = jnp.where(rank_m[:, None] < groups.window, 0, d_mF)
       product_FD = multiply('mf,md->fd', d_mF, x_mD)
       return total_EFD.at[groups.expert_of_tile[index]].add(product_FD)
@@ -353,7 +360,7 @@ def _from_windows(y_EwF: jax.Array, groups: Groups) -> jax.Array:
   """The rows of windows where they lie in the layout, [T, F]; others are
   zero."""
   first_T = jnp.repeat(groups.expert_of_tile, groups.tile) * groups.window
-  rank_T = rank(groups)
+  rank_T = groups.rank_T
   y_WF = y_EwF.reshape(-1, y_EwF.shape[-1])
   y_TF = jnp.take(y_WF, first_T + rank_T, axis=0, mode='clip')
   return jnp.where(rank_T[:, None] < groups.window, y_TF, 0)
@@ -364,17 +371,10 @@ def for_each_tile(body: Callable, groups: Groups, initial: jax.Array):
   if not groups.window:
     return jax.lax.fori_loop(0, groups.used, body, initial)
   is_left_T = (groups.row_T < len(groups.slot_R)) & (
-    rank(groups) >= groups.window
+    groups.rank_T >= groups.window
   )
   is_left_t = jnp.any(is_left_T.reshape(-1, groups.tile), axis=1)
   (left_t,) = jnp.nonzero(is_left_t, size=len(is_left_t))
   return jax.lax.fori_loop(
     0, jnp.sum(is_left_t), lambda i, carry: body(left_t[i], carry), initial
   )
-
-
-def rank(groups: Groups) -> jax.Array:
-  """int32 [T], the index of each buffer row among those of its expert."""
-  begin_t = groups.begin_E[groups.expert_of_tile] * groups.tile
-  row_T = jnp.arange(len(groups.row_T), dtype=jnp.int32)
-  return row_T - jnp.repeat(begin_t, groups.tile)

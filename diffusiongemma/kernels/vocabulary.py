@@ -176,7 +176,7 @@ def look_at(
   )
   x_Rc = _scaled(product_Rc, softcap, temperature)
   here_R = jnp.max(x_Rc, axis=-1)
-  # Not argmax, which is not vectorised everywhere, nor are sums of integers.
+  # Neither argmax nor a minimum of integers is vectorised everywhere.
   left_c = jnp.arange(size, 0, -1, dtype=jnp.float32)
   left_R = jnp.max(jnp.where(x_Rc == here_R[:, None], left_c, 0.0), axis=1)
   place_R = size - left_R.astype(jnp.int32)

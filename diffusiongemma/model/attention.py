@@ -207,8 +207,8 @@ def _attend_in_chunks(
     start += S
     whole = S - S % chunk if chunk < S else 0
     if whole:
-      is_seen_n = jnp.any(own_BLS, axis=(0, 1))[:whole].reshape(-1, chunk)
-      is_seen_n = jnp.any(is_seen_n, axis=1)
+      is_seen_S = jnp.any(own_BLS, axis=(0, 1))
+      is_seen_n = jnp.any(is_seen_S[:whole].reshape(-1, chunk), axis=1)
       (seen_n,) = jnp.nonzero(is_seen_n, size=len(is_seen_n))
 
       def one_chunk(i, carry, part=(k_BSKH, v_BSKH, own_BLS), seen_n=seen_n):

@@ -175,12 +175,10 @@ def mix(
   tile = grouped.default_tile(len(experts_R), num_experts, gate_up_EFD)
   window = grouped.default_window(len(experts_R), num_experts)
   groups = grouped.make_groups(experts_R, E, tile, window)
+  plain, on_cpu = (functools.partial(f, k=k) for f in (_in_tiles, cpu.apply))
   y_RD = parallel.run(
-    functools.partial(_in_tiles, k=k),
-    *(x_MD, gate_up_EFD, down_EDF, groups),
-    cpu=functools.partial(cpu.apply, k=k)
-    if cpu.suits(gate_up_EFD, down_EDF)
-    else None,
+    *(plain, x_MD, gate_up_EFD, down_EDF, groups),
+    cpu=on_cpu if cpu.suits(gate_up_EFD, down_EDF) else None,
   )
   y_MkD = y_RD.reshape(*experts_Mk.shape, -1)
   return jnp.einsum('mkd,mk->md', y_MkD, weights_Mk)

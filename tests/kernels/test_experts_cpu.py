@@ -47,19 +47,26 @@ def check(experts_Mk, window, turn, num_experts=E):
   np.testing.assert_allclose(made_RD, wanted_RD, atol=2e-4)
 
 
-# No window, less than a tile, all rows of some experts, all rows of all.
-@pytest.mark.parametrize('window', [0, 5, 16, 72])
-@pytest.mark.parametrize('turn', [False, True])
-class TestApply:
-  def test_mixed_routing(self, window, turn):
-    check(jax.random.randint(jax.random.key(3), (50, 2), 0, E), window, turn)
+def every_way(test):
+  """No window, less than a tile, all rows of some experts, all rows of all."""
+  test = pytest.mark.parametrize('window', [0, 5, 16, 72])(test)
+  return pytest.mark.parametrize('turn', [False, True])(test)
 
-  def test_one_expert_gets_all(self, window, turn):
-    check(jnp.full((33, 2), 4), window, turn)
 
-  def test_rows_of_experts_that_are_elsewhere(self, window, turn):
-    experts_Mk = jax.random.randint(jax.random.key(4), (50, 2), 0, E)
-    check(experts_Mk, window, turn, num_experts=4)
+@every_way
+def test_mixed_routing(window, turn):
+  check(jax.random.randint(jax.random.key(3), (50, 2), 0, E), window, turn)
+
+
+@every_way
+def test_one_expert_gets_all(window, turn):
+  check(jnp.full((33, 2), 4), window, turn)
+
+
+@every_way
+def test_rows_of_experts_that_are_elsewhere(window, turn):
+  experts_Mk = jax.random.randint(jax.random.key(4), (50, 2), 0, E)
+  check(experts_Mk, window, turn, num_experts=4)
 
 
 def test_turned_stands_in_the_place_of_what_it_was():
