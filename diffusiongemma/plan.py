@@ -330,7 +330,8 @@ def count_flops(closed: Any) -> float:
       total += params['length'] * count_flops(params['jaxpr'])
     elif name == 'cond':
       branches = params['branches']
-      if params['branches_platforms']:  # The last is for all that have no own.
+      # Ways for devices name them; the last is for all that have no own.
+      if params.get('branches_platforms'):
         branches = branches[-1:]
       total += max(map(count_flops, branches))
     else:
