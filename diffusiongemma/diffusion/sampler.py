@@ -126,7 +126,8 @@ class SamplerState:
       strategy says, the ancestral one the canvas.
     accepted_BL: bool, positions of `canvas_BL` that were accepted.
     entropy_BL: float32, nats, of the last step.
-    sc_BLD: float32, self-conditioning for the next step.
+    sc_BLD: float32, self-conditioning for the next step; after the last,
+      anything.
     unchanged_B: int32, steps since the draft last changed.
     converged_B: bool, rows that are frozen.
     steps_B: int32, denoising passes each row has used.

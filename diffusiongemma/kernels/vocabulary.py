@@ -53,6 +53,7 @@ def summarize(
   *,
   softcap: float = 0.0,
   chunk: int | None = None,
+  with_mean: jax.Array | None = None,
 ) -> Summary:
   """The `Summary` of softmax(softcap(h E^T) / T) for each row of h.
 
@@ -66,23 +67,32 @@ def summarize(
     softcap: c of c tanh(x / c); 0 is none.
     chunk: rows of E that are looked at at a time, a multiple of `BIN`; None is
       as many as keep the logits at 2 MB.
+    with_mean: bool, a scalar: whether anybody will look at the mean, which is
+      half of the work; a CPU leaves it zero where nobody does. None is True.
   """
   R, V = len(h_RD), table_VD.shape[0]
-  given = (h_RD, table_VD, temperature)
-  walk = functools.partial(
-    _walk, look_at=look_at, chunk=chunk or default_chunk(R), softcap=softcap
+  given = (h_RD, table_VD, temperature, with_mean)
+  gpu_chunk = chunk or default_chunk(R, gpu.CHUNK_ELEMENTS)
+  chunk = chunk or default_chunk(R)
+
+  def plain(*given):
+    return _walk(*given[:3], look_at, chunk, softcap)
+
+  def on_cpu(*given):
+    take_in = functools.partial(look_at, with_mean=given[3])
+    return _walk(*given[:3], take_in, chunk, softcap)
+
+  def on_gpu(*given):
+    take_in = functools.partial(gpu.look_at, bin_size=BIN)
+    return _walk(*given[:3], take_in, gpu_chunk, softcap)
+
+  sizes = [size for _, size in _chunks(V, gpu_chunk)]
+  suits_gpu = all(gpu.suits(h_RD, table_VD, size, BIN) for size in sizes)
+  found = dispatch.run(
+    *(plain, *given),
+    cpu=None if with_mean is None else on_cpu,
+    cuda=on_gpu if suits_gpu else None,
   )
-  on_gpu = functools.partial(
-    _walk,
-    look_at=functools.partial(gpu.look_at, bin_size=BIN),
-    chunk=chunk or default_chunk(R, gpu.CHUNK_ELEMENTS),
-    softcap=softcap,
-  )
-  sizes = _chunks(V, on_gpu.keywords['chunk'])
-  if all(gpu.suits(h_RD, table_VD, size, BIN) for _, size in sizes):
-    found = dispatch.run(walk, *given, cuda=on_gpu)
-  else:
-    found = walk(*given)
   (max_R, sum_R, weighted_R, argmax_R, mean_RD), mass_RX = found
 
   def draw(row):
@@ -115,7 +125,7 @@ def _chunks(num_rows: int, chunk: int) -> list[tuple[int, int]]:
   return [(n, size) for n, size in ((whole, chunk), (1, rest)) if n * size]
 
 
-def _walk(h_RD, table_VD, temperature, *, look_at, chunk, softcap):
+def _walk(h_RD, table_VD, temperature, look_at, chunk, softcap):
   """Over the table: (the last carry of `look_at`, the mass of each bin)."""
   R, D = h_RD.shape
   zeros_R = jnp.zeros((R,), jnp.float32)
@@ -156,13 +166,14 @@ def look_at(
   *,
   size: int,
   softcap: float,
+  with_mean: jax.Array | None = None,
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, jax.Array]]:
   """Takes E[start : start + size] in.
 
   Args:
     carry: of what was looked at before, for each row: the maximum, and relative
       to it the sums of e^x and x e^x, the argmax, the sum of e^x E.
-    h_RD, table_VD, temperature, softcap: see `summarize`.
+    h_RD, table_VD, temperature, softcap, with_mean: see `summarize`.
     start: int32.
     size: rows of E.
 
@@ -187,13 +198,20 @@ def look_at(
   bins_RX = jnp.sum(_bins(p_Rc), axis=-1)
   sum_R = sum_R * shrink_R + jnp.sum(bins_RX, axis=-1)
   weighted_R = weighted_R * shrink_R + jnp.sum(p_Rc * x_Rc, axis=-1)
-  part_RD = jnp.einsum(
-    'rc,cd->rd',
-    p_Rc.astype(h_RD.dtype),
-    rows_cD,
-    preferred_element_type=jnp.float32,
-  )
-  mean_RD = mean_RD * shrink_R[:, None] + part_RD
+
+  def add_to_mean(mean_RD):
+    part_RD = jnp.einsum(
+      'rc,cd->rd',
+      p_Rc.astype(h_RD.dtype),
+      rows_cD,
+      preferred_element_type=jnp.float32,
+    )
+    return mean_RD * shrink_R[:, None] + part_RD
+
+  if with_mean is None:
+    mean_RD = add_to_mean(mean_RD)
+  else:
+    mean_RD = jax.lax.cond(with_mean, add_to_mean, lambda x: x, mean_RD)
   carry = new_max_R, sum_R, weighted_R, argmax_R, mean_RD
   return carry, (bins_RX, new_max_R)
 

@@ -357,16 +357,25 @@ class Denoiser(nn.Module):
     return found.mean_RD.reshape(B, L, D)
 
   def summarize(
-    self, h_RD: jax.Array, temperature: jax.Array, uniforms_R2: jax.Array
+    self,
+    h_RD: jax.Array,
+    temperature: jax.Array,
+    uniforms_R2: jax.Array,
+    with_mean: jax.Array | None = None,
   ) -> vocabulary.Summary:
     """What the sampler needs of the logits, which never exist as a whole: see
     `vocabulary.summarize`; the mean is the soft embedding."""
-    return self._summarize(h_RD, self.embedding, temperature, uniforms_R2)
+    return self._summarize(
+      h_RD, self.embedding, temperature, uniforms_R2, with_mean
+    )
 
-  def _summarize(self, h_RD, table_VD, temperature, uniforms_R2):
+  def _summarize(
+    self, h_RD, table_VD, temperature, uniforms_R2, with_mean=None
+  ):
     found = vocabulary.summarize(
       *(h_RD, table_VD, temperature, uniforms_R2),
       softcap=self.config.logit_softcap,
+      with_mean=with_mean,
     )
     factor = jnp.asarray(self.config.embed_dim**0.5, h_RD.dtype)
     return found.replace(mean_RD=found.mean_RD.astype(h_RD.dtype) * factor)

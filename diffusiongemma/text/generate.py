@@ -81,7 +81,10 @@ def make_denoise_fn(
     if logit_hook is None and not parallel.is_active():
       B, L, D = h_BLD.shape
       h_RD, uniforms_R2 = h_BLD.reshape(-1, D), uniforms_BL2.reshape(-1, 2)
-      found = apply(h_RD, temperature, uniforms_R2, method='summarize')
+      is_seen = step > 1  # The mean: step 1 is the last.
+      found = apply(
+        *(h_RD, temperature, uniforms_R2, is_seen), method='summarize'
+      )
       return sampler.Prediction(
         sample_BL=found.sample_R.reshape(B, L),
         argmax_BL=found.argmax_R.reshape(B, L),

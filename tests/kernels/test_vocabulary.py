@@ -80,6 +80,18 @@ def test_a_quantised_table_is_what_it_stands_for():
   compare(found, plain(h_RD, few_VD.astype(jnp.float32), *rest, 30.0))
 
 
+def test_all_but_the_mean_is_there_without_it():
+  summarize = jax.jit(functools.partial(vocabulary.summarize, chunk=32))
+  whole = summarize(*given(97))
+  with_it = summarize(*given(97), with_mean=jnp.bool_(True))
+  without = summarize(*given(97), with_mean=jnp.bool_(False))
+  for name, value in vars(whole).items():
+    np.testing.assert_array_equal(getattr(with_it, name), value)
+    if name != 'mean_RD':
+      np.testing.assert_array_equal(getattr(without, name), value)
+  np.testing.assert_array_equal(without.mean_RD, 0.0)
+
+
 def test_no_array_has_all_logits():
   """Nothing in the traced program has R * V elements."""
   V = 4096

@@ -50,6 +50,18 @@ def test_watching_changes_nothing(config, params):
   assert sum(canvases, []) == quiet.tokens
 
 
+def test_no_self_conditioning_after_the_last_step(config, params):
+  """Nobody would see it, and it is half of what the vocabulary costs."""
+  norms = []
+  run(
+    config,
+    params,
+    C,
+    on_step=lambda step, state: norms.append(float(jnp.sum(state.sc_BLD**2))),
+  )
+  assert norms[0] == norms[-1] == 0 and min(norms[1:-1]) > 0
+
+
 def test_limit_cuts_inside_a_canvas(config, params):
   whole, cut = run(config, params, 2 * C), run(config, params, C + 2)
   assert cut.tokens == whole.tokens[: C + 2]
