@@ -252,12 +252,16 @@ def test_kernels_find_room_in_shared_memory(gpu_mesh):
   matrices_DF = [matrix((2816, 2112), 'int8', -2)] * 2
   text = compile_for(gpu_mesh, layers.gated, array(T, 2816), *matrices_DF)
   assert 'quantized_gate' in text
+
+  def attend(q_BLNH, parts, mask_BLS, filled_B):
+    return attention.attend(q_BLNH, parts, mask_BLS, filled_B=filled_B)
+
   for dtype, kernels in (('bfloat16', 1), ('float32', 0)):
     q_BLNH = array(1, 256, 16, 512, dtype=dtype)
     k_BSKH = array(1, 8192, 2, 512, dtype=dtype)
     text = compile_for(
-      *(gpu_mesh, attention.attend, q_BLNH),
-      *([(k_BSKH, k_BSKH)], array(1, 256, 8192, dtype='bool')),
+      *(gpu_mesh, attend, q_BLNH, [(k_BSKH, k_BSKH)]),
+      *(array(1, 256, 8192, dtype='bool'), array(1, dtype='int32')),
     )
     assert text.count('name = "attention"') == kernels
 

@@ -4,7 +4,7 @@ attend: a program has some queries of the heads that share a key, walks over
 blocks of keys, of one part after the other, and rescales what it has summed as
 the maximum grows, so that scores exist in registers alone. Where there are too
 few queries to keep a GPU busy, programs share the keys of a query, and what
-they found is put together.
+they found is put together. Slots of a cache that hold nothing yet are no keys.
 
 project: a program has some rows of one head of q, k or v, which it multiplies
 out of few bits, norms and rotates before it writes them. norm_and_rotate: the
@@ -17,6 +17,7 @@ Sizes of blocks, warps and stages are the fastest that were measured on an H200
 from collections.abc import Container
 from collections.abc import Sequence
 import functools
+import itertools
 import math
 from typing import Any
 from typing import NamedTuple
@@ -88,12 +89,17 @@ def attend(
   q_BLNH: jax.Array,
   parts: Sequence[tuple[jax.Array, jax.Array]],
   mask_BLS: jax.Array,
+  filled_B: jax.Array | None = None,
   interpret: bool = False,
 ) -> jax.Array:
   """See `attention.attend`; with `interpret` on any device, slowly."""
   B, L, N, H = q_BLNH.shape
   K = parts[0][0].shape[2]
-  parts = [part for part in parts if part[0].shape[1]]
+  filled = [filled_B] + [None] * (len(parts) - 1)
+  is_part = [k_BSKH.shape[1] > 0 for k_BSKH, _ in parts]
+  parts, filled = (
+    list(itertools.compress(given, is_part)) for given in (parts, filled)
+  )
   queries, most = _queries(L, H, N // K), _blocks(H).keys
   keys = [min(most, powers.largest_power_of_two(k.shape[1])) for k, _ in parts]
   programs = L // queries * K * B
@@ -116,7 +122,7 @@ def attend(
     compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=num_stages),
     interpret=interpret,
     name='attention',
-  )(q_BLNH, parts, mask_BLS.astype(jnp.int8))
+  )(q_BLNH, parts, mask_BLS.astype(jnp.int8), filled)
   if splits == 1:
     return out_SBLNH[0]
   heads = math.gcd(N, _PUT_TOGETHER)
@@ -150,6 +156,7 @@ def _attend(
   q_ref,
   parts_ref,
   mask_ref,
+  filled_ref,
   out_ref,
   top_ref,
   total_ref,
@@ -172,9 +179,12 @@ def _attend(
     jnp.zeros((rows,), jnp.float32),
     jnp.zeros((rows, H), jnp.float32),
   )
-  counts = [
-    pl.cdiv(k.shape[1], n) for (k, _), n in zip(parts_ref, keys, strict=True)
-  ]
+  counts = []
+  for (k_ref, _), filled, size in zip(parts_ref, filled_ref, keys, strict=True):
+    S = k_ref.shape[1]
+    if filled is not None:
+      S = jnp.minimum(S, filled[row])
+    counts.append(pl.cdiv(S, size))
   # Blocks of all parts are numbered; these are this program's.
   mine = [(split + i) * sum(counts) // splits for i in (0, 1)]
   start = before = 0
@@ -212,7 +222,9 @@ def _attend(
     state = jax.lax.fori_loop(begin, end, step, state)
     start, before = start + S, before + count
   top, total, out = state
-  out = (out / total[:, None]).astype(out_ref.dtype)
+  # A program may have had no block.
+  mean = out / jnp.where(total > 0, total, 1.0)[:, None]
+  out = mean.astype(out_ref.dtype)
   out_ref[split, *where, :] = out.reshape(queries, group, H)
   top_ref[split, *where] = top.reshape(queries, group)
   total_ref[split, *where] = total.reshape(queries, group)

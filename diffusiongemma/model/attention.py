@@ -39,6 +39,7 @@ def attend(
   mask_BLS: jax.Array,
   max_scores: int = MAX_SCORES,
   window: int | None = None,
+  filled_B: jax.Array | None = None,
 ) -> jax.Array:
   """Softmax attention [B, L, N, H] with N = K * G query heads.
 
@@ -56,6 +57,8 @@ def attend(
     window: if all keys are those of the queries' own positions, and query i
       sees none but i - window < j <= i: then most others are not multiplied.
       The L of the mask is that of the queries.
+    filled_B: int32, how many keys of the first part, from its first on, are
+      there at all; what comes after them is not seen. None is all.
   """
   L = q_BLNH.shape[1]
   if window is not None and parallel.parts('length') == 1:
@@ -63,13 +66,18 @@ def attend(
       return _attend_in_bands(q_BLNH, parts, mask_BLS, max_scores, window)
     if L >= _CAUSAL_BLOCKS * _BLOCK_UNIT:
       return _attend_causally(q_BLNH, parts, mask_BLS, max_scores, window)
-  given = (q_BLNH, list(map(tuple, parts)), mask_BLS)
-  plain = functools.partial(_attend_in_blocks, max_scores=max_scores)
+  given = (q_BLNH, list(map(tuple, parts)), mask_BLS, filled_B)
+
+  def plain(q_BLNH, parts, mask_BLS, _):
+    return _attend_in_blocks(q_BLNH, parts, mask_BLS, max_scores)
+
+  def in_chunks(q_BLNH, parts, mask_BLS, _):
+    return _attend_in_chunks(q_BLNH, parts, mask_BLS, _CHUNK)
+
   if parallel.is_active():
     return plain(*given)
   is_long = any(k_BSKH.shape[1] > _CHUNK for k_BSKH, _ in parts)
   has_room = math.prod(q_BLNH.shape[:3]) * _CHUNK <= max_scores
-  in_chunks = functools.partial(_attend_in_chunks, chunk=_CHUNK)
   return dispatch.run(
     *(plain, *given),
     cpu=in_chunks if is_long and has_room else None,

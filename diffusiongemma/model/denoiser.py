@@ -89,7 +89,9 @@ class Layer(nn.Module):
     q, k, v = self.attention.project(self.norm_in(x_BLD), positions_BL)
     old_k, old_v = cached[0].astype(k.dtype), cached[1].astype(v.dtype)
     parts = ((old_k, old_v), (k, v))
-    out_BLNH = attention.attend(q, parts, mask.seen_BLS, window=mask.window)
+    out_BLNH = attention.attend(
+      *(q, parts, mask.seen_BLS), window=mask.window, filled_B=mask.filled_B
+    )
     return out_BLNH, (k, v)
 
   def finish(self, x_BLD, attended_BLNH, scalar):

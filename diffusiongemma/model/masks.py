@@ -50,9 +50,12 @@ class Mask:
       all.
     window: where it is known that query i sees none but keys i - window < j <=
       i, the window, L for all before it; else None.
+    filled_B: int32, how many slots of the cache, from its first on, hold
+      something; None where there is no cache.
   """
 
   seen_BLS: jax.Array
+  filled_B: jax.Array | None = None
   window: int | None = flax.struct.field(pytree_node=False, default=None)
 
 
@@ -89,7 +92,11 @@ def prefill_mask(
   if first_BP is not None:
     mask_BPS &= key_B1S >= first_BP[:, :, None]
   is_afresh = cached_BS.shape[1] == 0 and image_BP is None
-  return Mask(mask_BPS, (window or num_queries) if is_afresh else None)
+  return Mask(
+    mask_BPS,
+    _filled(cached_BS),
+    (window or num_queries) if is_afresh else None,
+  )
 
 
 def denoise_mask(
@@ -125,8 +132,17 @@ def denoise_mask(
     prefix_BKS &= key_B1S >= first_BK[:, :, None]
   if K == 1:
     own_B1L = jnp.ones((B, 1, C), bool)
-    return Mask(jnp.concatenate([prefix_BKS, own_B1L], axis=-1))
+    seen_B1S = jnp.concatenate([prefix_BKS, own_B1L], axis=-1)
+    return Mask(seen_B1S, _filled(cached_BS))
   canvas_L = jnp.arange(K * C) // C
   own_BLL = jnp.tile(canvas_L[:, None] == canvas_L, (B, 1, 1))
   prefix_BLS = jnp.repeat(prefix_BKS, C, axis=1)
-  return Mask(jnp.concatenate([prefix_BLS, own_BLL], axis=-1))
+  seen_BLS = jnp.concatenate([prefix_BLS, own_BLL], axis=-1)
+  return Mask(seen_BLS, _filled(cached_BS))
+
+
+def _filled(cached_BS: jax.Array) -> jax.Array | None:
+  """A cache fills its slots from the first on."""
+  if not cached_BS.shape[1]:
+    return None
+  return jnp.sum(cached_BS >= 0, axis=1, dtype=jnp.int32)

@@ -45,6 +45,38 @@ def test_the_same_as_all_scores_at_once(
   np.testing.assert_allclose(found, expected, rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize('filled', [(0, 70), (33, 100), (1, 200)])
+@pytest.mark.parametrize('programs', [1, 256])
+def test_empty_slots_of_a_cache_are_not_looked_at(
+  filled, programs, monkeypatch
+):
+  """What blocks of nothing else hold would be found in a sum: a weight of zero
+  times NaN. Of programs that share a query's keys, some then have none."""
+  monkeypatch.setattr(gpu, '_PROGRAMS', programs)
+  S, C, N = 100, 32, 2 * K
+  keys = jax.random.split(jax.random.key(0), 5)
+  q_BLNH = jax.random.normal(keys[0], (B, C, N, H))
+  cached, own = (
+    tuple(jax.random.normal(key, (B, length, K, H)) for key in pair)
+    for pair, length in ((keys[1:3], S), (keys[3:], C))
+  )
+  filled_B = jnp.array(filled)
+  is_filled_BS = jnp.arange(S) < filled_B[:, None]
+  mask_B1S = jnp.concatenate([is_filled_BS, jnp.ones((B, C), bool)], axis=1)
+  mask_B1S = mask_B1S[:, None]
+  expected = attention.attend(q_BLNH, [cached, own], mask_B1S)
+  # The last block of keys may overlap the one before.
+  block_B1 = -(-filled_B[:, None] // 32) * 32
+  is_looked_at_BS = (jnp.arange(S) < block_B1) | (block_B1 > S - 32)
+  k_BSKH, v_BSKH = cached
+  v_BSKH = jnp.where(is_looked_at_BS[:, :, None, None], v_BSKH, jnp.nan)
+  found = gpu.attend(
+    *(q_BLNH, [(k_BSKH, v_BSKH), own], mask_B1S, filled_B), interpret=True
+  )
+  np.testing.assert_allclose(found, expected, rtol=0, atol=5e-6)
+  assert not jnp.all(is_looked_at_BS)
+
+
 def test_where_there_is_a_kernel_there_are_gradients():
   keys = jax.random.split(jax.random.key(0), 3)
   q_BLNH, k_BSKH, v_BSKH = (

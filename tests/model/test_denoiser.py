@@ -63,6 +63,34 @@ def test_unequal_prompts_equal_the_same_prompts_alone(
     np.testing.assert_allclose(together[row], h, atol=1e-5)
 
 
+def test_attention_is_told_what_the_cache_holds(
+  model_config, params, tokens_BP, canvas_BL, monkeypatch
+):
+  """Kernels look at no slots beyond: at the tokens of each row, in a local
+  layer at most at its window."""
+  told, attend = [], denoiser.attention.attend
+
+  def listen(*given, filled_B, **rest):
+    told.append(filled_B)
+    return attend(*given, **rest)
+
+  monkeypatch.setattr(denoiser.attention, 'attend', listen)
+  apply = functools.partial(
+    denoiser.Denoiser(model_config).apply, {'params': params}
+  )
+  cache = kv_cache.init_cache(model_config, 2, 2 * P)
+  given = (tokens_BP, jnp.array([3, P]), cache)
+  _, cache, _ = apply(*given, method='prefill')
+  assert not any(np.any(filled_B) for filled_B in told)
+  told.clear()
+  apply(canvas_BL, None, cache, method='denoise')
+  most = {'local': model_config.sliding_window, 'global': 2 * P}
+  kinds = model_config.attention_pattern
+  assert {P, most['local']} == {max(map(int, filled_B)) for filled_B in told}
+  for kind, filled_B in zip(kinds, told, strict=True):
+    np.testing.assert_array_equal(filled_B, np.minimum([3, P], most[kind]))
+
+
 def test_content_of_padding_is_irrelevant(run, tokens_BP, canvas_BL, sc_BLD):
   results = []
   for filler in (0, 77):

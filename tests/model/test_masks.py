@@ -30,6 +30,19 @@ def test_prefill_mask(window):
         assert mask_BPS[b, i, s] == (seen or same_image)
 
 
+@pytest.mark.parametrize('window', [None, 2])
+def test_how_many_slots_hold_something(window):
+  start_B, cached_BS = jnp.asarray(START_B), jnp.asarray(CACHED_BS)
+  for mask in (
+    masks.prefill_mask(start_B, cached_BS, 5, window),
+    masks.denoise_mask(start_B[:, None], cached_BS, 2, window),
+    masks.denoise_mask(start_B[:, None] + jnp.arange(2), cached_BS, 2, window),
+  ):
+    np.testing.assert_array_equal(mask.filled_B, [0, 3, 4])
+  none_BS = jnp.zeros((3, 0), jnp.int32)
+  assert masks.prefill_mask(start_B, none_BS, 5, window).filled_B is None
+
+
 @pytest.mark.parametrize('window', [None, 3])
 def test_masks_of_packed_documents(window):
   """Nothing before the document is seen; the rest is as it was."""
