@@ -143,8 +143,8 @@ class Transformers:
     logits_MV = self.model.lm_head(h_BSD[:, :-1][mask_BS])
     logits_MV = torch.tanh(logits_MV / cap) * cap
     loss_ar = cross_entropy(logits_MV, tokens_BS[:, 1:][mask_BS])
-    cache = encoder(input_ids=tokens_BS[:, :start]).past_key_values
-    given = {'decoder_input_ids': canvas_BC, 'past_key_values': cache}
+    cache = encoder(input_ids=tokens_BS[:, :start]).cache
+    given = {'decoder_input_ids': canvas_BC, 'cache': cache}
     with torch.no_grad():
       first_BCV = self.model(**given).logits
     logits_BCV = self.model(

@@ -230,17 +230,17 @@ class Pair:
           config=self.theirs.config.text_config,
           inputs_embeds=torch.zeros(*tokens.shape, 1),
           attention_mask=None,
-          past_key_values=None,
+          cache=None,
           position_ids=None,
           mm_token_type_ids=is_image,
         )
       }
     encoded = encoder(**inputs)
-    cache = encoded.past_key_values
+    cache = encoded.cache
     logits = [
       self.theirs(
         decoder_input_ids=torch.tensor(self.canvas_BL, dtype=torch.long),
-        past_key_values=cache,
+        cache=cache,
         self_conditioning_logits=previous,
       ).logits
       for previous in (None, torch.tensor(self.previous_BLV))
@@ -502,9 +502,9 @@ def their_gradients(pair: Pair) -> tuple[float, dict]:
   logits = capped_logits(pair, h)[:, :-1].reshape(-1, V)
   ar = cross_entropy(logits, tokens[:, 1:].flatten())
   mask = torch.tensor(batch['target_mask_BS'][:, 1:]).flatten()
-  prefix = encoder(input_ids=tokens[:, :begin]).past_key_values
+  prefix = encoder(input_ids=tokens[:, :begin]).cache
   with torch.no_grad():
-    first = theirs(decoder_input_ids=canvas, past_key_values=prefix).logits
+    first = theirs(decoder_input_ids=canvas, cache=prefix).logits
   # The whole first pass is constant, its product with the embedding too.
   conditioning = theirs.model.decoder.self_conditioning
   detach = conditioning.register_forward_pre_hook(
@@ -512,7 +512,7 @@ def their_gradients(pair: Pair) -> tuple[float, dict]:
   )
   second = theirs(
     decoder_input_ids=canvas,
-    past_key_values=prefix,
+    cache=prefix,
     self_conditioning_logits=first,
     self_conditioning_mask=torch.tensor([True, False]),
   ).logits
@@ -575,7 +575,7 @@ def compare_bfloat16(pair: Pair) -> dict[str, float]:
     read = pair.theirs.model.encoder(input_ids=tokens)
     denoised = pair.theirs(
       decoder_input_ids=torch.tensor(canvas_BL, dtype=torch.long),
-      past_key_values=read.past_key_values,
+      cache=read.cache,
     ).logits
     logits = capped_logits(pair, read.last_hidden_state)
     return torch.cat([logits, denoised], dim=1).float().numpy()

@@ -184,7 +184,7 @@ def test_transformers_loads_what_is_exported(hf_dir, workdir, tmp_path):
       read = model.model.encoder(input_ids=torch.tensor(tokens))
       theirs = model(
         decoder_input_ids=torch.tensor(tokens),
-        past_key_values=read.past_key_values,
+        cache=read.cache,
       ).logits
     cache = diffusiongemma.init_cache(MODEL, 1, 6)
     cache = diffusiongemma.prefill(
