@@ -8,11 +8,13 @@ an error is |few bits - float32| / |float32| in the Euclidean norm.
 """
 
 import argparse
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusiongemma import checkpoints
 from diffusiongemma import config as configs
 from diffusiongemma import conversion
 from diffusiongemma.diffusion import noise
@@ -21,6 +23,7 @@ from diffusiongemma.model import denoiser
 from diffusiongemma.model import quantize
 from diffusiongemma.training import corpus as corpora
 from diffusiongemma.training import evaluate
+from diffusiongemma.training import workdir as workdirs
 from experiments import machine
 
 Q = configs.QuantizationConfig
@@ -33,6 +36,12 @@ KINDS = {
   'int4, groups of 32': Q('int4', 'int4', group_size=32),
 }
 WINDOWS, ROWS, T = 128, 64, 0.5
+EXPECTED_ERRORS = (
+  checkpoints.CheckpointError,
+  configs.ConfigError,
+  corpora.DataError,
+  workdirs.WorkdirError,
+)
 
 
 def error(few: jax.Array, exact: jax.Array) -> float:
@@ -78,9 +87,12 @@ def main() -> None:
   parser.add_argument('--workdir', required=True)
   parser.add_argument('--out', required=True)
   given = parser.parse_args()
-  run = conversion.load(given.workdir)
-  config, C = run.config, run.config.diffusion.canvas_length
-  corpus = corpora.load_corpus(config.data, run.tokenizer, C)
+  try:
+    run = conversion.load(given.workdir)
+    config, C = run.config, run.config.diffusion.canvas_length
+    corpus = corpora.load_corpus(config.data, run.tokenizer, C)
+  except EXPECTED_ERRORS as problem:
+    sys.exit(str(problem))
   windows = evaluate.heldout_windows(config, corpus)
   count = len(windows.length_M)
   windows = windows.take(np.linspace(0, count - 1, WINDOWS).astype(int))

@@ -4,9 +4,19 @@ import jax
 import jax.numpy as jnp
 import micro_config
 import numpy as np
+import pytest
 
 from diffusiongemma.model import denoiser
 from experiments.quantization import measure
+
+
+def test_a_folder_without_a_run_is_one_message(tmp_path, monkeypatch):
+  out = tmp_path / 'out.json'
+  flags = [f'--workdir={tmp_path}', f'--out={out}']
+  monkeypatch.setattr('sys.argv', ['measure', *flags])
+  with pytest.raises(SystemExit, match='holds no run'):
+    measure.main()
+  assert not out.exists()
 
 
 def test_hidden_states_are_those_after_each_layer():
