@@ -4,7 +4,8 @@
   tokens/s = B * C / (16 steps + commit),  prefill apart
 
 What is measured is what `generate` runs: the loop over a canvas on the device,
-with a number of steps that does not depend on what is written. Times are
+with a number of steps that does not depend on what is written. A step is the
+mean of them; on a CPU the last has less to do (`vocabulary`). Times are
 medians of several; the two programs take turns, since a machine that is shared
 has fast and slow minutes.
 """

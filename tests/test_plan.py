@@ -159,6 +159,16 @@ def test_ways_for_single_devices_are_not_counted():
   assert plan.count_flops(jax.make_jaxpr(run)(x_MD)) == 2 * 8 * 16 * 4
 
 
+def test_of_a_condition_the_longest_branch_is_counted():
+  x_MM = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+
+  def run(x_MM):
+    more, once = lambda x_MM: x_MM @ x_MM @ x_MM, lambda x_MM: x_MM @ x_MM
+    return jax.lax.cond(x_MM[0, 0] > 0, more, once, x_MM)
+
+  assert plan.count_flops(jax.make_jaxpr(run)(x_MM)) == 2 * 2 * 8**3
+
+
 def test_gradients_of_what_is_frozen_are_not_counted():
   x_MD, w_DF = jnp.ones((8, 16)), jnp.ones((16, 32))
 

@@ -4,7 +4,7 @@
     = layer_07/attention/q_proj  [D, N, H]          transposed, then split
 
 Every tensor of a folder is one leaf of the parameters and the other way
-round; types and bits are never changed. Names as in `transformers` 5.23.
+round; types and bits are never changed. Names as in `transformers` 5.24.
 """
 
 from collections.abc import Iterator

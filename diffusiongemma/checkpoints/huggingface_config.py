@@ -1,7 +1,7 @@
 """Hugging Face's config.json and generation_config.json, both ways.
 
 One table per object: (our field, their key, the default in `transformers`
-5.23). Keys that do not change the numbers are left alone; options that this
+5.24). Keys that do not change the numbers are left alone; options that this
 network does not have are refused, so that what loads is what was meant.
 """
 

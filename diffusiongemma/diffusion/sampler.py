@@ -40,7 +40,8 @@ class Prediction:
     entropy_BL: float32, its entropy in nats.
     confidence_BL: float32, the probability of `argmax_BL`; for a strategy, -1
       where a token is pinned.
-    sc_BLD: its mean embedding, the next step's self-conditioning.
+    sc_BLD: its mean embedding, the next step's self-conditioning; after step
+      1, the last, anything.
     logits_BLV: the logits before temperature, where they exist at all.
   """
 

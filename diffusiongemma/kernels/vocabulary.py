@@ -67,8 +67,8 @@ def summarize(
     softcap: c of c tanh(x / c); 0 is none.
     chunk: rows of E that are looked at at a time, a multiple of `BIN`; None is
       as many as keep the logits at 2 MB.
-    with_mean: bool, a scalar: whether anybody will look at the mean, which is
-      half of the work; a CPU leaves it zero where nobody does. None is True.
+    with_mean: bool, a scalar: whether the mean is asked for, else it is zero.
+      It is half of the work, which a CPU then leaves out. None is True.
   """
   R, V = len(h_RD), table_VD.shape[0]
   given = (h_RD, table_VD, temperature, with_mean)
@@ -110,12 +110,15 @@ def summarize(
   sample_R = jax.lax.map(
     draw, (h_RD, first_R, max_R, uniforms_R2[:, 1]), batch_size=_DRAWN_TOGETHER
   )
+  mean_RD = mean_RD / sum_R[:, None]
+  if with_mean is not None:
+    mean_RD = jnp.where(with_mean, mean_RD, 0.0)
   return Summary(
     sample_R=sample_R,
     argmax_R=argmax_R,
     entropy_R=jnp.log(sum_R) + max_R - weighted_R / sum_R,
     confidence_R=1.0 / sum_R,
-    mean_RD=mean_RD / sum_R[:, None],
+    mean_RD=mean_RD,
   )
 
 

@@ -58,7 +58,8 @@ def attend(
       sees none but i - window < j <= i: then most others are not multiplied.
       The L of the mask is that of the queries.
     filled_B: int32, how many keys of the first part, from its first on, are
-      there at all; what comes after them is not seen. None is all.
+      there at all: the mask shows none after them, and a kernel need not look
+      there. None is all.
   """
   L = q_BLNH.shape[1]
   if window is not None and parallel.parts('length') == 1:

@@ -72,16 +72,18 @@ def make_denoise_fn(
 
   `logit_hook` (logits_BLV, step) -> logits_BLV changes the logits before the
   temperature: -inf bans a token, all others at -inf force it.
+
+  After step 1, the last, nobody sees the self-conditioning: it is zero.
   """
   model = denoiser.Denoiser(config, lower_once=True)
   apply = functools.partial(model.apply, {'params': params})
 
   def denoise(tokens_BL, sc_BLD, temperature, uniforms_BL2, step):
     h_BLD = apply(tokens_BL, sc_BLD, cache, method='denoise')
+    is_seen = step > 1  # The self-conditioning: step 1 is the last.
     if logit_hook is None and not parallel.is_active():
       B, L, D = h_BLD.shape
       h_RD, uniforms_R2 = h_BLD.reshape(-1, D), uniforms_BL2.reshape(-1, 2)
-      is_seen = step > 1  # The mean: step 1 is the last.
       found = apply(
         *(h_RD, temperature, uniforms_R2, is_seen), method='summarize'
       )
@@ -96,7 +98,11 @@ def make_denoise_fn(
     logits_BLV = apply(h_BLD, method='logits')
     if logit_hook is not None:
       logits_BLV = logit_hook(logits_BLV, step)
-    soft_embedding = functools.partial(apply, method='soft_embedding')
+
+    def soft_embedding(p_BLV):
+      sc_BLD = apply(p_BLV, method='soft_embedding')
+      return jnp.where(is_seen, sc_BLD, 0)
+
     return sampler.predict(
       logits_BLV, temperature, uniforms_BL2, soft_embedding
     )

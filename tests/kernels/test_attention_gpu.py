@@ -77,6 +77,27 @@ def test_empty_slots_of_a_cache_are_not_looked_at(
   assert not jnp.all(is_looked_at_BS)
 
 
+def test_the_kernel_is_told_how_many_keys_are_there(monkeypatch):
+  told = []
+
+  def listen(q_BLNH, parts, mask_BLS, filled_B):
+    told.append(filled_B.shape)
+    return q_BLNH
+
+  monkeypatch.setattr(gpu, 'attend', listen)
+  x_BSKH = jnp.ones((B, 32, K, H))
+  jax.eval_shape(
+    lambda filled_B: attention.attend(
+      x_BSKH,
+      [(x_BSKH, x_BSKH)],
+      jnp.ones((B, 1, 32), bool),
+      filled_B=filled_B,
+    ),
+    jnp.array([3, 7]),
+  )
+  assert told == [(B,)]
+
+
 def test_where_there_is_a_kernel_there_are_gradients():
   keys = jax.random.split(jax.random.key(0), 3)
   q_BLNH, k_BSKH, v_BSKH = (

@@ -90,6 +90,14 @@ def test_all_but_the_mean_is_there_without_it():
     if name != 'mean_RD':
       np.testing.assert_array_equal(getattr(without, name), value)
   np.testing.assert_array_equal(without.mean_RD, 0.0)
+  h_RD, *rest = given(97)
+  gradient = jax.grad(
+    lambda h_RD, with_mean: jnp.sum(
+      vocabulary.summarize(h_RD, *rest, with_mean=with_mean).mean_RD
+    )
+  )
+  assert jnp.any(gradient(h_RD, jnp.bool_(True)))
+  np.testing.assert_array_equal(gradient(h_RD, jnp.bool_(False)), 0.0)
 
 
 def test_no_array_has_all_logits():

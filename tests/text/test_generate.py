@@ -50,13 +50,15 @@ def test_watching_changes_nothing(config, params):
   assert sum(canvases, []) == quiet.tokens
 
 
-def test_no_self_conditioning_after_the_last_step(config, params):
+@pytest.mark.parametrize('hook', [None, lambda logits_BLV, step: logits_BLV])
+def test_no_self_conditioning_after_the_last_step(config, params, hook):
   """Nobody would see it, and it is half of what the vocabulary costs."""
   norms = []
   run(
     config,
     params,
     C,
+    logit_hook=hook,
     on_step=lambda step, state: norms.append(float(jnp.sum(state.sc_BLD**2))),
   )
   assert norms[0] == norms[-1] == 0 and min(norms[1:-1]) > 0
