@@ -131,18 +131,17 @@ def denoise_mask(
   if first_BK is not None:
     prefix_BKS &= key_B1S >= first_BK[:, :, None]
   if K == 1:
-    own_B1L = jnp.ones((B, 1, C), bool)
-    seen_B1S = jnp.concatenate([prefix_BKS, own_B1L], axis=-1)
-    return Mask(seen_B1S, _filled(cached_BS))
-  canvas_L = jnp.arange(K * C) // C
-  own_BLL = jnp.tile(canvas_L[:, None] == canvas_L, (B, 1, 1))
-  prefix_BLS = jnp.repeat(prefix_BKS, C, axis=1)
+    prefix_BLS, own_BLL = prefix_BKS, jnp.ones((B, 1, C), bool)
+  else:
+    canvas_L = jnp.arange(K * C) // C
+    own_BLL = jnp.tile(canvas_L[:, None] == canvas_L, (B, 1, 1))
+    prefix_BLS = jnp.repeat(prefix_BKS, C, axis=1)
   seen_BLS = jnp.concatenate([prefix_BLS, own_BLL], axis=-1)
   return Mask(seen_BLS, _filled(cached_BS))
 
 
 def _filled(cached_BS: jax.Array) -> jax.Array | None:
-  """A cache fills its slots from the first on."""
+  """`Mask.filled_B`: a cache fills its slots from the first on."""
   if not cached_BS.shape[1]:
     return None
   return jnp.sum(cached_BS >= 0, axis=1, dtype=jnp.int32)
