@@ -1,29 +1,41 @@
-"""Where chat templates run: Jinja's sandbox, with bounds on what is made there.
+"""Where chat templates run: Jinja's sandbox, with bounds on what is made there
+and on the time that it takes.
 
 What is huge can't be taken back once it is there, so each of the common ways to
 make it is looked at before: widths and counts, strings that are joined or put
-into one another.
+into one another. The time is looked at in each turn of a loop and at each call.
 """
 
+from collections.abc import Iterable
 from collections.abc import Iterator
 import datetime
 import functools
 import json
 import re
+import time
 from typing import Any
 
 import jinja2
 import jinja2.compiler
 import jinja2.nodes
+import jinja2.runtime
 import jinja2.sandbox
 
 MAX_CHARACTERS = 16_000_000  # Of a string, or elements of a list.
 MAX_COUNT = 1_000_000  # A width, or how many.
+MAX_SECONDS = 30.0  # Of one conversation.
 
 
 class _Compiler(jinja2.compiler.CodeGenerator):
-  """Computes nothing before the template runs, and joins what stands around
-  `~` as it joins the pieces of a block."""
+  """Computes nothing before the template runs, joins what stands around `~` as
+  it joins the pieces of a block, and has loops go through `_in_time`."""
+
+  def visit_Template(self, node, frame=None):
+    for loop in list(node.find_all(jinja2.nodes.For)):
+      timed = (loop.iter, _in_time.__name__, [], [], None, None)
+      loop.iter = jinja2.nodes.Filter(*timed, lineno=loop.lineno)
+    node.set_environment(self.environment)
+    super().visit_Template(node, frame)
 
   def visit_Concat(self, node, frame):
     self.write('environment.concat([str(part) for part in (')
@@ -38,17 +50,41 @@ class _Compiler(jinja2.compiler.CodeGenerator):
     return super()._output_child_to_const(node, frame, finalize)
 
 
+class _Context(jinja2.runtime.Context):
+  """Of one conversation."""
+
+  def __init__(self, *args, **kwargs):
+    super().__init__(*args, **kwargs)
+    self.deadline = time.monotonic() + MAX_SECONDS
+
+  def check_time(self) -> None:
+    if time.monotonic() > self.deadline:
+      raise jinja2.sandbox.SecurityError(
+        f'The chat template takes more than {MAX_SECONDS:g} seconds.'
+      )
+
+
+@jinja2.pass_context
+def _in_time(context: _Context, elements: Iterable) -> Iterator:
+  """What a loop goes through."""
+  for element in elements:
+    context.check_time()
+    yield element
+
+
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-  """No attribute of Python's own, no change of what it is given, and none of
-  the common ways to make something huge out of small things; of others, and of
-  time, it knows no bound."""
+  """No attribute of Python's own, no change of what it is given, none of the
+  common ways to make something huge out of small things, and none to go on for
+  ever."""
 
   intercepted_binops = frozenset(['+', '*', '**', '%'])
   code_generator_class = _Compiler
+  context_class = _Context
 
   def __init__(self, **options):
     super().__init__(optimized=False, **options)
     self.filters = {k: _bounded(k, f) for k, f in self.filters.items()}
+    self.filters[_in_time.__name__] = _in_time
     del self.globals['lipsum']
 
   @staticmethod
@@ -72,6 +108,9 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     return super().call_binop(context, operator, left, right)
 
   def call(self, context, function, *args, **kwargs):
+    context.check_time()
+    if isinstance(function, jinja2.runtime.LoopContext):  # It goes on inside.
+      args = [_in_time(context, elements) for elements in args]
     method = getattr(function, '__wrapped__', function)
     owner = getattr(method, '__self__', None)
     if isinstance(owner, (str, bytes, int)):

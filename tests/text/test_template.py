@@ -5,6 +5,7 @@ import pathlib
 
 import pytest
 
+from diffusiongemma.text import sandbox
 from diffusiongemma.text import template as templates
 
 RENDERINGS = json.loads(
@@ -172,6 +173,27 @@ def test_templates_that_are_refused(source, message):
     templates.render(source, messages=[])
 
 
+@pytest.mark.parametrize(
+  'source',
+  [
+    '{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}'
+    '{% endfor %}',
+    '{% for i in range(99999) if i < 0 %}{% endfor %}' * 999,
+    '{% for i in [none] recursive %}'
+    '{% if i is none %}{{ loop(range(99999)) }}'
+    '{% else %}{{ m | replace("a", "b") | length }}{% endif %}{% endfor %}',
+    '{% for i in range(99999) %}{{ m | replace("a", "b") | length }}'
+    '{% endfor %}',
+    '{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}'
+    '{% endmacro %}{{ f(99) }}',
+  ],
+)
+def test_templates_that_go_on_for_ever(monkeypatch, source):
+  monkeypatch.setattr(sandbox, 'MAX_SECONDS', 0.2)
+  with pytest.raises(templates.TemplateError, match='more than 0.2 seconds'):
+    templates.render(source, m='a' * 99999)
+
+
 def test_large_numbers_and_long_messages_are_no_danger(chat_tokenizer):
   """Of a call whose time is a number of seconds, and of what people paste."""
   call = {'name': 'wait', 'arguments': {'until': 1700000000}}
@@ -194,12 +216,19 @@ def test_what_templates_of_others_may_use():
     '  {% if loop.first %}{% continue %}{% endif %}\n'
     '{{ m | tojson }} {{ 2 * 3 }} {{ 7 % 4 }}\n'
     '{% endfor %}\n'
+    '{% for i in [0, 1, 2] if i %}'
+    '{{ loop.index }}/{{ loop.length }}{{ ", " if not loop.last }}'
+    '{% else %}nothing{% endfor %}\n'
+    '{% for i in [1, [2, [3]]] recursive %}'
+    '{{ loop(i) if i is iterable else i }}{% endfor %}\n'
     "{{ strftime_now('%Y') | length }}"
     "{{ ['é'] | tojson(ensure_ascii=False) }}{{ [1] | tojson(indent=' ') }}"
     "{{ '{} {}'.format(1700000000, 2) }}{{ '%d' | format(1700000000) }}"
   )
   got = templates.render(source, messages=[{}, {'content': 'é'}])
-  assert got == '{"content": "é"} 6 3\n4["é"][\n 1\n]1700000000 21700000000'
+  assert got == (
+    '{"content": "é"} 6 3\n1/2, 2/21234["é"][\n 1\n]1700000000 21700000000'
+  )
   numbers = '100% {1234567890}'
   source = "{{ m.strip() | trim }}{{ '{} %s'.format(m) }}{{ '%s' | format(m) }}"
   got = templates.render(source, m=numbers)
