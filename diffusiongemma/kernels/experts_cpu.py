@@ -63,18 +63,16 @@ def apply(
   """
   R, T, D = len(groups.slot_R), len(groups.row_T), x_MD.shape[1]
   window, rank_T = groups.window, groups.rank_T
-  x_padded = jnp.concatenate([x_MD, jnp.zeros_like(x_MD[:1])])
 
   def mlp(row, gate_up, down):
-    """Of these routed rows, R where there is none, with their matrices."""
-    x = jnp.take(x_padded, row // k, axis=0, mode='clip')
+    """Of these routed rows with their matrices; anything for R or more."""
+    x = jnp.take(x_MD, row // k, axis=0, mode='clip')
     gate, up = jnp.split(_multiply(x, gate_up), 2, axis=-1)
     return _multiply(activation.geglu(gate, up), down)
 
   if window:
-    slot_Ew, is_own_Ew = grouped.window_slots(groups)
-    row_Ew = jnp.take(groups.row_T, slot_Ew, mode='clip')
-    y_EwD = mlp(jnp.where(is_own_Ew, row_Ew, R), gate_up_EFD, down_EDF)
+    row_Ew = jnp.take(groups.row_T, grouped.window_slots(groups), mode='clip')
+    y_EwD = mlp(row_Ew, gate_up_EFD, down_EDF)
     slot_R = jnp.minimum(groups.slot_R, T - 1)
     expert_R = groups.expert_of_tile[slot_R // groups.tile]
     is_in_R = (groups.slot_R < T) & (rank_T[slot_R] < window)

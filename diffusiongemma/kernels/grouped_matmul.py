@@ -343,17 +343,17 @@ def rows(x_TD: jax.Array, index: jax.Array, groups: Groups) -> jax.Array:
 
 def _windows(x_TD: jax.Array, groups: Groups) -> jax.Array:
   """The rows of each expert's window, [E, w, D]; zero where its tiles end."""
-  slot_Ew, is_own_Ew = window_slots(groups)
+  slot_Ew = window_slots(groups)
   x_EwD = jnp.take(x_TD, slot_Ew, axis=0, mode='clip')
+  is_own_Ew = slot_Ew < groups.end_E[:, None] * groups.tile
   return jnp.where(is_own_Ew[..., None], x_EwD, 0)
 
 
-def window_slots(groups: Groups) -> tuple[jax.Array, jax.Array]:
-  """Where in the buffer the rows of each expert's window are, int32 [E, w], and
-  which are in a tile of its own, bool; the others may be past the end."""
-  begin_E, end_E = groups.begin_E * groups.tile, groups.end_E * groups.tile
-  slot_Ew = begin_E[:, None] + jnp.arange(groups.window)
-  return slot_Ew, slot_Ew < end_E[:, None]
+def window_slots(groups: Groups) -> jax.Array:
+  """Where in the buffer the rows of each expert's window are, int32 [E, w].
+  Those after its own tiles are rows of others, or past the end."""
+  begin_E = groups.begin_E * groups.tile
+  return begin_E[:, None] + jnp.arange(groups.window)
 
 
 def _from_windows(y_EwF: jax.Array, groups: Groups) -> jax.Array:

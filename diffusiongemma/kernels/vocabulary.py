@@ -11,6 +11,7 @@ it, whose logits are then computed once more.
 """
 
 import functools
+import math
 
 import flax
 import jax
@@ -21,7 +22,7 @@ from diffusiongemma.kernels import dispatch
 from diffusiongemma.kernels import quantized
 from diffusiongemma.kernels import vocabulary_gpu as gpu
 
-BIN = 32  # Neighbouring tokens that a draw chooses between at its end.
+BIN = 16  # Neighbouring tokens that a draw chooses between at its end.
 _CHUNK_ELEMENTS = 2**19  # Of logits that exist at a time: 2 MB, for a cache.
 _DRAWN_TOGETHER = 256  # Rows, each of which reads a bin of the table again.
 
@@ -93,7 +94,8 @@ def summarize(
     cpu=None if with_mean is None else on_cpu,
     cuda=on_gpu if suits_gpu else None,
   )
-  (max_R, sum_R, weighted_R, argmax_R, mean_RD), mass_RX = found
+  (max_R, weighted_R, argmax_R, mean_RD), mass_RX = found
+  sum_R = jnp.sum(mass_RX, axis=1)
 
   def draw(row):
     """A token of the bin that was drawn."""
@@ -104,7 +106,7 @@ def summarize(
       'd,bd->b', h_D, rows_BD, preferred_element_type=jnp.float32
     )
     p_B = jnp.exp(_scaled(product_B, softcap, temperature) - largest)
-    return first + invert(jnp.where(token_B < V, p_B, 0.0), uniform)
+    return first + _first_above(jnp.where(token_B < V, p_B, 0.0), uniform)[0]
 
   first_R = invert(mass_RX, uniforms_R2[:, 0]) * BIN
   sample_R = jax.lax.map(
@@ -131,11 +133,9 @@ def _chunks(num_rows: int, chunk: int) -> list[tuple[int, int]]:
 def _walk(h_RD, table_VD, temperature, look_at, chunk, softcap):
   """Over the table: (the last carry of `look_at`, the mass of each bin)."""
   R, D = h_RD.shape
-  zeros_R = jnp.zeros((R,), jnp.float32)
   carry = (
-    jnp.full((R,), -jnp.inf),
-    *(zeros_R, zeros_R, jnp.zeros((R,), jnp.int32)),
-    jnp.zeros((R, D), jnp.float32),
+    *(jnp.full((R,), -jnp.inf), jnp.zeros((R,), jnp.float32)),
+    *(jnp.zeros((R,), jnp.int32), jnp.zeros((R, D), jnp.float32)),
   )
   noted, first = [], 0
   for number, size in _chunks(table_VD.shape[0], chunk):
@@ -175,7 +175,7 @@ def look_at(
 
   Args:
     carry: of what was looked at before, for each row: the maximum, and relative
-      to it the sums of e^x and x e^x, the argmax, the sum of e^x E.
+      to it the sum of x e^x, the argmax, the sum of e^x E.
     h_RD, table_VD, temperature, softcap, with_mean: see `summarize`.
     start: int32.
     size: rows of E.
@@ -183,7 +183,7 @@ def look_at(
   Returns:
     (the carry, (sums of e^x of each bin here, the maximum they refer to)).
   """
-  max_R, sum_R, weighted_R, argmax_R, mean_RD = carry
+  max_R, weighted_R, argmax_R, mean_RD = carry
   rows_cD = quantized.rows(table_VD, start, size).astype(h_RD.dtype)
   product_Rc = jnp.einsum(
     'rd,cd->rc', h_RD, rows_cD, preferred_element_type=jnp.float32
@@ -198,8 +198,7 @@ def look_at(
   new_max_R = jnp.maximum(max_R, here_R)
   shrink_R = jnp.exp(max_R - new_max_R)
   p_Rc = jnp.exp(x_Rc - new_max_R[:, None])
-  bins_RX = jnp.sum(_bins(p_Rc), axis=-1)
-  sum_R = sum_R * shrink_R + jnp.sum(bins_RX, axis=-1)
+  bins_RX = jnp.sum(_blocks(p_Rc, BIN), axis=-1)
   weighted_R = weighted_R * shrink_R + jnp.sum(p_Rc * x_Rc, axis=-1)
 
   def add_to_mean(mean_RD):
@@ -215,7 +214,7 @@ def look_at(
     mean_RD = add_to_mean(mean_RD)
   else:
     mean_RD = jax.lax.cond(with_mean, add_to_mean, lambda x: x, mean_RD)
-  carry = new_max_R, sum_R, weighted_R, argmax_R, mean_RD
+  carry = new_max_R, weighted_R, argmax_R, mean_RD
   return carry, (bins_RX, new_max_R)
 
 
@@ -233,10 +232,16 @@ def _scaled(
   return product / temperature
 
 
-def _bins(p: jax.Array) -> jax.Array:
-  """The last axis in bins of `BIN` neighbours, the last filled with zeros."""
-  padding = [(0, 0)] * (p.ndim - 1) + [(0, -p.shape[-1] % BIN)]
-  return jnp.pad(p, padding).reshape(*p.shape[:-1], -1, BIN)
+def _blocks(p: jax.Array, size: int) -> jax.Array:
+  """The last axis in blocks of neighbours, the last filled with zeros."""
+  padding = [(0, 0)] * (p.ndim - 1) + [(0, -p.shape[-1] % size)]
+  return jnp.pad(p, padding).reshape(*p.shape[:-1], -1, size)
+
+
+def _take(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:
+  """Of each row the element, or block, at this index along an axis < 0."""
+  index = jnp.expand_dims(index, tuple(range(axis, 0)))
+  return jnp.squeeze(jnp.take_along_axis(x, index, axis), axis)
 
 
 def sample(p: jax.Array, uniforms: jax.Array) -> jax.Array:
@@ -248,20 +253,37 @@ def sample(p: jax.Array, uniforms: jax.Array) -> jax.Array:
     p: probabilities, or anything proportional to them.
     uniforms: float32 in [0, 1), [..., 2].
   """
-  bins = _bins(p)
+  bins = _blocks(p, BIN)
   drawn = invert(jnp.sum(bins, axis=-1), uniforms[..., 0])
-  inside = jnp.take_along_axis(bins, drawn[..., None, None], axis=-2)
-  return drawn * BIN + invert(inside[..., 0, :], uniforms[..., 1])
+  inside, _ = _first_above(_take(bins, drawn, -2), uniforms[..., 1])
+  return drawn * BIN + inside
 
 
 def invert(mass: jax.Array, uniform: jax.Array) -> jax.Array:
   """First index along the last axis whose cumulative mass is above `uniform`
-  of the total: a draw, int32. What has no mass is never drawn."""
+  of the total: a draw, int32. What has no mass is never drawn.
+
+  Whole blocks are added up, then what is in the one where the draw falls."""
+  size = powers.largest_power_of_two(math.isqrt(mass.shape[-1]))
+  blocks = _blocks(mass, size)
+  drawn, rest = _first_above(jnp.sum(blocks, axis=-1), uniform)
+  inside, _ = _first_above(_take(blocks, drawn, -2), rest)
+  return drawn * size + inside
+
+
+def _first_above(
+  mass: jax.Array, uniform: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """(`invert` of few, where within the mass of that index the draw falls: a
+  uniform again)."""
   cumulative = jnp.cumsum(mass, axis=-1)
-  target = uniform[..., None] * cumulative[..., -1:]
-  # Sums are rounded, and added up in blocks: they may rise or fall where there
-  # is nothing, and end below their target.
+  target = uniform * cumulative[..., -1]
+  # Sums are rounded, and may be added up in blocks: they may rise or fall where
+  # there is nothing, and end below their target.
   index = jnp.arange(mass.shape[-1], dtype=jnp.int32)
-  is_above = (mass > 0) & (cumulative > target)
+  is_above = (mass > 0) & (cumulative > target[..., None])
   first = jnp.min(jnp.where(is_above, index, index[-1]), axis=-1)
-  return jnp.minimum(first, jnp.max(jnp.where(mass > 0, index, 0), axis=-1))
+  first = jnp.minimum(first, jnp.max(jnp.where(mass > 0, index, 0), axis=-1))
+  beyond = _take(cumulative, first, -1) - target
+  rest = 1 - beyond / _take(mass, first, -1)
+  return first, jnp.clip(rest, 0, 1 - 2**-24)

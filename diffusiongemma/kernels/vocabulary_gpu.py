@@ -57,7 +57,7 @@ def look_at(
   interpret: bool = False,
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, jax.Array]]:
   """See `vocabulary.look_at`; with `interpret` on any device, slowly."""
-  max_R, sum_R, weighted_R, argmax_R, mean_RD = carry
+  max_R, weighted_R, argmax_R, mean_RD = carry
   p_Rc, max_Rb, weighted_Rb, argmax_Rb, bins_RbX = _statistics(
     *(h_RD, table_VD, temperature, start),
     size=size,
@@ -72,11 +72,10 @@ def look_at(
   shrink_R = jnp.exp(max_R - new_max_R)
   shrink_Rb = jnp.exp(max_Rb - new_max_R[:, None])
   bins_RbX = bins_RbX * shrink_Rb[:, :, None]
-  sum_R = sum_R * shrink_R + jnp.sum(bins_RbX, axis=(1, 2))
   weighted_R = weighted_R * shrink_R + jnp.sum(weighted_Rb * shrink_Rb, axis=1)
   part_RD = _mean(p_Rc, shrink_Rb, table_VD, start, interpret=interpret)
   mean_RD = mean_RD * shrink_R[:, None] + part_RD
-  carry = new_max_R, sum_R, weighted_R, argmax_R, mean_RD
+  carry = new_max_R, weighted_R, argmax_R, mean_RD
   return carry, (bins_RbX.reshape(len(h_RD), -1), new_max_R)
 
 

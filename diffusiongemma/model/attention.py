@@ -191,46 +191,54 @@ def _attend_in_chunks(
   chunk: int,
 ) -> jax.Array:
   """`attend` of so many keys at a time, where any query sees one of them: sums
-  are rescaled as the maximum grows."""
+  are rescaled as the maximum grows. Keys that are too few for that come first,
+  all at once."""
   B, L, N, H = q_BLNH.shape
   K = parts[0][0].shape[2]
   q_BLKGH = q_BLNH.reshape(B, L, K, N // K, H)
   lowest = jnp.finfo(jnp.float32).min
 
   def take_in(carry, k_BSKH, v_BSKH, mask_BLS):
-    top_BKLG, total_BKLG, out_BKLGH = carry
     scores_BKLGS = _scores(q_BLKGH, k_BSKH, mask_BLS)
-    new_BKLG = jnp.maximum(top_BKLG, jnp.max(scores_BKLGS, axis=-1))
-    shrink_BKLG = jnp.exp(top_BKLG - new_BKLG)
-    w_BKLGS = jnp.exp(scores_BKLGS - new_BKLG[..., None])
-    total_BKLG = total_BKLG * shrink_BKLG + jnp.sum(w_BKLGS, axis=-1)
-    out_BKLGH = out_BKLGH * shrink_BKLG[..., None] + _mix(w_BKLGS, v_BSKH)
-    return new_BKLG, total_BKLG, out_BKLGH
+    top_BKLG = jnp.max(scores_BKLGS, axis=-1)
+    if carry is not None:
+      top_BKLG = jnp.maximum(carry[0], top_BKLG)
+    w_BKLGS = jnp.exp(scores_BKLGS - top_BKLG[..., None])
+    total_BKLG, out_BKLGH = jnp.sum(w_BKLGS, axis=-1), _mix(w_BKLGS, v_BSKH)
+    if carry is not None:
+      shrink_BKLG = jnp.exp(carry[0] - top_BKLG)
+      total_BKLG += carry[1] * shrink_BKLG
+      out_BKLGH += carry[2] * shrink_BKLG[..., None]
+    return top_BKLG, total_BKLG, out_BKLGH
 
-  shape = (B, K, L, N // K)
-  carry = (jnp.full(shape, lowest), jnp.zeros(shape), jnp.zeros((*shape, H)))
-  start = 0
+  carry, start, chunked = None, 0, []
   for k_BSKH, v_BSKH in parts:
     S = k_BSKH.shape[1]
     own_BLS = mask_BLS[:, :, start : start + S]
     start += S
     whole = S - S % chunk if chunk < S else 0
     if whole:
-      is_seen_S = jnp.any(own_BLS, axis=(0, 1))
-      is_seen_n = jnp.any(is_seen_S[:whole].reshape(-1, chunk), axis=1)
-      (seen_n,) = jnp.nonzero(is_seen_n, size=len(is_seen_n))
-
-      def one_chunk(i, carry, part=(k_BSKH, v_BSKH, own_BLS), seen_n=seen_n):
-        k, v, mask = (
-          jax.lax.dynamic_slice_in_dim(x, seen_n[i] * chunk, chunk, axis)
-          for x, axis in zip(part, (1, 1, 2), strict=True)
-        )
-        return take_in(carry, k, v, mask)
-
-      carry = jax.lax.fori_loop(0, jnp.sum(is_seen_n), one_chunk, carry)
+      chunked.append((k_BSKH, v_BSKH, own_BLS))
     if whole < S:
       rest = (k_BSKH[:, whole:], v_BSKH[:, whole:], own_BLS[..., whole:])
       carry = take_in(carry, *rest)
+  if carry is None:
+    shape = (B, K, L, N // K)
+    carry = (jnp.full(shape, lowest), jnp.zeros(shape), jnp.zeros((*shape, H)))
+  for part in chunked:
+    mask_BLn = part[2][..., : part[2].shape[-1] // chunk * chunk]
+    is_seen_S = jnp.any(mask_BLn, axis=(0, 1))
+    is_seen_n = jnp.any(is_seen_S.reshape(-1, chunk), axis=1)
+    (seen_n,) = jnp.nonzero(is_seen_n, size=len(is_seen_n))
+
+    def one_chunk(i, carry, part=part, seen_n=seen_n):
+      cut = [
+        jax.lax.dynamic_slice_in_dim(x, seen_n[i] * chunk, chunk, axis)
+        for x, axis in zip(part, (1, 1, 2), strict=True)
+      ]
+      return take_in(carry, *cut)
+
+    carry = jax.lax.fori_loop(0, jnp.sum(is_seen_n), one_chunk, carry)
   return _means(*carry[1:], q_BLNH)
 
 
