@@ -40,7 +40,6 @@ from diffusiongemma.text import prompt as prompt_lib
 from diffusiongemma.training import step as steps_lib
 from diffusiongemma.training import train_state
 
-STEPS = 16
 # What is timed by itself: name -> the method of `Ours`.
 _PROGRAMS = {
   'prefill': 'read_prompt',
@@ -77,7 +76,8 @@ class Ours:
   """Our programs for a batch and a context, compiled."""
 
   def __init__(self, config: Config, params: dict, batch: int, context: int):
-    self.config, self.params = fixed_steps(config, STEPS), params
+    self.config = fixed_steps(config, sampler.TYPICAL_STEPS)
+    self.params = params
     self.batch, self.context = batch, context
     model, C = config.model, config.diffusion.canvas_length
     rng = np.random.default_rng(0)
@@ -162,7 +162,7 @@ def measure(
     for _ in range(repeats):
       for name, method in _PROGRAMS.items():
         took[name].append(seconds(getattr(ours, method)))
-      took['step'].append(seconds(ours.write) / STEPS)
+      took['step'].append(seconds(ours.write) / sampler.TYPICAL_STEPS)
       for name, write in peers.items():
         few, many = (
           seconds(functools.partial(write, steps)) for steps in (1, 5)
@@ -178,7 +178,7 @@ def measure(
     for name, values in took.items():
       row[f'{name}_seconds'] = statistics.median(values)
     row['step_spread'] = [min(took['step']), max(took['step'])]
-    canvas = STEPS * row['step_seconds'] + row['commit_seconds']
+    canvas = sampler.TYPICAL_STEPS * row['step_seconds'] + row['commit_seconds']
     row['tokens_per_second'] = batch * C / canvas
     for name in peers:
       ratios = zip(took[f'{name}_step'], took['step'], strict=True)

@@ -80,7 +80,6 @@ CHIPS = {
   'h200': Chip(141e9, 989e12, 4800e9, 450e9),
 }
 GPUS_PER_HOST = 8
-STEPS = 16  # A canvas takes about so many, says DeepMind's report.
 
 
 class Plan(NamedTuple):
@@ -125,11 +124,11 @@ class Plan(NamedTuple):
 
   @property
   def tokens_per_second(self) -> float | None:
-    """By the estimate; of sampling with `STEPS` steps a canvas, without what
-    reads the prompt and the finished canvas."""
+    """By the estimate; of sampling with `sampler.TYPICAL_STEPS` a canvas,
+    without what reads the prompt and the finished canvas."""
     if self.seconds is None:
       return None
-    passes = STEPS if self.program == 'sample' else 1
+    passes = sampler.TYPICAL_STEPS if self.program == 'sample' else 1
     return self.tokens / (passes * self.seconds)
 
 
@@ -445,7 +444,9 @@ def to_text(made: Plan) -> str:
   if made.kernels is not None:
     lines.append(f'  kernels                  {made.kernels:10d}')
   if made.seconds:
-    at = f' at {STEPS} steps a canvas' if made.program == 'sample' else ''
+    at = ''
+    if made.program == 'sample':
+      at = f' at {sampler.TYPICAL_STEPS} steps a canvas'
     lines.append(
       f'  estimate, not measured: {1e3 * made.seconds:.2f} ms, bound by '
       f'{made.bound_by}; {made.tokens_per_second:,.0f} tokens/s{at}'

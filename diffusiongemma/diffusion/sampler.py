@@ -29,6 +29,10 @@ from diffusiongemma.diffusion import noise
 from diffusiongemma.diffusion import strategies
 from diffusiongemma.kernels import vocabulary
 
+# A canvas takes about so many, says DeepMind's report: what estimates and
+# benchmarks count with.
+TYPICAL_STEPS = 16
+
 
 @flax.struct.dataclass
 class Prediction:
