@@ -3,7 +3,6 @@
 import ctypes
 import os
 import pathlib
-import resource
 import subprocess
 import sys
 
@@ -37,15 +36,16 @@ THP = pathlib.Path('/sys/kernel/mm/transparent_hugepage/enabled')
 
 def bytes_in_a_process(code, limit=None):
   """What a process of its own prints, with so many bytes of addresses."""
-  set_limit = limit and (
-    lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-  )
+  if limit:
+    set_limit = f'resource.setrlimit(resource.RLIMIT_AS, 2 * ({limit},))'
+    code = f'import resource; {set_limit}\n{SETUP}{code}'
+  else:
+    code = SETUP + code
   run = subprocess.run(
-    [sys.executable, '-c', SETUP + code],
+    [sys.executable, '-c', code],
     capture_output=True,
     text=True,
     check=True,
-    preexec_fn=set_limit,
   )
   return int(run.stdout)
 
