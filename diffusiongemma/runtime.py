@@ -25,16 +25,16 @@ def reuse_memory() -> None:
 
 
 def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
-  """Asks the kernel for large pages where the heap will be: addresses for as
-  much as the machine has, which `malloc` keeps. No memory is taken by that, and
-  where addresses are limited it is left out."""
+  """Asks the kernel for large pages where the heap will be: addresses for half
+  as much as the machine has, which `malloc` keeps. No memory is taken by that,
+  and where addresses are limited it is left out."""
   MADV_HUGEPAGE = 14
   libc.malloc.restype = ctypes.c_void_p
   libc.malloc.argtypes = [ctypes.c_size_t]
   libc.free.argtypes = [ctypes.c_void_p]
   libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
   page = os.sysconf('SC_PAGE_SIZE')
-  size = page * os.sysconf('SC_PHYS_PAGES')
+  size = page * os.sysconf('SC_PHYS_PAGES') // 2
   block = libc.malloc(size)
   if block:
     start = -(-block // page) * page

@@ -134,8 +134,10 @@ def _walk(h_RD, table_VD, temperature, look_at, chunk, softcap):
   """Over the table: (the last carry of `look_at`, the mass of each bin)."""
   R, D = h_RD.shape
   carry = (
-    *(jnp.full((R,), -jnp.inf), jnp.zeros((R,), jnp.float32)),
-    *(jnp.zeros((R,), jnp.int32), jnp.zeros((R, D), jnp.float32)),
+    jnp.full((R,), -jnp.inf),
+    jnp.zeros((R,), jnp.float32),
+    jnp.zeros((R,), jnp.int32),
+    jnp.zeros((R, D), jnp.float32),
   )
   noted, first = [], 0
   for number, size in _chunks(table_VD.shape[0], chunk):
