@@ -226,9 +226,10 @@ def _attend_in_chunks(
     shape = (B, K, L, N // K)
     carry = (jnp.full(shape, lowest), jnp.zeros(shape), jnp.zeros((*shape, H)))
   for part in chunked:
-    mask_BLn = part[2][..., : part[2].shape[-1] // chunk * chunk]
-    is_seen_S = jnp.any(mask_BLn, axis=(0, 1))
-    is_seen_n = jnp.any(is_seen_S.reshape(-1, chunk), axis=1)
+    *_, own_BLS = part
+    is_seen_S = jnp.any(own_BLS, axis=(0, 1))
+    whole = len(is_seen_S) // chunk * chunk
+    is_seen_n = jnp.any(is_seen_S[:whole].reshape(-1, chunk), axis=1)
     (seen_n,) = jnp.nonzero(is_seen_n, size=len(is_seen_n))
 
     def one_chunk(i, carry, part=part, seen_n=seen_n):
