@@ -239,6 +239,11 @@ def told_at_start(config: Config) -> list[str]:
       'No config.train.init_from is given: the adapters are those of random '
       'weights, useful only as a test.'
     )
+  if config.optimizer.freeze and not config.train.init_from:
+    lines.append(
+      'No config.train.init_from is given: the weights that '
+      'config.optimizer.freeze names stay random.'
+    )
   return lines
 
 

@@ -278,3 +278,17 @@ def test_random_adapters_of_random_weights_can_be_read_again(tmp_path, capsys):
   )
   with open(pathlib.Path(folder) / 'config.json') as file:
     assert json.load(file)['lora']['rank'] == 2
+
+
+@pytest.mark.parametrize(
+  ('freeze', 'start', 'told'),
+  [(('*/router/*',), '', True), (('*/router/*',), 'a', False), ((), '', False)],
+)
+def test_it_is_told_when_what_is_frozen_is_random(freeze, start, told):
+  config = configs.Config(
+    data=configs.DataConfig(path='a.txt'),
+    optimizer=configs.OptimizerConfig(freeze=freeze),
+    train=configs.TrainConfig(init_from=start),
+  )
+  said = ' '.join(train.told_at_start(config))
+  assert ('stay random' in said) == told
