@@ -31,6 +31,7 @@ from diffusiongemma import peer as peer_lib
 from diffusiongemma.config import Config
 from diffusiongemma.config import QuantizationConfig
 from diffusiongemma.diffusion import sampler
+from diffusiongemma.kernels import vocabulary
 from diffusiongemma.model import cache as kv_cache
 from diffusiongemma.model import denoiser
 from diffusiongemma.model import matrices
@@ -120,13 +121,14 @@ class Ours:
     """The sampler's pass over the vocabulary alone."""
     model, R = self.config.model, self.canvas_BL.size
     h_RD = jnp.ones((R, model.embed_dim), model.dtype)
-    return _summarize(model, self.params, h_RD, jnp.full((R, 2), 0.5))
+    uniforms_RU = jnp.full((R, vocabulary.num_halvings(model.vocab_size)), 0.4)
+    return _summarize(model, self.params, h_RD, uniforms_RU)
 
 
 @jax.jit(static_argnums=0)
-def _summarize(model, params, h_RD, uniforms_R2):
+def _summarize(model, params, h_RD, uniforms_RU):
   return denoiser.Denoiser(model).apply(
-    {'params': params}, h_RD, 0.6, uniforms_R2, method='summarize'
+    {'params': params}, h_RD, 0.6, uniforms_RU, method='summarize'
   )
 
 

@@ -22,6 +22,21 @@ def prior_canvas(
   return jax.random.randint(key, shape, 0, vocab_size, jnp.int32)
 
 
+def uniform_from_nearer_end(
+  key: jax.Array, shape: tuple[int, ...]
+) -> jax.Array:
+  """Uniform places in [0, 1], told from the nearer end: float32 in [-1/2, 1/2].
+
+  What is not negative counts from 0, what is negative from 1. Both ends have
+  the full precision of float32, down to 2^-64, where `jax.random.uniform` goes
+  in steps of 2^-23.
+  """
+  high, low = jax.random.bits(key, (2, *shape), jnp.uint32)
+  distance = (high >> 1).astype(jnp.float32) * 2.0**-32
+  distance += low.astype(jnp.float32) * 2.0**-64
+  return jnp.where(high & 1, -distance, distance)
+
+
 def corrupt(
   key: jax.Array, tokens_BL: jax.Array, t_BL: jax.Array, vocab_size: int
 ) -> tuple[jax.Array, jax.Array]:

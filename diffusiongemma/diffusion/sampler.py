@@ -8,7 +8,7 @@ A row has converged when its draft has not changed for `stability_threshold`
 steps and its mean H is below `confidence_threshold`; it is then frozen. The
 result is the draft of the last step, not the renoised canvas.
 
-The network is a function (tokens_BL, sc_BLD, temperature, uniforms_BL2, step)
+The network is a function (tokens_BL, sc_BLD, temperature, uniforms_BLU, step)
 -> Prediction; nothing else of it is known here. What is accepted is a plain
 function, see `strategies.py`. Pinned positions keep their token from the first
 canvas on.
@@ -57,7 +57,7 @@ class Prediction:
   logits_BLV: jax.Array | None = None
 
 
-# (tokens_BL, sc_BLD, temperature, uniforms_BL2, step) -> Prediction
+# (tokens_BL, sc_BLD, temperature, uniforms_BLU, step) -> Prediction
 DenoiseFn = Callable[..., Prediction]
 
 
@@ -66,13 +66,14 @@ class StepNoise:
   """The random numbers of one step.
 
   Attributes:
-    uniforms_BL2: float32 in [0, 1), two a position: what `sample` is drawn by.
+    uniforms_BLU: float32 in [-1/2, 1/2], U = `vocabulary.num_halvings(V)` a
+      position: what `sample` is drawn by.
     tokens_BL: int32, what rejected positions are renoised with.
     choice_BL: float32 in [0, 1), for strategies that choose at random.
     vocab_size: V, of what `tokens_BL` are drawn from.
   """
 
-  uniforms_BL2: jax.Array
+  uniforms_BLU: jax.Array
   tokens_BL: jax.Array
   choice_BL: jax.Array
   vocab_size: int = flax.struct.field(pytree_node=False)
@@ -209,7 +210,7 @@ def denoise_step(
     state.canvas_BL,
     state.sc_BLD,
     temperature(config, step),
-    drawn.uniforms_BL2,
+    drawn.uniforms_BLU,
     step,
   )
   free = prediction.entropy_BL.shape[-1]
@@ -410,9 +411,10 @@ def draw_step_noise(
       jax.random.fold_in(key, step), 3
     )
     L = config.canvas_length
-    uniforms_L2 = jax.random.uniform(uniform_key, (L, 2))
+    U = vocabulary.num_halvings(vocab_size)
+    uniforms_LU = noise.uniform_from_nearer_end(uniform_key, (L, U))
     tokens_L = noise.prior_canvas(token_key, (L,), vocab_size)
-    return uniforms_L2, tokens_L, jax.random.uniform(choice_key, (L,))
+    return uniforms_LU, tokens_L, jax.random.uniform(choice_key, (L,))
 
   return StepNoise(*jax.vmap(draw)(keys_B), vocab_size)
 
@@ -420,7 +422,7 @@ def draw_step_noise(
 def predict(
   logits_BLV: jax.Array,
   temperature: jax.Array,
-  uniforms_BL2: jax.Array,
+  uniforms_BLU: jax.Array,
   soft_embedding: Callable[[jax.Array], jax.Array],
 ) -> Prediction:
   """A `Prediction` from whole logits, in float32.
@@ -428,7 +430,7 @@ def predict(
   Args:
     logits_BLV: unscaled logits.
     temperature: a scalar > 0.
-    uniforms_BL2: float32 in [0, 1).
+    uniforms_BLU: float32 in [-1/2, 1/2]; see `StepNoise`.
     soft_embedding: probabilities [B, L, V] -> [B, L, D].
   """
   scaled_BLV = logits_BLV.astype(jnp.float32) / temperature
@@ -437,7 +439,7 @@ def predict(
   # A forbidden token has log p = -inf, and adds nothing, nor to gradients.
   terms_BLV = p_BLV * jnp.where(p_BLV > 0, log_p_BLV, 0.0)
   return Prediction(
-    sample_BL=vocabulary.sample(p_BLV, uniforms_BL2),
+    sample_BL=vocabulary.sample(p_BLV, uniforms_BLU),
     argmax_BL=jnp.argmax(scaled_BLV, axis=-1).astype(jnp.int32),
     entropy_BL=-jnp.sum(terms_BLV, axis=-1),
     confidence_BL=jnp.max(p_BLV, axis=-1),

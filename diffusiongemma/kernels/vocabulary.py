@@ -5,9 +5,15 @@
 
 This is an attention whose keys and values are both E: chunk after chunk of the
 table meets all rows, sums are rescaled as the maximum grows, and no [rows, V]
-array ever exists. A draw takes two uniforms a row: the first chooses a bin of
-neighbouring tokens by its mass, which the pass has noted, the second a token in
-it, whose logits are then computed once more.
+array ever exists.
+
+A draw halves the vocabulary until one token is left: down to a bin of
+neighbouring tokens by the masses that the pass has noted, then within the bin,
+whose logits are computed once more. Each halving has a uniform of its own,
+  P(right) = right / (left + right),
+so that a token is drawn with its probability, to rounding, however small that
+is: one uniform for the whole vocabulary has too few values to reach most rare
+tokens.
 """
 
 import functools
@@ -22,7 +28,8 @@ from diffusiongemma.kernels import dispatch
 from diffusiongemma.kernels import quantized
 from diffusiongemma.kernels import vocabulary_gpu as gpu
 
-BIN = 16  # Neighbouring tokens that a draw chooses between at its end.
+_BIN_HALVINGS = 4
+BIN = 2**_BIN_HALVINGS  # Neighbouring tokens that a draw is left with.
 _CHUNK_ELEMENTS = 2**19  # Of logits that exist at a time: 2 MB, for a cache.
 _DRAWN_TOGETHER = 256  # Rows, each of which reads a bin of the table again.
 
@@ -50,7 +57,7 @@ def summarize(
   h_RD: jax.Array,
   table_VD: jax.Array | quantized.Quantized,
   temperature: jax.Array,
-  uniforms_R2: jax.Array,
+  uniforms_RU: jax.Array,
   *,
   softcap: float = 0.0,
   chunk: int | None = None,
@@ -64,7 +71,8 @@ def summarize(
     h_RD: hidden states.
     table_VD: E.
     temperature: T, a scalar > 0.
-    uniforms_R2: float32 in [0, 1).
+    uniforms_RU: float32 in [-1/2, 1/2], U = `num_halvings(V)`; from 0 on they
+      count from 0, below it from 1: see `noise.uniform_from_nearer_end`.
     softcap: c of c tanh(x / c); 0 is none.
     chunk: rows of E that are looked at at a time, a multiple of `BIN`; None is
       as many as keep the logits at 2 MB.
@@ -72,6 +80,7 @@ def summarize(
       It is half of the work, which a CPU then leaves out. None is True.
   """
   R, V = len(h_RD), table_VD.shape[0]
+  _check_uniforms(uniforms_RU, V)
   given = (h_RD, table_VD, temperature, with_mean)
   gpu_chunk = chunk or default_chunk(R, gpu.CHUNK_ELEMENTS)
   chunk = chunk or default_chunk(R)
@@ -97,20 +106,24 @@ def summarize(
   (max_R, weighted_R, argmax_R, mean_RD), mass_RX = found
   sum_R = jnp.sum(mass_RX, axis=1)
 
+  num_outer = uniforms_RU.shape[1] - _BIN_HALVINGS
+  outer_RU, inner_RU = jnp.split(uniforms_RU, [num_outer], axis=1)
+
   def draw(row):
     """A token of the bin that was drawn."""
-    h_D, first, largest, uniform = row
+    h_D, first, inner_U = row
     token_B = first + jnp.arange(BIN, dtype=jnp.int32)
     rows_BD = table_VD[jnp.minimum(token_B, V - 1)].astype(h_RD.dtype)
     product_B = jnp.einsum(
       'd,bd->b', h_D, rows_BD, preferred_element_type=jnp.float32
     )
-    p_B = jnp.exp(_scaled(product_B, softcap, temperature) - largest)
-    return first + _first_above(jnp.where(token_B < V, p_B, 0.0), uniform)[0]
+    x_B = _scaled(product_B, softcap, temperature)
+    x_B = jnp.where(token_B < V, x_B, -jnp.inf)
+    return first + _halve(jnp.exp(x_B - jnp.max(x_B)), inner_U)
 
-  first_R = invert(mass_RX, uniforms_R2[:, 0]) * BIN
+  first_R = draw_index(mass_RX, outer_RU) * BIN
   sample_R = jax.lax.map(
-    draw, (h_RD, first_R, max_R, uniforms_R2[:, 1]), batch_size=_DRAWN_TOGETHER
+    draw, (h_RD, first_R, inner_RU), batch_size=_DRAWN_TOGETHER
   )
   mean_RD = mean_RD / sum_R[:, None]
   if with_mean is not None:
@@ -246,6 +259,11 @@ def _take(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:
   return jnp.squeeze(jnp.take_along_axis(x, index, axis), axis)
 
 
+def num_halvings(vocab_size: int) -> int:
+  """U: how many uniforms a draw from so many tokens takes."""
+  return _BIN_HALVINGS + _num_halvings(-(-vocab_size // BIN))
+
+
 def sample(p: jax.Array, uniforms: jax.Array) -> jax.Array:
   """The draw of `summarize` from whole probabilities [..., V]: int32 [...].
 
@@ -253,39 +271,62 @@ def sample(p: jax.Array, uniforms: jax.Array) -> jax.Array:
 
   Args:
     p: probabilities, or anything proportional to them.
-    uniforms: float32 in [0, 1), [..., 2].
+    uniforms: float32 in [-1/2, 1/2], [..., U]; see `summarize`.
   """
+  _check_uniforms(uniforms, p.shape[-1])
   bins = _blocks(p, BIN)
-  drawn = invert(jnp.sum(bins, axis=-1), uniforms[..., 0])
-  inside, _ = _first_above(_take(bins, drawn, -2), uniforms[..., 1])
+  num_outer = uniforms.shape[-1] - _BIN_HALVINGS
+  drawn = draw_index(jnp.sum(bins, axis=-1), uniforms[..., :num_outer])
+  inside = _halve(_take(bins, drawn, -2), uniforms[..., num_outer:])
   return drawn * BIN + inside
 
 
-def invert(mass: jax.Array, uniform: jax.Array) -> jax.Array:
-  """First index along the last axis whose cumulative mass is above `uniform`
-  of the total: a draw, int32. What has no mass is never drawn.
+def _check_uniforms(uniforms: jax.Array, vocab_size: int) -> None:
+  if uniforms.shape[-1] != num_halvings(vocab_size):
+    raise ValueError(
+      f'A draw from {vocab_size} tokens takes {num_halvings(vocab_size)} '
+      f'uniforms, and {uniforms.shape[-1]} were given.'
+    )
 
-  Whole blocks are added up, then what is in the one where the draw falls."""
+
+def draw_index(mass: jax.Array, uniforms: jax.Array) -> jax.Array:
+  """An index along the last axis, drawn by its mass: int32. What has no mass is
+  never drawn.
+
+  Whole blocks are halved first, then the block where the draw falls.
+
+  Args:
+    mass: float32 [..., n], not negative, of which some is positive.
+    uniforms: float32 in [-1/2, 1/2], [..., ceil(log2 n)].
+  """
   size = powers.largest_power_of_two(math.isqrt(mass.shape[-1]))
   blocks = _blocks(mass, size)
-  drawn, rest = _first_above(jnp.sum(blocks, axis=-1), uniform)
-  inside, _ = _first_above(_take(blocks, drawn, -2), rest)
+  num_outer = _num_halvings(blocks.shape[-2])
+  drawn = _halve(jnp.sum(blocks, axis=-1), uniforms[..., :num_outer])
+  inside = _halve(_take(blocks, drawn, -2), uniforms[..., num_outer:])
   return drawn * size + inside
 
 
-def _first_above(
-  mass: jax.Array, uniform: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """(`invert` of few, where within the mass of that index the draw falls: a
-  uniform again)."""
-  cumulative = jnp.cumsum(mass, axis=-1)
-  target = uniform * cumulative[..., -1]
-  # Sums are rounded, and may be added up in blocks: they may rise or fall where
-  # there is nothing, and end below their target.
-  index = jnp.arange(mass.shape[-1], dtype=jnp.int32)
-  is_above = (mass > 0) & (cumulative > target[..., None])
-  first = jnp.min(jnp.where(is_above, index, index[-1]), axis=-1)
-  first = jnp.minimum(first, jnp.max(jnp.where(mass > 0, index, 0), axis=-1))
-  beyond = _take(cumulative, first, -1) - target
-  rest = 1 - beyond / _take(mass, first, -1)
-  return first, jnp.clip(rest, 0, 1 - 2**-24)
+def _num_halvings(count: int) -> int:
+  """How often so many are halved until one is left."""
+  return (count - 1).bit_length()
+
+
+def _halve(mass: jax.Array, uniforms: jax.Array) -> jax.Array:
+  """`draw_index` of few: their sums by pairs, pairs of pairs and so on, then
+  down again. A uniform counts from the end that it is nearer to, and is
+  compared with the mass there: however small that is, it is reached."""
+  sums = _blocks(mass, 2 ** _num_halvings(mass.shape[-1]))[..., 0, :]
+  halves = []
+  while sums.shape[-1] > 1:
+    pairs = _blocks(sums, 2)
+    halves.append(pairs)
+    sums = jnp.sum(pairs, axis=-1)
+  index = jnp.zeros(mass.shape[:-1], jnp.int32)
+  for level, pairs in enumerate(reversed(halves)):
+    pair, uniform = _take(pairs, index, -2), uniforms[..., level]
+    left, right = pair[..., 0], pair[..., 1]
+    near = jnp.abs(uniform) * (left + right)
+    is_right = jnp.where(uniform < 0, near < right, near >= left)
+    index = 2 * index + is_right
+  return index

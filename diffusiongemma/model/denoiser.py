@@ -352,9 +352,10 @@ class Denoiser(nn.Module):
       return self.soft_embedding(jax.nn.softmax(self.logits(h_BLD), axis=-1))
     B, L, D = h_BLD.shape
     table_VD = self.embedding.astype(h_BLD.dtype)
-    no_draw_R2 = jnp.zeros((B * L, 2))
+    U = vocabulary.num_halvings(self.config.vocab_size)
+    no_draw_RU = jnp.zeros((B * L, U))
     found = self._summarize(
-      h_BLD.reshape(-1, D), table_VD, jnp.ones(()), no_draw_R2
+      h_BLD.reshape(-1, D), table_VD, jnp.ones(()), no_draw_RU
     )
     return found.mean_RD.reshape(B, L, D)
 
@@ -362,20 +363,20 @@ class Denoiser(nn.Module):
     self,
     h_RD: jax.Array,
     temperature: jax.Array,
-    uniforms_R2: jax.Array,
+    uniforms_RU: jax.Array,
     with_mean: jax.Array | None = None,
   ) -> vocabulary.Summary:
     """What the sampler needs of the logits, which never exist as a whole: see
     `vocabulary.summarize`; the mean is the soft embedding."""
     return self._summarize(
-      h_RD, self.embedding, temperature, uniforms_R2, with_mean
+      h_RD, self.embedding, temperature, uniforms_RU, with_mean
     )
 
   def _summarize(
-    self, h_RD, table_VD, temperature, uniforms_R2, with_mean=None
+    self, h_RD, table_VD, temperature, uniforms_RU, with_mean=None
   ):
     found = vocabulary.summarize(
-      *(h_RD, table_VD, temperature, uniforms_R2),
+      *(h_RD, table_VD, temperature, uniforms_RU),
       softcap=self.config.logit_softcap,
       with_mean=with_mean,
     )

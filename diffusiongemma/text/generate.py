@@ -78,14 +78,14 @@ def make_denoise_fn(
   model = denoiser.Denoiser(config, lower_once=True)
   apply = functools.partial(model.apply, {'params': params})
 
-  def denoise(tokens_BL, sc_BLD, temperature, uniforms_BL2, step):
+  def denoise(tokens_BL, sc_BLD, temperature, uniforms_BLU, step):
     h_BLD = apply(tokens_BL, sc_BLD, cache, method='denoise')
     is_seen = step > 1  # The self-conditioning: step 1 is the last.
     if logit_hook is None and not parallel.is_active():
       B, L, D = h_BLD.shape
-      h_RD, uniforms_R2 = h_BLD.reshape(-1, D), uniforms_BL2.reshape(-1, 2)
+      h_RD, uniforms_RU = h_BLD.reshape(-1, D), uniforms_BLU.reshape(B * L, -1)
       found = apply(
-        *(h_RD, temperature, uniforms_R2, is_seen), method='summarize'
+        *(h_RD, temperature, uniforms_RU, is_seen), method='summarize'
       )
       return sampler.Prediction(
         sample_BL=found.sample_R.reshape(B, L),
@@ -104,7 +104,7 @@ def make_denoise_fn(
       return jnp.where(is_seen, sc_BLD, 0)
 
     return sampler.predict(
-      logits_BLV, temperature, uniforms_BL2, soft_embedding
+      logits_BLV, temperature, uniforms_BLU, soft_embedding
     )
 
   return denoise

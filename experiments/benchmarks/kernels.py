@@ -151,9 +151,9 @@ def make_cases(
   summarize = functools.partial(
     vocabulary.summarize, softcap=model.logit_softcap
   )
-  uniforms_R2 = jnp.full((T, 2), 0.5)
+  uniforms_RU = jnp.full((T, vocabulary.num_halvings(model.vocab_size)), 0.4)
   table_VD = normal(model.vocab_size, D) * D**-0.5
-  given = (x_BLD[0], table_VD, jnp.float32(0.6), uniforms_R2)
+  given = (x_BLD[0], table_VD, jnp.float32(0.6), uniforms_RU)
   yield Case('vocabulary', summarize, given)
 
 

@@ -15,6 +15,7 @@ from diffusiongemma.config import ConfigError
 from diffusiongemma.config import DiffusionConfig
 from diffusiongemma.diffusion import sampler
 from diffusiongemma.diffusion import strategies
+from diffusiongemma.kernels import vocabulary
 
 B, L, V, D = 3, 16, 31, 5
 CONFIG = DiffusionConfig(
@@ -25,7 +26,7 @@ TABLE_VD = jax.random.normal(jax.random.key(8), (V, D))
 
 
 def oracle(
-  tokens_BL, sc_BLD, temperature, uniforms_BL2, step, target=TARGET_BL
+  tokens_BL, sc_BLD, temperature, uniforms_BLU, step, target=TARGET_BL
 ):
   """Surer of the target the more of it is on the canvas already, and of its
   later rows than of its first; looks at its self-conditioning too."""
@@ -37,7 +38,7 @@ def oracle(
   logits_BLV = peak_BL[..., None] * jax.nn.one_hot(target, V)
   logits_BLV += 0.01 * (sc_BLD @ TABLE_VD.T)
   return sampler.predict(
-    logits_BLV, temperature, uniforms_BL2, lambda p_BLV: p_BLV @ TABLE_VD
+    logits_BLV, temperature, uniforms_BLU, lambda p_BLV: p_BLV @ TABLE_VD
   )
 
 
@@ -56,11 +57,11 @@ def sample(key=None, denoise_fn=oracle, config=CONFIG, batch=B, **options):
 def test_ten_line_oracle_is_sampled():
   """A sure denoiser is followed exactly, in two steps: say it, confirm it."""
 
-  def sure(tokens_BL, sc_BLD, temperature, uniforms_BL2, step):
+  def sure(tokens_BL, sc_BLD, temperature, uniforms_BLU, step):
     del tokens_BL, sc_BLD, step
     logits_BLV = 99.0 * jax.nn.one_hot(TARGET_BL, V)
     embed = lambda p_BLV: p_BLV @ TABLE_VD
-    return sampler.predict(logits_BLV, temperature, uniforms_BL2, embed)
+    return sampler.predict(logits_BLV, temperature, uniforms_BLU, embed)
 
   state, _ = jax.jit(lambda: sample(denoise_fn=sure))()
   np.testing.assert_array_equal(state.draft_BL, TARGET_BL)
@@ -138,8 +139,8 @@ def test_stability_counts_unchanged_drafts(threshold):
   """The draft settles at once; a row then waits `threshold` more steps."""
   config = dataclasses.replace(CONFIG, stability_threshold=threshold)
 
-  def sure(tokens_BL, sc_BLD, temperature, uniforms_BL2, step):
-    del tokens_BL, temperature, uniforms_BL2, step
+  def sure(tokens_BL, sc_BLD, temperature, uniforms_BLU, step):
+    del tokens_BL, temperature, uniforms_BLU, step
     zero = jnp.zeros((B, L))
     return sampler.Prediction(TARGET_BL, TARGET_BL, zero, zero + 1, sc_BLD)
 
@@ -153,7 +154,7 @@ def test_rejected_positions_are_renoised_accepted_ones_sampled():
   drawn = sampler.draw_step_noise(keys_B, 16, CONFIG, V)
   new = sampler.denoise_step(oracle, CONFIG, state, 16, drawn)
   prediction = oracle(
-    state.canvas_BL, state.sc_BLD, 0.8, drawn.uniforms_BL2, 16
+    state.canvas_BL, state.sc_BLD, 0.8, drawn.uniforms_BLU, 16
   )
   accepted = np.asarray(new.accepted_BL)
   assert accepted.any() and not accepted.all()
@@ -166,7 +167,7 @@ def test_rejected_positions_are_renoised_accepted_ones_sampled():
 def test_predict_scales_by_temperature_and_forbids():
   logits = jnp.array([[[1.0, 2.0, -jnp.inf, 0.0]]])
   prediction = sampler.predict(
-    logits, 0.5, jnp.full((1, 1, 2), 0.3), lambda p: p
+    logits, 0.5, jnp.full((1, 1, 4), 0.3), lambda p: p
   )
   p = np.exp([2.0, 4.0, -np.inf, 0.0])
   p /= p.sum()
@@ -181,8 +182,9 @@ def test_a_forbidden_token_has_no_gradient():
   """That of the entropy is the one without the token."""
 
   def entropy(logits):
-    uniforms_BL2 = jnp.full((1, 1, 2), 0.3)
-    predicted = sampler.predict(logits, 0.5, uniforms_BL2, lambda p: p)
+    U = vocabulary.num_halvings(logits.shape[-1])
+    uniforms_BLU = jnp.full((1, 1, U), 0.3)
+    predicted = sampler.predict(logits, 0.5, uniforms_BLU, lambda p: p)
     return jnp.sum(predicted.entropy_BL)
 
   free = jnp.array([[[1.0, 2.0, 0.5]]])
@@ -241,9 +243,9 @@ def test_free_positions_are_accepted_as_if_they_were_alone(strategy):
   )
 
   def accepted(targets_BL, config, pinned):
-    def network(tokens_BL, sc_BLD, temperature, uniforms_BL2, step):
+    def network(tokens_BL, sc_BLD, temperature, uniforms_BLU, step):
       logits_BLV = 2.0 * jax.nn.one_hot(targets_BL, V)
-      return sampler.predict(logits_BLV, 1.0, uniforms_BL2, lambda p: sc_BLD)
+      return sampler.predict(logits_BLV, 1.0, uniforms_BLU, lambda p: sc_BLD)
 
     _, states = sample(
       denoise_fn=network, config=config, pinned=pinned, trajectory=True
@@ -319,9 +321,9 @@ def test_temperature_and_strategy_can_be_functions():
   temperatures = []
   note = lambda temperature: temperatures.append(float(temperature))
 
-  def network(tokens_BL, sc_BLD, temperature, uniforms_BL2, step):
+  def network(tokens_BL, sc_BLD, temperature, uniforms_BLU, step):
     jax.debug.callback(note, temperature, ordered=True)
-    return oracle(tokens_BL, sc_BLD, temperature, uniforms_BL2, step)
+    return oracle(tokens_BL, sc_BLD, temperature, uniforms_BLU, step)
 
   def all_at_once(config, canvas_BL, prediction, step, drawn):
     del config, canvas_BL, step

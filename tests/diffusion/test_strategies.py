@@ -142,12 +142,12 @@ def test_ancestral_sampling_of_the_exact_posterior_gives_the_data():
   )
   p_data = jnp.array([0.5, 0.3, 0.15, 0.05])
 
-  def exact(tokens_BL, sc_BLD, temperature, uniforms_BL2, step):
+  def exact(tokens_BL, sc_BLD, temperature, uniforms_BLU, step):
     alpha = 1 - step / N
     likelihood = alpha * jax.nn.one_hot(tokens_BL, V) + (1 - alpha) / V
     logits_BLV = jnp.log(p_data * likelihood)
     return sampler.predict(
-      logits_BLV, temperature, uniforms_BL2, lambda p: sc_BLD
+      logits_BLV, temperature, uniforms_BLU, lambda p: sc_BLD
     )
 
   state, _ = sampler.sample_canvas(

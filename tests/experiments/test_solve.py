@@ -71,11 +71,11 @@ def oracle(run, monkeypatch):
   def make_denoise_fn(model, params, cache):
     answers_BL = params['answers_ML'][cache.length_B]  # The row, see `read`.
 
-    def denoise(tokens_BL, sc_BLD, temperature, uniforms_BL2, step):
+    def denoise(tokens_BL, sc_BLD, temperature, uniforms_BLU, step):
       logits_BLV = 1e4 * jax.nn.one_hot(answers_BL, model.vocab_size)
       soft_embedding = lambda p_BLV: jnp.zeros((*p_BLV.shape[:2], D))
       return dg.diffusion.sampler.predict(
-        logits_BLV, temperature, uniforms_BL2, soft_embedding
+        logits_BLV, temperature, uniforms_BLU, soft_embedding
       )
 
     return denoise

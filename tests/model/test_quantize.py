@@ -11,6 +11,7 @@ import pytest
 
 from diffusiongemma import config as configs
 from diffusiongemma.kernels import quantized
+from diffusiongemma.kernels import vocabulary
 from diffusiongemma.model import denoiser
 from diffusiongemma.model import quantize
 from diffusiongemma.text import generate
@@ -94,8 +95,9 @@ def test_the_network_is_that_of_the_matrices_it_stands_for(
     )
     out_BLD = apply(tokens_BP[:, :8], sc_BLD, cache, method='denoise')
     out_RD = out_BLD.reshape(16, -1)
-    uniforms_R2 = jnp.full((16, 2), 0.4)
-    found = apply(out_RD, jnp.float32(0.6), uniforms_R2, method='summarize')
+    U = vocabulary.num_halvings(config.model.vocab_size)
+    uniforms_RU = jnp.full((16, U), 0.4)
+    found = apply(out_RD, jnp.float32(0.6), uniforms_RU, method='summarize')
     return h_BPD, apply(out_BLD, method='logits'), found
 
   ours, whole = run(few), run(dequantized(few))

@@ -105,7 +105,7 @@ class Injected:
     )
     tokens_BL = vocabulary.sample(
       jnp.asarray(probabilities.numpy()).reshape(2, L, -1),
-      self.drawn.uniforms_BL2,
+      self.drawn.uniforms_BLU,
     )
     return torch.tensor(np.asarray(tokens_BL), dtype=torch.long).reshape(-1, 1)
 
@@ -147,7 +147,7 @@ def test_trajectories_are_equal(pair, case, monkeypatch):
   the padding behind them, over three canvases of two rows."""
   diffusion = CASES[case]
   config = configs.Config(model=pair.config, diffusion=diffusion)
-  keys_B = jax.random.split(jax.random.key(11), 2)
+  keys_B = jax.random.split(jax.random.key(13), 2)
   prompts = pair.prompt_BP[:, :9]
   states = []
   ours, *_ = generate.generate(
