@@ -113,7 +113,7 @@ class Ours:
   def commit(self):
     C = self.canvas_BL.shape[1]
     count_B = np.full(self.batch, C, np.int32)
-    return prompt_lib.prefill(
+    return prompt_lib.read_tokens(
       self.config.model, self.params, self.canvas_BL, count_B, self.cache
     )
 
@@ -285,7 +285,7 @@ def run(
   if beside_peer and suits and importlib.util.find_spec('transformers'):
     peer = peer_lib.Transformers(config)
   params = peer.params if peer else random_params(config, jax.random.key(0))
-  params = matrices.arrange(params)
+  params = matrices.arrange(params, donate=True)
   made = {
     'device': jax.devices()[0].device_kind,
     'jax': jax.__version__,

@@ -242,6 +242,21 @@ class Config:
   train: TrainConfig = TrainConfig()
 
 
+def check_kind(value: Any, kind: type, name: str = 'config') -> None:
+  """Raises `ConfigError` for an argument that is no `kind`, and says which part
+  of a whole `Config` is one."""
+  if isinstance(value, kind):
+    return
+  found = value if isinstance(value, type) else type(value)
+  remedy = ''
+  if isinstance(value, Config):
+    parts = {type(part): part_name for part_name, part in vars(value).items()}
+    remedy = f': give {name}.{parts[kind]}' if kind in parts else ''
+  raise ConfigError(
+    f'{name} must be a {kind.__name__}, it is a {found.__name__}{remedy}.'
+  )
+
+
 def load_config(path: str) -> Config:
   """What `get_config()` of the Python file at `path` returns, which is still to
   be validated."""

@@ -92,7 +92,7 @@ def load_run(
   run = conversion.load(folder, config, where)
   if run.tokenizer is None:
     raise workdirs.no_tokenizer(folder)
-  return run._replace(params=matrices.arrange(run.params))
+  return run._replace(params=matrices.arrange(run.params, donate=True))
 
 
 def _check_network(

@@ -103,7 +103,7 @@ tokens, single = write(params, prompts), write(params, prompts[:1])
 def read(params):
   # One row afresh, whose positions devices share.
   given = batch['tokens_BS'][:1], batch['length_B'][:1]
-  return prompt_lib.prefill(config.model, params, *given, None)
+  return prompt_lib.read_tokens(config.model, params, *given, None)
 
 
 expected_cache = read(params)

@@ -179,7 +179,8 @@ def _pick(logits_BLV, targets_BL):
 
 
 def _is_target(logits_BLV, targets_BL):
-  return jnp.arange(logits_BLV.shape[-1]) == targets_BL[..., None]
+  token_V = jnp.arange(logits_BLV.shape[-1])
+  return token_V[None, None, :] == targets_BL[..., None]
 
 
 negative_log_likelihood.defvjp(_nll_forward, _nll_backward)

@@ -79,7 +79,7 @@ def draw_times(
     from 0 and 1, and stands for what is beyond. That takes 1e-4 nats off the
     bound of a token, whatever the network.
   """
-  uniforms = jax.random.uniform(key, (num_draws, *shape))
+  uniforms = jax.random.uniform(key, (num_draws, *shape), jnp.float32)
   stratum = jnp.arange(num_draws).reshape(-1, *(1 for _ in shape))
   u = (stratum + uniforms) / num_draws
   return jnp.clip(u**2, loss.T_MARGIN, 1 - loss.T_MARGIN), 2 * u

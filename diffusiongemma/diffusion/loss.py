@@ -148,7 +148,7 @@ def draw_noise(
   if canvases == 'one':
     count_B1 = jnp.sum(start_BK >= 0, axis=1, keepdims=True)
     index_B1 = jax.random.randint(
-      select_key, (B, 1), 0, jnp.maximum(count_B1, 1)
+      select_key, (B, 1), 0, jnp.maximum(count_B1, 1), jnp.int32
     )
     start_BK = jnp.take_along_axis(start_BK, index_B1, axis=1)
   valid_BK = start_BK >= 0
@@ -156,7 +156,7 @@ def draw_noise(
   start_BK = jnp.maximum(start_BK, 0)
   first_BK = jnp.take_along_axis(batch['first_BS'], start_BK, axis=1)
   t_BK = jax.random.uniform(
-    time_key, start_BK.shape, minval=T_MARGIN, maxval=1 - T_MARGIN
+    time_key, start_BK.shape, jnp.float32, T_MARGIN, 1 - T_MARGIN
   )
   clean_BL = slice_canvases(batch['tokens_BS'], start_BK, C)
   canvas_BL, corrupted_BL = noise.corrupt(
@@ -166,12 +166,11 @@ def draw_noise(
   if self_conditioning_probability:
     most = int(min(_LARGEST_GROUP, 1 / self_conditioning_probability))
     group_size = max(n for n in range(1, most + 1) if B % n == 0)
-    uniform_G1 = jax.random.uniform(sc_key, (B // group_size, 1))
+    uniform_G1 = jax.random.uniform(sc_key, (B // group_size, 1), jnp.float32)
     told_G1 = jnp.floor(uniform_G1 / self_conditioning_probability)
-    told_B = (told_G1 == jnp.arange(group_size)).reshape(B)
-    passes_B = jax.random.randint(
-      jax.random.fold_in(sc_key, 1), (B,), 1, self_conditioning_passes + 1
-    )
+    told_B = (told_G1 == jnp.arange(group_size)[None, :]).reshape(B)
+    passes_key, most = jax.random.fold_in(sc_key, 1), self_conditioning_passes
+    passes_B = jax.random.randint(passes_key, (B,), 1, most + 1, jnp.int32)
     guesses_B = jnp.where(told_B, passes_B, 0)
   return Noise(
     start_BK,
@@ -215,7 +214,7 @@ def diffusion_loss(
   C = drawn.canvas_BL.shape[1] // drawn.start_BK.shape[1]
   check_batch(batch, C)
   counts = counts or count(batch, drawn)
-  loss_ar = jnp.zeros(())
+  loss_ar = jnp.zeros((), jnp.float32)
   if ar_loss_weight or objective == 'ar':
     h_BSD, cache, auxiliary = network.prefill(
       batch['tokens_BS'], batch['length_B'], first_BP=batch['first_BS']
@@ -235,7 +234,7 @@ def diffusion_loss(
       first_BP=batch['first_BS'][:, :P],
     )
   if objective == 'ar':
-    loss_denoise = accuracy = jnp.zeros(())
+    loss_denoise = accuracy = jnp.zeros((), jnp.float32)
   else:
     h_BLD = denoise_canvases(network, cache, drawn)
     clean_BL = slice_canvases(batch['tokens_BS'], drawn.start_BK, C)
@@ -321,6 +320,6 @@ def slice_canvases(
   tokens_BS: jax.Array, start_BK: jax.Array, canvas_length: int
 ) -> jax.Array:
   """The canvases of each row that start there, [B, K * C]."""
-  place_BKC = start_BK[:, :, None] + jnp.arange(canvas_length)
+  place_BKC = start_BK[:, :, None] + jnp.arange(canvas_length)[None, None, :]
   place_BL = place_BKC.reshape(len(start_BK), -1)
   return jnp.take_along_axis(tokens_BS, place_BL, axis=1, mode='clip')

@@ -52,7 +52,7 @@ def corrupt(
     (noisy canvas int32 [B, L], bool [B, L] of the redrawn positions).
   """
   keep_key, noise_key = jax.random.split(key)
-  uniforms_BL = jax.random.uniform(keep_key, tokens_BL.shape)
+  uniforms_BL = jax.random.uniform(keep_key, tokens_BL.shape, jnp.float32)
   corrupted_BL = uniforms_BL >= noise_schedule(t_BL)
   noise_BL = prior_canvas(noise_key, tokens_BL.shape, vocab_size)
   return jnp.where(corrupted_BL, noise_BL, tokens_BL), corrupted_BL

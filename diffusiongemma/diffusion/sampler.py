@@ -186,7 +186,7 @@ def first_state(
 
 def temperature_at(config: DiffusionConfig, step: jax.Array) -> jax.Array:
   """T of step n = N..1 (steps that remain), linear from t_max to t_min."""
-  share = step / config.max_denoising_steps
+  share = jnp.asarray(step, jnp.float32) / config.max_denoising_steps
   return config.t_min + (config.t_max - config.t_min) * share
 
 
@@ -213,6 +213,7 @@ def denoise_step(
     drawn.uniforms_BLU,
     step,
   )
+  _check_prediction(prediction, state, drawn.vocab_size)
   free = prediction.entropy_BL.shape[-1]
   if pinned is not None:
     prediction = _certain(prediction, pinned)
@@ -236,7 +237,7 @@ def denoise_step(
     draft_BL=draft_BL,
     accepted_BL=accepted_BL,
     entropy_BL=prediction.entropy_BL,
-    sc_BLD=prediction.sc_BLD.astype(state.sc_BLD.dtype),
+    sc_BLD=prediction.sc_BLD,
     unchanged_B=unchanged_B,
     converged_B=stable_B & confident_B & may_converge,
     steps_B=state.steps_B + 1,
@@ -244,9 +245,39 @@ def denoise_step(
 
   def freeze(old, new):
     frozen = state.converged_B.reshape((-1,) + (1,) * (new.ndim - 1))
-    return jnp.where(frozen, old, new)
+    # With `jax_enable_x64` a network, or a strategy, may answer in 64 bits.
+    return jnp.where(frozen, old, new.astype(old.dtype))
 
   return jax.tree.map(freeze, state, moved)
+
+
+def _check_prediction(
+  prediction: Prediction, state: SamplerState, vocab_size: int
+) -> None:
+  """Raises `TypeError` or `ValueError` for what a network must not return."""
+  if not isinstance(prediction, Prediction):
+    shape = getattr(prediction, 'shape', None)
+    raise TypeError(
+      'denoise_fn must return a Prediction, which sampler.predict makes of '
+      f'logits; it returned a {type(prediction).__name__}'
+      f'{"" if shape is None else f" of shape {list(shape)}"}.'
+    )
+  B, L = state.canvas_BL.shape
+  for name, wanted in (
+    ('sample_BL', (B, L)),
+    ('argmax_BL', (B, L)),
+    ('entropy_BL', (B, L)),
+    ('confidence_BL', (B, L)),
+    ('sc_BLD', state.sc_BLD.shape),
+    ('logits_BLV', (B, L, vocab_size)),
+  ):
+    array = getattr(prediction, name)
+    if array is not None and array.shape != wanted:
+      raise ValueError(
+        f'{name} of the Prediction must have the shape {list(wanted)}, by '
+        'batch_size, canvas_length, vocab_size and embed_dim; it has '
+        f'{list(array.shape)}.'
+      )
 
 
 def _certain(prediction: Prediction, pinned: Pinned) -> Prediction:
@@ -280,7 +311,8 @@ def sample_canvas(
   """Denoises one canvas per row; pure, for use inside `jax.jit`.
 
   Args:
-    denoise_fn: the network (see the top of the file).
+    denoise_fn: the network (see the top of the file); an attribute `sizes`, a
+      dict of `batch_size` and so on, is compared with the arguments here.
     key: a key, or one key a row [B]: a row's noise follows from its own key
       alone, so that it does not depend on what else is in the batch.
     config: the sampler's settings; L is `config.canvas_length`.
@@ -303,10 +335,23 @@ def sample_canvas(
     along a first axis of N, or None).
 
   Raises:
-    ConfigError: no step, a temperature that is not positive, no such strategy.
+    ConfigError: no `DiffusionConfig`, no step, a temperature that is not
+      positive, no such strategy.
+    TypeError: `denoise_fn` returns something else than a `Prediction`.
     ValueError: an array of another shape, or no key.
   """
+  configs.check_kind(config, DiffusionConfig)
   configs.validate_diffusion(config)
+  sizes = {
+    'batch_size': batch_size,
+    'vocab_size': vocab_size,
+    'embed_dim': embed_dim,
+  }
+  for name, size in getattr(denoise_fn, 'sizes', {}).items():
+    if sizes[name] != size:
+      raise ValueError(
+        f'{name} = {sizes[name]}, and the network of denoise_fn has {size}.'
+      )
   keys_B = row_keys(key, batch_size)
   shape = (batch_size, config.canvas_length)
   if initial_canvas_BL is not None:
@@ -378,11 +423,13 @@ def row_keys(key: jax.Array, batch_size: int) -> jax.Array:
   Raises:
     ValueError: neither a key of `jax.random.key` nor one for each row.
   """
-  is_key = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-  if not is_key or key.shape not in ((), (batch_size,)):
+  dtype, shape = getattr(key, 'dtype', None), getattr(key, 'shape', None)
+  is_key = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+  if not is_key or shape not in ((), (batch_size,)):
+    found = repr(key) if dtype is None else f'{dtype}{list(shape)}'
     raise ValueError(
       f'key must be one of jax.random.key, or an array of {batch_size}, one a '
-      f'row; it is {key.dtype}{list(key.shape)}.'
+      f'row; it is {found}.'
     )
   return key if key.ndim else jax.random.split(key, batch_size)
 
@@ -414,7 +461,8 @@ def draw_step_noise(
     U = vocabulary.num_halvings(vocab_size)
     uniforms_LU = noise.uniform_from_nearer_end(uniform_key, (L, U))
     tokens_L = noise.prior_canvas(token_key, (L,), vocab_size)
-    return uniforms_LU, tokens_L, jax.random.uniform(choice_key, (L,))
+    choice_L = jax.random.uniform(choice_key, (L,), jnp.float32)
+    return uniforms_LU, tokens_L, choice_L
 
   return StepNoise(*jax.vmap(draw)(keys_B), vocab_size)
 

@@ -175,7 +175,7 @@ def _attend(
   same_for_all = mask_ref.shape[1] == 1
   lowest = jnp.finfo(jnp.float32).min
   state = (
-    jnp.full((rows,), -jnp.inf),
+    jnp.full((rows,), -jnp.inf, jnp.float32),
     jnp.zeros((rows,), jnp.float32),
     jnp.zeros((rows, H), jnp.float32),
   )
@@ -184,7 +184,7 @@ def _attend(
     S = k_ref.shape[1]
     if filled is not None:
       S = jnp.minimum(S, filled[row])
-    counts.append(pl.cdiv(S, size))
+    counts.append((S + size - 1) // size)
   # Blocks of all parts are numbered; these are this program's.
   mine = [(split + i) * sum(counts) // splits for i in (0, 1)]
   start = before = 0

@@ -120,7 +120,7 @@ def _lay_out(expert_R, num_experts, tile):
   rank_R = jnp.sum(rank_RE * one_hot_RE, axis=1)
   tiles_E = -(-jnp.sum(one_hot_RE, axis=0) // tile)
   end_E = jnp.cumsum(tiles_E)
-  start_R = jnp.sum((end_E - tiles_E) * one_hot_RE, axis=1) * tile
+  start_R = jnp.sum((end_E - tiles_E)[None, :] * one_hot_RE, axis=1) * tile
   # The rows of no expert go nowhere.
   here_R = expert_R < num_experts
   slot_R = jnp.where(here_R, start_R + rank_R, num_tiles * tile)
@@ -353,7 +353,7 @@ def window_slots(groups: Groups) -> jax.Array:
   """Where in the buffer the rows of each expert's window are, int32 [E, w].
   Those after its own tiles are rows of others, or past the end."""
   begin_E = groups.begin_E * groups.tile
-  return begin_E[:, None] + jnp.arange(groups.window)
+  return begin_E[:, None] + jnp.arange(groups.window)[None, :]
 
 
 def _from_windows(y_EwF: jax.Array, groups: Groups) -> jax.Array:

@@ -81,6 +81,7 @@ def summarize(
   """
   R, V = len(h_RD), table_VD.shape[0]
   _check_uniforms(uniforms_RU, V)
+  temperature = jnp.asarray(temperature, jnp.float32)
   given = (h_RD, table_VD, temperature, with_mean)
   gpu_chunk = chunk or default_chunk(R, gpu.CHUNK_ELEMENTS)
   chunk = chunk or default_chunk(R)
@@ -147,7 +148,7 @@ def _walk(h_RD, table_VD, temperature, look_at, chunk, softcap):
   """Over the table: (the last carry of `look_at`, the mass of each bin)."""
   R, D = h_RD.shape
   carry = (
-    jnp.full((R,), -jnp.inf),
+    jnp.full((R,), -jnp.inf, jnp.float32),
     jnp.zeros((R,), jnp.float32),
     jnp.zeros((R,), jnp.int32),
     jnp.zeros((R, D), jnp.float32),

@@ -224,7 +224,11 @@ def _attend_in_chunks(
       carry = take_in(carry, *rest)
   if carry is None:
     shape = (B, K, L, N // K)
-    carry = (jnp.full(shape, lowest), jnp.zeros(shape), jnp.zeros((*shape, H)))
+    carry = (
+      jnp.full(shape, lowest, jnp.float32),
+      jnp.zeros(shape, jnp.float32),
+      jnp.zeros((*shape, H), jnp.float32),
+    )
   for part in chunked:
     *_, own_BLS = part
     is_seen_S = jnp.any(own_BLS, axis=(0, 1))

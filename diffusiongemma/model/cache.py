@@ -11,7 +11,12 @@ import flax
 import jax
 import jax.numpy as jnp
 
+from diffusiongemma import config as configs
 from diffusiongemma.config import ModelConfig
+
+# The length of a row for which the cache had no room: it has lost what it read,
+# and nothing can be written after it.
+OVERFLOWED = -(2**30)
 
 
 @flax.struct.dataclass
@@ -21,7 +26,8 @@ class KVCache:
   Attributes:
     k: keys after norm and rotary, one array per layer.
     v: values after norm, one array per layer.
-    length_B: int32, tokens read by each row.
+    length_B: int32, tokens read by each row; `OVERFLOWED` from the call on for
+      which there was no room.
   """
 
   k: tuple[jax.Array, ...]
@@ -30,7 +36,9 @@ class KVCache:
 
 
 def init_cache(config: ModelConfig, batch_size: int, capacity: int) -> KVCache:
-  """An empty cache for texts of up to `capacity` tokens."""
+  """An empty cache for texts of up to `capacity` tokens. Raises `ConfigError`
+  for what is no `ModelConfig`."""
+  configs.check_kind(config, ModelConfig)
 
   def empty(kind):
     heads, dim = kv_shape(config, kind)
@@ -64,6 +72,30 @@ def grow(config: ModelConfig, cache: KVCache, capacity: int) -> KVCache:
   )
 
 
+def room(config: ModelConfig, cache: KVCache) -> int | None:
+  """How many tokens a text in the cache can have; None is any number, where all
+  layers are local and hold their windows."""
+  slots = [
+    k_BSKH.shape[1]
+    for k_BSKH, kind in zip(cache.k, config.attention_pattern, strict=True)
+    if kind == 'global' or k_BSKH.shape[1] < config.sliding_window
+  ]
+  return min(slots, default=None)
+
+
+def advance(
+  config: ModelConfig, cache: KVCache, length_B: jax.Array
+) -> jax.Array:
+  """int32 [B], the length of each row with `length_B` tokens more, or
+  `OVERFLOWED`."""
+  longer_B = cache.length_B + length_B.astype(jnp.int32)
+  most = room(config, cache)
+  if most is None:
+    return longer_B
+  fits_B = (cache.length_B >= 0) & (longer_B <= most)
+  return jnp.where(fits_B, longer_B, OVERFLOWED)
+
+
 def kv_shape(config: ModelConfig, kind: str) -> tuple[int, int]:
   """(K, H) of a 'local' or 'global' layer."""
   if kind == 'global':
@@ -74,7 +106,7 @@ def kv_shape(config: ModelConfig, kind: str) -> tuple[int, int]:
 def slot_positions(length_B: jax.Array, num_slots: int) -> jax.Array:
   """Position of the token in each slot, [B, S]; negative where empty."""
   newest_B1 = length_B[:, None] - 1
-  age_BS = (newest_B1 - jnp.arange(num_slots)) % num_slots
+  age_BS = (newest_B1 - jnp.arange(num_slots)[None, :]) % num_slots
   return newest_B1 - age_BS
 
 
@@ -104,8 +136,8 @@ def slots_for(
 
   Padding, and what its successors would overwrite, get slots past the end.
   """
-  index_P = jnp.arange(num_new)
-  kept_BP = index_P < length_B[:, None]
-  kept_BP &= index_P >= length_B[:, None] - num_slots
-  slot_BP = (start_B[:, None] + index_P) % num_slots
-  return jnp.where(kept_BP, slot_BP, num_slots + index_P)
+  index_1P = jnp.arange(num_new)[None, :]
+  kept_BP = index_1P < length_B[:, None]
+  kept_BP &= index_1P >= length_B[:, None] - num_slots
+  slot_BP = (start_B[:, None] + index_1P) % num_slots
+  return jnp.where(kept_BP, slot_BP, num_slots + index_1P)

@@ -108,7 +108,7 @@ class Layer(nn.Module):
     shared = self.norm_post_ffw_1(self.shared_mlp(for_shared))
     routed = self.norm_post_ffw_2(self.experts(for_experts, routing))
     h_BLD = h_BLD + self.norm_post_ffw(shared + routed)
-    h_BLD = h_BLD * scalar.astype(h_BLD.dtype)
+    h_BLD = h_BLD * scalar.astype(h_BLD.dtype).reshape(1, 1, 1)
     return parallel.constrain(h_BLD, 'batch', 'length', None), routing
 
 
@@ -207,7 +207,8 @@ class Denoiser(nn.Module):
       length_B: int32, how many of them are real.
       cache: the text before them; None starts afresh with a cache that holds
         exactly these P slots in every layer. Row b goes on at position
-        `cache.length_B[b]`; the caller provides room for it.
+        `cache.length_B[b]`, and is `kv_cache.OVERFLOWED` after it where there
+        is no room.
       images: what stands in the place of image tokens.
       first_BP: int32, the first position that each token may see, where a row
         holds several documents.
@@ -220,7 +221,7 @@ class Denoiser(nn.Module):
     if fresh:
       cache = kv_cache.init_cache(self.config, B, 0)
     start_B = cache.length_B
-    positions_BP = start_B[:, None] + jnp.arange(P)
+    positions_BP = start_B[:, None] + jnp.arange(P)[None, :]
     x_BPD, image_BP = self.embed(tokens_BP), None
     if images is not None:
       x_BPD, image_BP = self.place(x_BPD, images)
@@ -243,7 +244,10 @@ class Denoiser(nn.Module):
       keys.append(new[0])
       values.append(new[1])
       routings.append(routing)
-    longer = kv_cache.KVCache(tuple(keys), tuple(values), start_B + length_B)
+    longer_B = length_B
+    if not fresh:
+      longer_B = kv_cache.advance(self.config, cache, length_B)
+    longer = kv_cache.KVCache(tuple(keys), tuple(values), longer_B)
     return self.final_norm(x_BPD), longer, tuple(routings)
 
   def denoise(
@@ -271,7 +275,7 @@ class Denoiser(nn.Module):
     if start_BK is None:
       start_BK = cache.length_B[:, None]
     (B, L), K = tokens_BL.shape, start_BK.shape[1]
-    positions_BKC = start_BK[:, :, None] + jnp.arange(L // K)
+    positions_BKC = start_BK[:, :, None] + jnp.arange(L // K)[None, None, :]
     positions_BL = positions_BKC.reshape(B, L)
     mask_of_kind = self.per_kind(
       cache,
@@ -353,10 +357,8 @@ class Denoiser(nn.Module):
     B, L, D = h_BLD.shape
     table_VD = self.embedding.astype(h_BLD.dtype)
     U = vocabulary.num_halvings(self.config.vocab_size)
-    no_draw_RU = jnp.zeros((B * L, U))
-    found = self._summarize(
-      h_BLD.reshape(-1, D), table_VD, jnp.ones(()), no_draw_RU
-    )
+    no_draw_RU = jnp.zeros((B * L, U), jnp.float32)
+    found = self._summarize(h_BLD.reshape(-1, D), table_VD, 1.0, no_draw_RU)
     return found.mean_RD.reshape(B, L, D)
 
   def summarize(

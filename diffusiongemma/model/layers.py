@@ -30,7 +30,8 @@ def rms_norm(
   variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
   normed = x32 * jax.lax.rsqrt(variance + epsilon)
   if scale is not None:
-    normed = normed * scale.astype(jnp.float32)
+    scale = scale.astype(jnp.float32)
+    normed = normed * jnp.broadcast_to(scale, normed.shape)
   return normed.astype(x.dtype)
 
 
@@ -109,7 +110,8 @@ def rotary_cos_sin(
   positions_BL: jax.Array, frequencies: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Cosines and sines of the angles [B, L, H/2], in float32."""
-  angles_BLF = positions_BL[..., None].astype(jnp.float32) * frequencies
+  positions_BL1 = positions_BL[..., None].astype(jnp.float32)
+  angles_BLF = positions_BL1 * frequencies[None, None, :]
   return jnp.cos(angles_BLF), jnp.sin(angles_BLF)
 
 

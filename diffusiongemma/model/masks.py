@@ -79,7 +79,7 @@ def prefill_mask(
       Tokens of one image see each other, whatever the window.
     first_BP: int32, the first position that each new token may see.
   """
-  new_BP = start_B[:, None] + jnp.arange(num_queries)
+  new_BP = start_B[:, None] + jnp.arange(num_queries)[None, :]
   key_B1S = jnp.concatenate([cached_BS, new_BP], axis=1)[:, None, :]
   query_BP1 = new_BP[:, :, None]
   mask_BPS = (key_B1S >= 0) & (key_B1S <= query_BP1)

@@ -62,13 +62,15 @@ def axes_of(
   return tuple(range(inputs)), tuple(range(inputs, ndim))
 
 
-def arrange(params: dict) -> dict:
+def arrange(params: dict, donate: bool = False) -> dict:
   """The parameters as this device multiplies by them fastest where there is no
-  gradient, to write text with: on a CPU the matrices of experts are turned, if
-  they are plain arrays; on other devices and on a mesh all stay as they are.
+  gradient, to write text with: on a CPU the matrices of experts are
+  transposed, if they are plain arrays; on other devices and on a mesh all stay
+  as they are.
 
-  What is turned is deleted from memory, as a donated argument is. What comes
-  back is not to be saved, trained or brought onto a mesh.
+  What comes back is not to be saved, trained or brought onto a mesh. With
+  `donate`, each matrix of `params` that is transposed is deleted at once, so
+  that both are never held: `params` can't be used any more.
   """
   is_on_mesh = not jax.sharding.get_abstract_mesh().empty
   if is_on_mesh or jax.default_backend() != 'cpu':
@@ -77,7 +79,8 @@ def arrange(params: dict) -> dict:
   for path, w in flat.items():
     if path[-2:-1] == ('experts',) and isinstance(w, jax.Array):
       flat[path] = experts_cpu.Turned(_turn(w).block_until_ready())
-      w.delete()
+      if donate:
+        w.delete()
   return traverse_util.unflatten_dict(flat)
 
 

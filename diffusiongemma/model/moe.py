@@ -205,7 +205,7 @@ def routing_statistics(
   for routing in routings:
     p_BLE = routing.probabilities_BLE
     _, L, num_experts = p_BLE.shape
-    is_token_BL = jnp.arange(L) < length_B[:, None]
+    is_token_BL = jnp.arange(L)[None, :] < length_B[:, None]
     share_BL = is_token_BL / jnp.maximum(jnp.sum(is_token_BL), 1)
     entropy_BL = -jnp.sum(p_BLE * jnp.log(p_BLE + 1e-30), axis=-1)
     entropies.append(jnp.sum(entropy_BL * share_BL))

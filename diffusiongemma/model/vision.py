@@ -203,7 +203,7 @@ class VisionEncoder(nn.Module):
       x_IMW = layer(x_IMW, positions_IM2)
     x_ITW = self.pool(x_IMW, positions_IM2)
     count_I = num_soft_tokens(positions_IM2, kernel)
-    is_token_IT = jnp.arange(M // kernel**2) < count_I[:, None]
+    is_token_IT = jnp.arange(M // kernel**2)[None, :] < count_I[:, None]
     return jnp.where(is_token_IT[..., None], self.project(x_ITW), 0)
 
   def embed(self, patches_IMX: jax.Array, positions_IM2: jax.Array):

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusiongemma import config as configs
 from diffusiongemma import sharding
 from diffusiongemma.config import Config
 from diffusiongemma.config import ModelConfig
@@ -73,13 +74,17 @@ def make_denoise_fn(
   `logit_hook` (logits_BLV, step) -> logits_BLV changes the logits before the
   temperature: -inf bans a token, all others at -inf force it.
 
-  After step 1, the last, nobody sees the self-conditioning: it is zero.
+  After step 1, the last, nobody sees the self-conditioning: it is zero. Rows
+  for which the cache had no room (`cache.OVERFLOWED`) have no text: their
+  `argmax_BL` is -1. Raises `ConfigError` for what is no `ModelConfig`.
   """
+  configs.check_kind(config, ModelConfig)
   model = denoiser.Denoiser(config, lower_once=True)
   apply = functools.partial(model.apply, {'params': params})
 
   def denoise(tokens_BL, sc_BLD, temperature, uniforms_BLU, step):
     h_BLD = apply(tokens_BL, sc_BLD, cache, method='denoise')
+    is_text_B1 = cache.length_B[:, None] >= 0
     is_seen = step > 1  # The self-conditioning: step 1 is the last.
     if logit_hook is None and not parallel.is_active():
       B, L, D = h_BLD.shape
@@ -89,7 +94,7 @@ def make_denoise_fn(
       )
       return sampler.Prediction(
         sample_BL=found.sample_R.reshape(B, L),
-        argmax_BL=found.argmax_R.reshape(B, L),
+        argmax_BL=jnp.where(is_text_B1, found.argmax_R.reshape(B, L), -1),
         entropy_BL=found.entropy_R.reshape(B, L),
         confidence_BL=found.confidence_R.reshape(B, L),
         sc_BLD=found.mean_RD.reshape(B, L, D),
@@ -103,10 +108,17 @@ def make_denoise_fn(
       sc_BLD = apply(p_BLV, method='soft_embedding')
       return jnp.where(is_seen, sc_BLD, 0)
 
-    return sampler.predict(
+    found = sampler.predict(
       logits_BLV, temperature, uniforms_BLU, soft_embedding
     )
+    return found.replace(argmax_BL=jnp.where(is_text_B1, found.argmax_BL, -1))
 
+  # What `sample_canvas` compares with the sizes that it is told.
+  denoise.sizes = {
+    'batch_size': len(cache.length_B),
+    'vocab_size': config.vocab_size,
+    'embed_dim': config.embed_dim,
+  }
   return denoise
 
 
@@ -209,8 +221,10 @@ def generate(
   """Continues a batch of prompts of any lengths, canvas after canvas.
 
   A row is written as it would be alone: its noise follows from its own key,
-  and no row sees another or its padding. Prompts are padded to a power of
-  two, so that similar lengths share a compilation.
+  and no row sees another or its padding. In float32 its tokens are the same; in
+  bfloat16 a product of more rows may round otherwise, and a draw between two
+  tokens that are nearly as probable fall on the other one. Prompts are padded
+  to a power of two, so that similar lengths share a compilation.
 
   Args:
     config: network and sampler.
@@ -228,7 +242,8 @@ def generate(
       rows.
     keep_cache: read the last canvases too, and return both caches.
     logit_hook: see `make_denoise_fn`; the same function object compiles once.
-    on_step: called with (steps done, state) after every denoising step.
+    on_step: called with (steps done, state) before the first denoising step,
+      when the draft is still -1, and after every one.
     on_canvas: called with the tokens kept of every row, at every canvas.
 
   Raises:
@@ -236,11 +251,18 @@ def generate(
       together with the canvases asked for, pictures and image tokens do not
       agree, or a pinned place is outside of the canvases.
     ImageError: an image can't be used.
-    ConfigError: the mesh around the call does not divide the network.
+    ConfigError: `config` is no `Config`, or the mesh around the call does not
+      divide the network.
     ValueError: `key` is no key, nor one for each row.
   """
+  configs.check_kind(config, Config)
   sharding.validate_here(config)
   C = config.diffusion.canvas_length
+  if isinstance(prompts, (str, bytes)):
+    raise prompt_lib.PromptError(
+      'The prompts are a text, and lists of token ids are read here: '
+      '[[tokenizer.bos_id, *tokenizer.encode(text)]].'
+    )
   B, canvases = len(prompts), -(-max_new_tokens // C)
   if not B:
     raise prompt_lib.PromptError('There is no prompt.')

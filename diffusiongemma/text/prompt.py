@@ -10,6 +10,7 @@ its place.
 
 from collections.abc import Sequence
 import functools
+import operator
 from typing import Any
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusiongemma import config as configs
 from diffusiongemma import powers
 from diffusiongemma import sharding
 from diffusiongemma.config import Config
@@ -55,7 +57,6 @@ def check(
     )
 
 
-@functools.partial(jax.jit, static_argnames='config')
 def prefill(
   config: ModelConfig,
   params: dict,
@@ -64,7 +65,41 @@ def prefill(
   cache: kv_cache.KVCache,
   images: denoiser.SoftTokens | None = None,
 ) -> kv_cache.KVCache:
-  """Reads new tokens into the cache; also commits a canvas. No head."""
+  """Reads new tokens into the cache; also commits a canvas. No head.
+
+  Args:
+    config: the network.
+    params: its parameters.
+    tokens_BP: int32, new tokens, padded on the right.
+    length_B: int32, how many of each row are real.
+    cache: the text before, with room for them.
+    images: soft tokens, with places in `tokens_BP`.
+
+  Inside of `jax.jit`, where lengths are not known, nothing is raised: a row for
+  which there is no room has the length `cache.OVERFLOWED` from then on, and the
+  draft of a canvas after it is -1 throughout.
+
+  Raises:
+    ConfigError: `config` is no `ModelConfig`.
+    PromptError: the cache has no room for the tokens.
+  """
+  configs.check_kind(config, ModelConfig)
+  lengths = (cache.length_B, length_B)
+  if not any(isinstance(x, jax.core.Tracer) for x in lengths):
+    _check_room(config, cache, np.asarray(length_B))
+  return read_tokens(config, params, tokens_BP, length_B, cache, images)
+
+
+@functools.partial(jax.jit, static_argnames='config')
+def read_tokens(
+  config: ModelConfig,
+  params: dict,
+  tokens_BP: jax.Array,
+  length_B: jax.Array,
+  cache: kv_cache.KVCache,
+  images: denoiser.SoftTokens | None = None,
+) -> kv_cache.KVCache:
+  """`prefill` of what is known to fit."""
   model = denoiser.Denoiser(config, lower_once=True)
   with sharding.activate(config, *tokens_BP.shape):
     _, cache, _ = model.apply(
@@ -80,7 +115,9 @@ def encode_images(
   patches_IMX: jax.Array,
   positions_IM2: jax.Array,
 ) -> jax.Array:
-  """Soft tokens [I, T, D] of preprocessed images; see `images.preprocess`."""
+  """Soft tokens [I, T, D] of preprocessed images; see `images.preprocess`.
+  Raises `ConfigError` for what is no `ModelConfig`."""
+  configs.check_kind(config, ModelConfig)
   model = denoiser.Denoiser(config, lower_once=True)
   return model.apply(
     {'params': params}, patches_IMX, positions_IM2, method='encode_images'
@@ -111,9 +148,11 @@ def read_prompt(
     chunk_length: most tokens of a row in a piece.
 
   Raises:
+    ConfigError: `config` is no `ModelConfig`.
     PromptError: an image has more soft tokens than a piece, or the cache has no
       room for the prompts.
   """
+  configs.check_kind(config, ModelConfig)
   tokens_BP, length_B = np.asarray(tokens_BP), np.asarray(length_B)
   _check_room(config, cache, length_B)
   B, P = tokens_BP.shape
@@ -134,7 +173,7 @@ def read_prompt(
       index[b, : taken_B[b]] = index_BP[b, start_B[b] : end]
     if images is not None:
       images = images.replace(index_BP=jnp.asarray(index))
-    cache = prefill(config, params, tokens, taken_B, cache, images)
+    cache = read_tokens(config, params, tokens, taken_B, cache, images)
     start_B += taken_B
   return cache
 
@@ -142,18 +181,18 @@ def read_prompt(
 def _check_room(
   config: ModelConfig, cache: kv_cache.KVCache, length_B: np.ndarray
 ) -> None:
-  """Raises `PromptError` where a global layer would forget what it has read."""
-  room = [
-    k_BSKH.shape[1]
-    for k_BSKH, kind in zip(cache.k, config.attention_pattern, strict=True)
-    if kind == 'global'
-  ]
-  needed = int((np.asarray(cache.length_B) + length_B).max())
-  if room and needed > min(room):
+  """Raises `PromptError` where a layer would forget what it has read."""
+  before_B, most = np.asarray(cache.length_B), kv_cache.room(config, cache)
+  if (before_B < 0).any():
     raise PromptError(
-      f'The cache has room for {min(room)} tokens; with these prompts there '
-      f'are {needed}: make a larger one (init_cache), or let it grow '
-      '(cache.grow).'
+      f'Row {np.argmin(before_B)} of the cache is no text: an earlier prefill, '
+      'inside of jax.jit, had no room for it.'
+    )
+  needed = int((before_B + length_B).max())
+  if most is not None and needed > most:
+    raise PromptError(
+      f'The cache has room for {most} tokens; with these there are {needed}: '
+      'make a larger one (init_cache), or let it grow (cache.grow).'
     )
 
 
@@ -171,6 +210,22 @@ def _piece_end(image_P: np.ndarray, start: int, length: int, size: int) -> int:
       f'{size} tokens; read longer pieces.'
     )
   return end
+
+
+def _token_ids(row: int, prompt: Sequence[int]) -> list[int]:
+  """A prompt as a list. Raises `PromptError` for what is no token ids."""
+  if isinstance(prompt, (str, bytes)):
+    raise PromptError(
+      f'Prompt {row} is a text, and token ids are read here: '
+      '[tokenizer.bos_id, *tokenizer.encode(text)].'
+    )
+  try:
+    return [operator.index(token) for token in prompt]
+  except TypeError as error:
+    raise PromptError(
+      f'Prompt {row} is no list of token ids: {error}. Prompts are a list of '
+      'them, also of a single one.'
+    ) from error
 
 
 class Seen(NamedTuple):
@@ -192,7 +247,7 @@ def with_pictures(
   pictures: Sequence[Sequence[Any]] | None,
 ) -> tuple[list[list[int]], Seen | None]:
   """Prompts in which each image token stands for a whole picture."""
-  prompts = [[int(token) for token in prompt] for prompt in prompts]
+  prompts = [_token_ids(row, prompt) for row, prompt in enumerate(prompts)]
   if not pictures or not any(pictures):
     for row, prompt in enumerate(prompts):
       if config.vision and config.vision.image_token_id in prompt:

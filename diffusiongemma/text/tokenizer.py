@@ -61,17 +61,19 @@ class Tokenizer(abc.ABC):
     return [i for part in parts for i in self._encode(part)]
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Text of `ids`; control pieces, and ids past the last, are left out."""
+    """Text of `ids`; control pieces, and what is no id, are left out."""
     control = self._control_ids
     kept = (int(i) for i in ids)
     return self._decode(
-      [i for i in kept if i < self.vocab_size and i not in control]
+      [i for i in kept if 0 <= i < self.vocab_size and i not in control]
     )
 
   def pieces(self, ids: Sequence[int]) -> list[str]:
-    """What each id alone looks like, a space for the sign `▁`."""
+    """What each id alone looks like, a space for the sign `▁`; `UNKNOWN` for
+    what is no id."""
+    is_id = range(self.vocab_size).__contains__
     return [
-      self._piece(int(i)).replace('▁', ' ') if i < self.vocab_size else UNKNOWN
+      self._piece(int(i)).replace('▁', ' ') if is_id(int(i)) else UNKNOWN
       for i in ids
     ]
 

@@ -52,9 +52,10 @@ def init_adapters(config: LoraConfig, params: dict, key: jax.Array) -> dict:
     else:
       shape_a, shape_b = (*inputs, rank), (rank, *outputs)
     fan_in = math.prod(inputs)
-    a = jax.random.normal(jax.random.fold_in(key, index), shape_a)
+    own_key = jax.random.fold_in(key, index)
+    a = jax.random.normal(own_key, shape_a, jnp.float32)
     adapters[(*path, 'a')] = a * fan_in**-0.5
-    adapters[(*path, 'b')] = jnp.zeros(shape_b)
+    adapters[(*path, 'b')] = jnp.zeros(shape_b, jnp.float32)
   return traverse_util.unflatten_dict(adapters)
 
 

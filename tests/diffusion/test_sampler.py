@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusiongemma.config import Config
 from diffusiongemma.config import ConfigError
 from diffusiongemma.config import DiffusionConfig
 from diffusiongemma.diffusion import sampler
@@ -391,3 +392,26 @@ def test_pin_by_index():
 def test_settings_that_cannot_be(changes, message):
   with pytest.raises(ConfigError, match=message):
     sample(config=dataclasses.replace(CONFIG, **changes))
+
+
+def test_what_is_no_prediction_is_refused():
+  config = DiffusionConfig(canvas_length=4, max_denoising_steps=2)
+  sizes = dict(batch_size=1, vocab_size=8, embed_dim=3)
+
+  def sample(network, config=config):
+    sampler.sample_canvas(network, jax.random.key(0), config, **sizes)
+
+  with pytest.raises(TypeError, match=r'must return a Prediction.*\[1, 4, 8\]'):
+    sample(lambda *_: jnp.zeros((1, 4, 8)))
+
+  def narrow(tokens_BL, sc_BLD, temperature, uniforms_BLU, step):
+    return sampler.predict(
+      jnp.zeros((1, 4, 7)), temperature, uniforms_BLU, lambda p: sc_BLD
+    )
+
+  with pytest.raises(
+    ValueError, match=r'logits_BLV .*\[1, 4, 8\].*\[1, 4, 7\]'
+  ):
+    sample(narrow)
+  with pytest.raises(ConfigError, match='DiffusionConfig, it is a Conf'):
+    sample(narrow, Config())

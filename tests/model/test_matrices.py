@@ -63,11 +63,9 @@ def test_multiply_and_its_gradients_are_those_of_einsum(
 
 
 def test_arranged_parameters_are_the_same_network(model_config, params):
-  copied = jax.tree.map(jnp.copy, params)
-  arranged = matrices.arrange(copied)
+  arranged = matrices.arrange(params)
   assert isinstance(arranged['layer_00']['experts']['down'], experts_cpu.Turned)
-  assert copied['layer_00']['experts']['down'].is_deleted()
-  assert arranged['embedding'] is copied['embedding']
+  assert arranged['embedding'] is params['embedding']
   tokens_BP = jnp.arange(3, 15).reshape(2, 6)
   model = denoiser.Denoiser(model_config)
 
@@ -83,6 +81,15 @@ def test_arranged_parameters_are_the_same_network(model_config, params):
     denoise({'params': p}, tokens_BP, None, cache) for p in (arranged, params)
   )
   np.testing.assert_allclose(made, wanted, atol=1e-5)
+
+
+def test_arranging_deletes_what_it_is_given_only_when_told(params):
+  copied = jax.tree.map(jnp.copy, params)
+  matrices.arrange(copied)
+  assert not any(x.is_deleted() for x in jax.tree.leaves(copied))
+  matrices.arrange(copied, donate=True)
+  assert copied['layer_00']['experts']['down'].is_deleted()
+  assert not copied['embedding'].is_deleted()
 
 
 def test_where_nothing_is_to_be_arranged_all_stays(params):

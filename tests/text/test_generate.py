@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusiongemma import config as configs
 from diffusiongemma.config import Config
 from diffusiongemma.config import DiffusionConfig
 from diffusiongemma.diffusion import sampler
@@ -101,11 +102,12 @@ def test_second_canvas_continues_the_first(config, params):
 
 def test_prompts_of_one_bucket_compile_once(config, params):
   run(config, params, C)
-  before = prompt_lib.prefill._cache_size(), generate.write_canvas._cache_size()
+  programs = (prompt_lib.read_tokens, generate.write_canvas)
+  before = [program._cache_size() for program in programs]
   for length in (2, 7, 16):
     prompt = list(range(2, 2 + length))
     generate.generate(config, params, [prompt], jax.random.key(1), C)
-  after = prompt_lib.prefill._cache_size(), generate.write_canvas._cache_size()
+  after = [program._cache_size() for program in programs]
   assert after == before
 
 
@@ -128,11 +130,91 @@ def test_prompts_that_cannot_be_continued(
 
 
 @pytest.mark.parametrize(
-  'key', [jax.random.PRNGKey(0), jax.random.split(jax.random.key(0), 3)]
+  'key', [0, jax.random.PRNGKey(0), jax.random.split(jax.random.key(0), 3)]
 )
 def test_what_is_no_key_for_the_batch_is_refused(config, params, key):
   with pytest.raises(ValueError, match='key must be one of jax.random.key, or'):
     generate.generate(config, params, [PROMPT], key, C)
+
+
+@pytest.mark.parametrize(
+  'prompts, message',
+  [
+    (['ROMEO.'], r'Prompt 0 is a text, .*tokenizer\.encode'),
+    ('ROMEO.', r'The prompts are a text, .*tokenizer\.encode'),
+    ([2, 10], 'Prompt 0 is no list of token ids'),
+    ([PROMPT, [2, 1.5]], 'Prompt 1 is no list of token ids'),
+  ],
+)
+def test_what_is_no_token_ids_is_refused(config, params, prompts, message):
+  with pytest.raises(prompt_lib.PromptError, match=message):
+    generate.generate(config, params, prompts, jax.random.key(0), C)
+
+
+def test_a_config_of_another_kind_is_refused(config, params):
+  """It says which part is the right one, where there is one."""
+  cache = kv_cache.init_cache(config.model, 1, 8)
+  tokens = jnp.array([PROMPT]), jnp.array([4])
+  key = jax.random.key(0)
+  wanted = r'config must be a ModelConfig, it is a Config: give config\.model\.'
+  for call in (
+    lambda: kv_cache.init_cache(config, 1, 8),
+    lambda: prompt_lib.prefill(config, params, *tokens, cache),
+    lambda: prompt_lib.read_prompt(config, params, *tokens, cache),
+    lambda: generate.make_denoise_fn(config, params, cache),
+  ):
+    with pytest.raises(configs.ConfigError, match=wanted):
+      call()
+  with pytest.raises(
+    configs.ConfigError, match='a Config, it is a ModelConfig'
+  ):
+    generate.generate(config.model, params, [PROMPT], key, C)
+
+
+@pytest.mark.parametrize('window', [4, 64])
+def test_a_cache_without_room_is_an_error_or_poison(config, params, window):
+  """Global layers, and local ones with fewer slots than their window. Inside
+  of `jit` the row is no text, then and after, and the others are."""
+  model = dataclasses.replace(config.model, sliding_window=window)
+  cache = kv_cache.init_cache(model, 2, 6)
+  tokens = jnp.array([PROMPT * 2, PROMPT * 2]), jnp.array([5, 7])
+  with pytest.raises(prompt_lib.PromptError, match='6 tokens; with these .* 7'):
+    prompt_lib.prefill(model, params, *tokens, cache)
+
+  @jax.jit
+  def write(length_B):
+    read = prompt_lib.prefill(model, params, tokens[0], length_B, cache)
+    more = prompt_lib.prefill(model, params, tokens[0], jnp.ones(2, int), read)
+    denoise_fn = generate.make_denoise_fn(model, params, read)
+    state, _ = sampler.sample_canvas(
+      *(denoise_fn, jax.random.key(0), config.diffusion),
+      **denoise_fn.sizes,
+    )
+    return read, more, state
+
+  read, more, state = write(tokens[1])
+  assert read.length_B.tolist() == [5, kv_cache.OVERFLOWED]
+  assert more.length_B.tolist() == [6, kv_cache.OVERFLOWED]
+  assert (state.draft_BL[0] >= 0).all() and (state.draft_BL[1] == -1).all()
+  with pytest.raises(prompt_lib.PromptError, match='Row 1 of the cache is no'):
+    prompt_lib.prefill(model, params, tokens[0], jnp.array([1, 1]), read)
+  # Local layers alone, that hold their windows, read on for ever.
+  local = dataclasses.replace(
+    model, attention_pattern=('local',) * len(model.attention_pattern)
+  )
+  ring = kv_cache.init_cache(local, 1, 64)
+  assert kv_cache.room(local, ring) == (None if window <= 64 else 64)
+
+
+@pytest.mark.parametrize('name', ['batch_size', 'vocab_size', 'embed_dim'])
+def test_sizes_that_are_not_those_of_the_network(config, params, name):
+  cache = kv_cache.init_cache(config.model, 1, 8)
+  denoise_fn = generate.make_denoise_fn(config.model, params, cache)
+  sizes = {**denoise_fn.sizes, name: 10}
+  with pytest.raises(ValueError, match=f'{name} = 10, and the network'):
+    sampler.sample_canvas(
+      denoise_fn, jax.random.key(0), config.diffusion, **sizes
+    )
 
 
 def test_rows_of_a_batch_are_what_they_are_alone(config, params):
