@@ -15,7 +15,8 @@ A call is read where this leaves one reading, or it is not read at all:
 * Words are unquoted text without signs of the grammar. Before a comma and a
   space they are not read: the text could go on there.
 * <|"|> inside of a <|"|> string is a quotation mark of the text. The string
-  ends at the first one before a ',', '}' or ']'; those inside come in pairs.
+  ends at the first one before a ',', '}' or ']', or at the last; those inside
+  come in pairs, stand in no list and look like no other beginning or end.
 * A backslash in '...' or triple quotes stands only before such a quote.
 * A comma may be missing after a bracket or the last string, the last brace
   likewise if no object is inside; not where the string itself ends in it.
@@ -38,7 +39,7 @@ _HEAD = re.compile(
   rf'\s*(?:call\s*:\s*(?P<name>{_NAME}(?::{_NAME})*)'
   rf'|(?!call)(?P<alone>{_NAME}))\s*(?P<outer>{{\s*(?={{))?'
 )
-_STRING = (
+_QUOTED = (
   r'"""(?P<triple>(?:[^"\\]|\\"|"(?!""))*)"""'
   r"|'''(?P<triple_single>(?:[^'\\]|\\'|'(?!''))*)'''"
   rf'|(?P<json>"(?:[^"\\{QUOTE}]|\\.)*")'
@@ -46,11 +47,17 @@ _STRING = (
 )
 _WORDS = rf'[^\s,:={{}}\[\]"\'{QUOTE}][^,:={{}}\[\]"\'{QUOTE}]*'
 _KEY = re.compile(
-  rf'(?:{_STRING}|{QUOTE}(?P<marked>[^{QUOTE}]*){QUOTE}|(?P<words>{_WORDS}))'
+  rf'(?:{_QUOTED}|{QUOTE}(?P<marked>[^{QUOTE}]*){QUOTE}|(?P<words>{_WORDS}))'
   r'\s*[:=]\s*',
   re.DOTALL,
 )
-_STRING = re.compile(_STRING, re.DOTALL)
+_STRING = re.compile(_QUOTED, re.DOTALL)
+# Marks at the ends of a text that may as well be a doubled delimiter.
+_DOUBLED = re.compile(
+  rf'{QUOTE}{QUOTE}(?!{QUOTE})|.*(?<!{QUOTE}){QUOTE}{QUOTE}$'
+  rf'|{QUOTE}(?!{QUOTE}{QUOTE}).*{QUOTE}$',
+  re.DOTALL,
+)
 _BARE = re.compile(rf'[^,{{}}\[\]"\'{QUOTE}]*')
 _NUMBER = re.compile(r'-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?')
 _HAS_COLONS = re.compile(
@@ -144,7 +151,7 @@ def _value(
 ) -> tuple[Any, int]:
   """`has_marks`: a string may have quotation marks inside; in a list they are
   more likely a comma that is missing."""
-  if depth >= MAX_DEPTH:
+  if depth > MAX_DEPTH:
     raise _UnreadableError
   if text.startswith('{', at):
     return _object(text, at, depth + 1)
@@ -173,9 +180,8 @@ def _marked(text: str, at: int, has_marks: bool) -> tuple[str, int]:
     end < 0
     or marks % 2
     or (marks and not has_marks)
-    or re.search(rf'[:,\[{{]\s*{QUOTE}', string)
-    # Three around a text are either triple quotes or marks of the text.
-    or re.match(rf'{QUOTE}{QUOTE}(?!{QUOTE})', string)
+    or re.search(rf'[:,\[{{]\s*{QUOTE}|{QUOTE}\s*:', string)
+    or _DOUBLED.match(string)
   ):
     raise _UnreadableError
   return string.replace(QUOTE, '"'), end + 1
@@ -213,9 +219,8 @@ def _unquote(string: re.Match) -> str:
     except ValueError as error:
       raise _UnreadableError from error
     return value
-  for kind in ('triple', 'triple_single', 'single'):
-    if string[kind] is not None:
-      value = string[kind]
+  kinds = ('triple', 'triple_single', 'single')
+  (value,) = (string[kind] for kind in kinds if string[kind] is not None)
   return value.replace('\\"', '"').replace("\\'", "'")
 
 

@@ -89,14 +89,12 @@ def check_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
       it says which message and what.
   """
   if not isinstance(messages, (list, tuple)):
-    raise TemplateError(
-      f'A chat is a list of messages, not a {type(messages).__name__}.'
-    )
+    raise TemplateError(f'A chat is a list of messages, not {_kind(messages)}.')
   checked, is_answer = [], False
   for index, message in enumerate(messages):
     if not isinstance(message, dict):
       raise TemplateError(
-        f'Message {index} is a {type(message).__name__}; a message is '
+        f'Message {index} is {_kind(message)}; a message is '
         '{"role": ..., "content": ...}.'
       )
     role = message.get('role')
@@ -139,8 +137,7 @@ def _check_message(message: dict[str, Any], is_first: bool) -> dict[str, Any]:
     content, (str, dict) if message['role'] == 'tool' else str
   ):
     raise TemplateError(
-      f'its content is a {type(content).__name__}, not a text or a list of '
-      'parts.'
+      f'its content is {_kind(content)}, not text or a list of parts.'
     )
   said = [message[name] for name in _REASONING if name in message]
   if any(text and not isinstance(text, str) for text in said):
@@ -157,7 +154,7 @@ def _check_message(message: dict[str, Any], is_first: bool) -> dict[str, Any]:
 def _check_part(number: int, part: Any) -> dict[str, Any]:
   if not isinstance(part, dict):
     raise TemplateError(
-      f'part {number} of its content is a {type(part).__name__}; a part is '
+      f'part {number} of its content is {_kind(part)}; a part is '
       '{"type": "text", "text": ...} or {"type": "image"}.'
     )
   part = {k: v for k, v in part.items() if v is not None}
@@ -173,9 +170,16 @@ def _check_part(number: int, part: Any) -> dict[str, Any]:
   text = part.get('text', '')
   if not isinstance(text, str):
     raise TemplateError(
-      f'the text of part {number} of its content is a {type(text).__name__}.'
+      f'the text of part {number} of its content is {_kind(text)}.'
     )
   return {**part, 'type': 'text', 'text': text}
+
+
+def _kind(value: Any) -> str:
+  """What a value is called where JSON has it."""
+  names = {str: 'text', bool: 'a boolean', int: 'a number', float: 'a number'}
+  names |= {dict: 'an object', list: 'a list', type(None): 'null'}
+  return names.get(type(value), f'a {type(value).__name__}')
 
 
 def _check_list(name: str, value: Any) -> None:
@@ -197,8 +201,8 @@ def _check_call(number: int, call: dict[str, Any]) -> dict[str, Any]:
   arguments = function.get('arguments')
   if arguments is not None and not isinstance(arguments, dict):
     raise TemplateError(
-      f'the arguments of call {number} are a {type(arguments).__name__}, not '
-      'an object; where they are JSON text, json.loads reads them.'
+      f'the arguments of call {number} are {_kind(arguments)}, not an object; '
+      'where they are JSON text, json.loads reads them.'
     )
   return {**call, 'function': {**function, 'arguments': arguments}}
 
