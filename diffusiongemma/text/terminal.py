@@ -28,7 +28,8 @@ def print_anything() -> None:
     (sys.stderr, 'backslashreplace'),
     (sys.stdin, 'surrogateescape'),
   ):
-    if isinstance(stream, io.TextIOWrapper):
+    # A stream of standard input that was read from can't be changed any more.
+    if isinstance(stream, io.TextIOWrapper) and stream.errors != errors:
       stream.reconfigure(errors=errors)
 
 
