@@ -198,13 +198,7 @@ def _check_call(number: int, call: dict[str, Any]) -> dict[str, Any]:
       f'call {number} of its tool_calls has no name; a call is '
       '{"function": {"name": ..., "arguments": {...}}}.'
     )
-  arguments = function.get('arguments')
-  if arguments is not None and not isinstance(arguments, dict):
-    raise TemplateError(
-      f'the arguments of call {number} are {_kind(arguments)}, not an object; '
-      'where they are JSON text, json.loads reads them.'
-    )
-  return {**call, 'function': {**function, 'arguments': arguments}}
+  return {**call, 'function': {'arguments': None, **function}}
 
 
 def encode_exchange(
