@@ -121,8 +121,8 @@ def _check_message(message: dict[str, Any], is_first: bool) -> dict[str, Any]:
   for key, reason in _ELSEWHERE.items():
     if message.get(key):
       raise TemplateError(f'{key!r} would be left out; {reason}.')
+  is_tool = message['role'] == 'tool'
   content = message.get('content', '')
-  # A tool may answer with fields, too.
   if isinstance(content, (list, tuple)):
     message['content'] = [
       _check_part(number, part) for number, part in enumerate(content)
@@ -133,9 +133,8 @@ def _check_message(message: dict[str, Any], is_first: bool) -> dict[str, Any]:
         raise TemplateError(
           'a picture in it would be left out; show it in a message of the user.'
         )
-  elif not isinstance(
-    content, (str, dict) if message['role'] == 'tool' else str
-  ):
+  # A tool may answer with fields, too.
+  elif not isinstance(content, (str, dict) if is_tool else str):
     raise TemplateError(
       f'its content is {_kind(content)}, not text or a list of parts.'
     )
