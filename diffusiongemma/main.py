@@ -43,6 +43,7 @@ from diffusiongemma import runtime
 from diffusiongemma.text import chat
 from diffusiongemma.text import prompt as prompt_lib
 from diffusiongemma.text import sample
+from diffusiongemma.text import terminal
 from diffusiongemma.training import corpus as corpora
 from diffusiongemma.training import evaluate as evaluation
 from diffusiongemma.training import train
@@ -187,6 +188,7 @@ EXPECTED_ERRORS = (
 
 def parse_flags(argv: list[str]) -> list[str]:
   """Parses known flags; `--config.field=value` and leftovers stay in argv."""
+  terminal.print_anything()
   try:
     rest = flags.FLAGS(argv, known_only=True)
   except flags.Error as error:
@@ -470,7 +472,7 @@ def _sample(overrides: dict[str, str]) -> int:
   tools = ()
   if _TOOLS.value:
     try:
-      tools = chat.read_tools(pathlib.Path(_TOOLS.value).read_text())
+      tools = chat.read_tools(pathlib.Path(_TOOLS.value).read_text('utf-8'))
     except (OSError, UnicodeDecodeError) as error:
       raise chat.ToolsError(f'{_TOOLS.value} cannot be read: {error}') from None
   request = sample.Request(

@@ -48,6 +48,24 @@ def test_sample_as_text(workdir):
   assert code == 0 and output.startswith('To be or')
 
 
+def test_sample_on_a_terminal_that_lacks_the_signs(workdir):
+  """Nothing of the text is lost, and of what can't be used it is told."""
+  output = io.TextIOWrapper(io.BytesIO(), 'ascii')
+  with (
+    flagsaver.flagsaver(),
+    contextlib.redirect_stdout(output),
+    pytest.raises(SystemExit) as stopped,
+  ):
+    prompt = ['--prompt=日本 to be', '--max_new_tokens=4', '--nochat']
+    arguments = ['main', '--mode=sample', f'--workdir={workdir}', *prompt]
+    main.main(main.parse_flags(arguments))
+  output.flush()
+  assert stopped.value.code == 0
+  assert output.buffer.getvalue().startswith(rb'\u65e5\u672c to be')
+  code, _, errors = sample(workdir, '--prompt=\udce6 to be')
+  assert code == 1 and 'is no Unicode character' in errors
+
+
 def test_sample_as_json_follows_the_seed(workdir):
   arguments = ('--prompt=To be', '--max_new_tokens=12', '--format=json')
   results = []

@@ -8,9 +8,9 @@ channel, calls of tools, and the answer itself.
 """
 
 from collections.abc import Callable
-from collections.abc import Iterator
 from collections.abc import Sequence
 import dataclasses
+import itertools
 import json
 import re
 from typing import Any
@@ -21,11 +21,13 @@ import jax
 from diffusiongemma.config import Config
 from diffusiongemma.diffusion import sampler
 from diffusiongemma.model import cache as kv_cache
+from diffusiongemma.text import call_syntax
 from diffusiongemma.text import generate
 from diffusiongemma.text import template as templates
 from diffusiongemma.text.tokenizer import Tokenizer
 
-MAX_DEPTH = 50  # Of objects and lists in the arguments of a tool call.
+# Of a model's turn, whatever else a checkpoint lists as the end of a text.
+TURN_ENDS = ('<turn|>', '<|tool_response>')
 
 
 class ToolsError(ValueError):
@@ -103,18 +105,12 @@ def user_message(text: str, num_pictures: int = 0) -> dict[str, Any]:
 
 
 def tool_message(name: str, call_id: str, result: str) -> dict[str, Any]:
-  """What a tool answered: text, or JSON, which the model sees as fields."""
-  try:
-    content = json.loads(result)
-  except (ValueError, RecursionError):
-    content = result
-  if not isinstance(content, dict):
-    content = result
+  """What a tool answered, as text; JSON is text too."""
   return {
     'role': 'tool',
     'name': name,
     'tool_call_id': call_id,
-    'content': content,
+    'content': result,
   }
 
 
@@ -156,7 +152,7 @@ def take_turn(
   )
   known = _longest_read(conversation.read, tokens)
   generated = generate.generate(
-    model.config,
+    _with_turn_ends(model.config, model.tokenizer),
     model.params,
     [tokens[len(known.tokens) if known else 0 :]],
     key,
@@ -178,6 +174,20 @@ def take_turn(
   )
   said = _assistant_message(reply, turn=len(messages))
   return reply, Conversation((*messages, said), pictures, read)
+
+
+def _with_turn_ends(config: Config, tokenizer: Tokenizer) -> Config:
+  """`config` with the ends of a turn among its stop tokens; itself, which
+  compiles nothing anew, where they are."""
+  ends = map(tokenizer.control_tokens.get, TURN_ENDS)
+  known = config.diffusion.stop_token_ids
+  missing = [end for end in ends if end is not None and end not in known]
+  if not missing:
+    return config
+  diffusion = dataclasses.replace(
+    config.diffusion, stop_token_ids=(*known, *missing)
+  )
+  return dataclasses.replace(config, diffusion=diffusion)
 
 
 def _longest_read(
@@ -221,8 +231,9 @@ def parse_reply(
   tokenizer = model.tokenizer
   of_name = tokenizer.control_tokens.get
   opens = {of_name('<|channel>'): 'thinking', of_name('<|tool_call>'): 'call'}
-  closes = (of_name('<channel|>'), of_name('<tool_call|>'))
   opens.pop(None, None)
+  closes = (of_name('<channel|>'), of_name('<tool_call|>'), tokenizer.eos_id)
+  closes += tuple(map(of_name, TURN_ENDS))
   kind = _last_channel(prompt, of_name)
   parts = [(kind, [])]
   for token in written.tokens:
@@ -236,18 +247,20 @@ def parse_reply(
   def joined(wanted):
     return [tokenizer.decode(ids) for kind, ids in parts if kind == wanted]
 
+  last = parts[-1][0]
+  if written.stopped_by == 'max_new_tokens' and last == 'call':
+    parts.pop()  # What it lacks may be anything.
   text = ''.join(joined('text')).strip()
   thinking = '\n'.join(
     re.sub(r'\A\s*thought\n', '', t).strip() for t in joined('thinking')
   ).strip()
-  calls = [parse_call(tokenizer, ids) for kind, ids in parts if kind == 'call']
-  unread = [
-    raw for call, raw in zip(calls, joined('call'), strict=True) if not call
-  ]
-  calls = [call for call in calls if call]
-  problem = _problem(
-    text, thinking, calls, unread, parts[-1][0] == 'thinking', written
-  )
+  calls, unread = [], []
+  for raw in [_spell_call(tokenizer, i) for kind, i in parts if kind == 'call']:
+    if call := call_syntax.read(raw):
+      calls.append(call)
+    else:
+      unread.append(raw.replace(call_syntax.QUOTE, '"'))
+  problem = _problem(text, thinking, calls, unread, last, written)
   return Reply(text, thinking, calls, problem, written)
 
 
@@ -266,7 +279,7 @@ def _problem(
   thinking: str,
   calls: list,
   unread: list[str],
-  still_thinking: bool,
+  last: str,
   written: generate.Generation,
 ) -> str:
   """Why a reply is no whole answer, for a person; empty when it is."""
@@ -274,7 +287,8 @@ def _problem(
   count = len(written.tokens)
   if unread:
     return f'A call of a tool cannot be read: {unread[0]}'
-  if cut and (still_thinking or (thinking and not text and not calls)):
+  is_answered = text or calls or last == 'call'
+  if cut and (last == 'thinking' or (thinking and not is_answered)):
     return (
       f'There is no answer: thinking used up all {count} tokens. Raise '
       '--max_new_tokens, or leave thinking off.'
@@ -292,97 +306,24 @@ def _problem(
 def parse_call(
   tokenizer: Tokenizer, tokens: Sequence[int]
 ) -> dict[str, Any] | None:
-  """`{'name': ..., 'arguments': {...}}` of a call, None if it is not one.
-
-  It is written `call:NAME{key:value,...}`: strings between control tokens
-  `<|"|>`, everything else as in JSON, keys without quotes.
+  """`{'name': ..., 'arguments': {...}}` of what the model wrote between the
+  control tokens of a call; None if it has no reading, or several: see
+  `call_syntax`.
   """
-  lexemes = list(_lexemes(tokenizer, tokens))
-  place = 0
-
-  def take(wanted=None):
-    nonlocal place
-    if place >= len(lexemes) or (wanted and lexemes[place] != (wanted, '')):
-      raise ValueError
-    place += 1
-    return lexemes[place - 1]
-
-  def peek():
-    return lexemes[place][0] if place < len(lexemes) else None
-
-  def listed(end, item, depth):
-    items = []
-    while peek() != end:
-      items.append(item(depth))
-      if peek() != end:
-        take(',')
-    take(end)
-    return items
-
-  def pair(depth):
-    kind, key = take()
-    if kind not in ('bare', 'string'):
-      raise ValueError
-    take(':')
-    return key, value(depth)
-
-  def value(depth):
-    if depth > MAX_DEPTH:
-      raise ValueError
-    kind, content = take()
-    if kind == '{':
-      return dict(listed('}', pair, depth + 1))
-    if kind == '[':
-      return listed(']', value, depth + 1)
-    if kind == 'string':
-      return content
-    if kind != 'bare':
-      raise ValueError
-    try:
-      return json.loads(content, parse_constant=_no_json)
-    except ValueError:
-      return content
-
-  try:
-    if take() != ('bare', 'call'):
-      raise ValueError
-    take(':')
-    kind, name = take()
-    take('{')
-    arguments = dict(listed('}', pair, 0))
-    if kind != 'bare' or place != len(lexemes):
-      raise ValueError
-  except (ValueError, RecursionError):
-    return None
-  return {'name': name, 'arguments': arguments}
+  return call_syntax.read(_spell_call(tokenizer, tokens))
 
 
-def _no_json(constant: str):
-  """NaN and Infinity, which Python would read."""
-  raise ValueError(constant)
-
-
-def _lexemes(
-  tokenizer: Tokenizer, tokens: Sequence[int]
-) -> Iterator[tuple[str, str]]:
-  """(sign, ''), ('bare', text) or ('string', text between quotes)."""
-  quote = tokenizer.control_tokens.get('<|"|>')
-  segments = [[]]
-  for token in tokens:
-    if token == quote:
-      segments.append([])
+def _spell_call(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+  """A call as text, control tokens that should not be there included."""
+  spelled = {id_: piece for piece, id_ in tokenizer.control_tokens.items()}
+  spelled[tokenizer.control_tokens.get('<|"|>')] = call_syntax.QUOTE
+  texts = []
+  for is_control, ids in itertools.groupby(tokens, spelled.__contains__):
+    if is_control:
+      texts += map(spelled.get, ids)
     else:
-      segments[-1].append(token)
-  for index, ids in enumerate(segments):
-    text = tokenizer.decode(ids)
-    if index % 2:
-      yield 'string', text
-      continue
-    for sign, bare in re.findall(r'([{}\[\],:])|([^{}\[\],:]+)', text):
-      if sign:
-        yield sign, ''
-      elif bare.strip():
-        yield 'bare', bare.strip()
+      texts.append(tokenizer.decode(list(ids)))
+  return ''.join(texts)
 
 
 def read_tools(text: str) -> tuple[dict[str, Any], ...]:

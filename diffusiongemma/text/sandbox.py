@@ -17,7 +17,9 @@ from typing import Any
 
 import jinja2
 import jinja2.compiler
+import jinja2.ext
 import jinja2.nodes
+import jinja2.parser
 import jinja2.runtime
 import jinja2.sandbox
 
@@ -119,6 +121,18 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     return super().call(context, function, *args, **kwargs)
 
 
+class _Generation(jinja2.ext.Extension):
+  """`{% generation %}` ... `{% endgeneration %}`, which tell trainers what the
+  model is to learn and mean nothing here."""
+
+  tags = frozenset(['generation'])
+
+  def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Scope:
+    line = next(parser.stream).lineno
+    body = parser.parse_statements(('name:endgeneration',), drop_needle=True)
+    return jinja2.nodes.Scope(body, lineno=line)
+
+
 def _bounded(name, function):
   """A filter that makes nothing huge."""
   contexts = (jinja2.nodes.EvalContext, jinja2.Environment)
@@ -202,7 +216,7 @@ def compile_template(template: str) -> jinja2.Template:
   environment = _Sandbox(
     trim_blocks=True,
     lstrip_blocks=True,
-    extensions=['jinja2.ext.loopcontrols'],
+    extensions=[_Generation, 'jinja2.ext.loopcontrols'],
   )
   environment.filters['tojson'] = _to_json
   environment.globals['raise_exception'] = _refuse

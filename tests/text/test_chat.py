@@ -1,8 +1,11 @@
 """Replies taken apart, tool calls read, and nothing read twice."""
 
+import dataclasses
 import json
+import types
 
 import jax
+import numpy as np
 import pytest
 
 from diffusiongemma.text import chat
@@ -89,6 +92,72 @@ def test_tool_calls(model, written_as, name, arguments):
   assert reply.tool_calls == [{'name': name, 'arguments': arguments}]
 
 
+@pytest.mark.parametrize(
+  'written_as, arguments',
+  [
+    # As JSON, or with quotes of Python.
+    ('f{"content": "a, b: c", "n": 2}', {'content': 'a, b: c', 'n': 2}),
+    ('f{opts:{"mode": "fast"}}', {'opts': {'mode': 'fast'}}),
+    ('f{refs:["a, b","c"]}', {'refs': ['a, b', 'c']}),
+    ("f{refs:['ds_1'],k:'a: {b}'}", {'refs': ['ds_1'], 'k': 'a: {b}'}),
+    ("f{'a': 1, 'b': \"it's\"}", {'a': 1, 'b': "it's"}),
+    (r'f{a:"x\n\u00e9\"}"}', {'a': 'x\né"}'}),
+    ('f{a:"x\ny"}', {'a': 'x\ny'}),
+    (r"f{a:'it\'s'}", {'a': "it's"}),
+    ('f{a:True,b:[False],c:None}', {'a': True, 'b': [False], 'c': None}),
+    ("f{to='a.docx',n=2}", {'to': 'a.docx', 'n': 2}),
+    ('f{a:<|"|>say "hi", \'b\'}<|"|>}', {'a': 'say "hi", \'b\'}'}),
+    # Braces twice.
+    ('f{{"a": 1}}', {'a': 1}),
+    ('f{ {a:1} }', {'a': 1}),
+    ('f{{}}', {}),
+    # Three quotes, and quotation marks inside of a string.
+    ('f{a:"""x "y", z""",b:1}', {'a': 'x "y", z', 'b': 1}),
+    ("f{a:'''it's'''}", {'a': "it's"}),
+    (
+      'f{a:<|"|>q(<|"|><|"|><|"|> b, {c} <|"|><|"|><|"|>)<|"|>,e:<|"|>f<|"|>}',
+      {'a': 'q(""" b, {c} """)', 'e': 'f'},
+    ),
+    ('f{a:<|"|>print(<|"|>x<|"|>)<|"|>}', {'a': 'print("x")'}),
+    # A sign is missing.
+    ('f{a:<|"|>look<|"|>b:90}', {'a': 'look', 'b': 90}),
+    ('f{a:[1]\n"b":{c:2}d:3}', {'a': [1], 'b': {'c': 2}, 'd': 3}),
+    ('f{a:[{b:1}{b:2}]}', {'a': [{'b': 1}, {'b': 2}]}),
+    ('f{a:1,b:<|"|>x<|"|>', {'a': 1, 'b': 'x'}),
+    ('f{a:[1,2]', {'a': [1, 2]}),
+    ('f{{"a":"b"}', {'a': 'b'}),
+    # Words, a date, an address.
+    ('f{a:New York,b:c}', {'a': 'New York', 'b': 'c'}),
+    ('f{at:2026-01-02T03:04:05Z}', {'at': '2026-01-02T03:04:05Z'}),
+    ('f{at:2026-01-02 03:04,b:1}', {'at': '2026-01-02 03:04', 'b': 1}),
+    ('f{a:2026-01-02T03:04:05.5+01:00}', {'a': '2026-01-02T03:04:05.5+01:00'}),
+    ('f{url:https://a.b/c?d=e}', {'url': 'https://a.b/c?d=e'}),
+    ('f{Basic LLM Chain:1, b :2}', {'Basic LLM Chain': 1, 'b': 2}),
+    ('f{a:1e999,b:-0.5e3}', {'a': '1e999', 'b': -500.0}),
+    ('f{a:b<unused7>}', {'a': 'b<unused7>'}),
+  ],
+)
+def test_calls_with_one_reading(model, written_as, arguments):
+  reply = parse(model, CALL.format(written_as) + '<turn|>')
+  assert reply.tool_calls == [{'name': 'f', 'arguments': arguments}]
+  assert not reply.problem
+
+
+@pytest.mark.parametrize(
+  'written_as, name',
+  [
+    *((f'call:{name}', name) for name in ('a.b', 'a:b', 'a/b', 'a-b', '日')),
+    ('call:default_api.f', 'default_api.f'),
+    ('call : f ', 'f'),
+    ('f', 'f'),
+    ('a.b', 'a.b'),
+  ],
+)
+def test_names_of_tools_are_as_they_are_written(model, written_as, name):
+  reply = parse(model, f'<|tool_call>{written_as}{{x:1}}<tool_call|><turn|>')
+  assert reply.tool_calls == [{'name': name, 'arguments': {'x': 1}}]
+
+
 def test_several_tool_calls(model):
   reply = parse(model, CALL.format('a{}') + CALL.format('b{x:1}') + '<turn|>')
   assert [call['name'] for call in reply.tool_calls] == ['a', 'b']
@@ -112,12 +181,106 @@ def test_several_tool_calls(model):
     '{}',
     'f{a:' + '[' * 60 + ']' * 60 + '}',
     'f{a:' + '[' * 3000,
+    'f{a:' + '{a:' * 60 + '1' + '}' * 61,
+    'f{a:"' + 'x' * 1_000_001 + '"}',
+    # Two readings.
+    'f{q:a, b: c}',
+    'f{q:[New York, Rome]}',
+    'f{a:<|"|>x<|"|>b:<|"|>y<|"|>}',
+    'f{a:<|"|>print(<|"|>b:<|"|>)<|"|>}',
+    'f{a:<|"|><|"|><|"|>x<|"|><|"|><|"|>}',
+    'f{a:[<|"|>x<|"|> <|"|>y<|"|>]}',
+    'f{a:["x" "y"]}',
+    'f{a:1 b:2}',
+    'f{a:[1 2]}',
+    'f{a:{b:1,c:2}',
+    'f{a:<|"|>x,<|"|>b:1}',
+    'f{a:<|"|>x}<|"|>',
+    r"f{a:'C:\new'}",
+    # No reading.
+    'f{a:1,a:2}',
+    'f{"a":1,a:2}',
+    'f{a:1} and so on',
+    'f{a:1,}',
+    'f{a:[1,]}',
+    'f{a:1,',
+    'f{a:<|"|>x',
+    'f{a:<|"|>x<|"|>y<|"|>}',
+    'f{a:"say "hi", so"}',
+    r'f{a:"\ud800"}',
+    r'f{a:"\x"}',
+    'f{a:b:c}',
+    'f(a=1)',
+    'a b{}',
   ],
 )
 def test_calls_that_cannot_be_read(model, written_as):
   reply = parse(model, CALL.format(written_as) + '<turn|>')
   assert not reply.tool_calls
   assert reply.problem.startswith('A call of a tool cannot be read: call:')
+
+
+def test_a_call_that_cannot_be_read_is_told_with_its_quotes(model):
+  reply = parse(
+    model, CALL.format('f{a:<|"|>x<|"|>') + CALL.format('f{a:x<|"|>')
+  )
+  assert reply.problem == 'A call of a tool cannot be read: call:f{a:x"'
+  for text in ('callf{x:1}', 'ns:f{x:1}', ':f{}', '{"name": "f"}'):
+    reply = parse(model, f'<|tool_call>{text}<tool_call|>')
+    assert reply.problem == f'A call of a tool cannot be read: {text}'
+
+
+def test_a_call_that_is_cut_off_is_not_read(model):
+  """Its last argument may be longer."""
+  whole = CALL.format('f{a:1}')
+  text = whole + '<|tool_call>call:f{a:<|"|>x<|"|>'
+  reply = parse(model, text, stopped_by='max_new_tokens')
+  assert reply.tool_calls == [{'name': 'f', 'arguments': {'a': 1}}]
+  assert 'not finished' in reply.problem
+  thought = '<|channel>thought\nhm<channel|>'
+  reply = parse(
+    model, thought + text[len(whole) :], stopped_by='max_new_tokens'
+  )
+  assert not reply.tool_calls and 'not finished' in reply.problem
+  ended = parse(model, text + '<turn|>')
+  assert [c['arguments'] for c in ended.tool_calls] == [{'a': 1}, {'a': 'x'}]
+
+
+@pytest.mark.parametrize(
+  'text, reply_text, calls',
+  [
+    ('what<turn|>\n<turn|>this', 'what', []),
+    ('<|tool_call>call:f{}<tool_call|><|tool_response>this', '', ['f']),
+    ('what<eos>this', 'what', []),
+  ],
+)
+@pytest.mark.parametrize('has_stops', [False, True])
+def test_the_end_of_a_turn_ends_a_reply(
+  model, monkeypatch, text, reply_text, calls, has_stops
+):
+  """Whatever the checkpoint lists as the end of a text."""
+  tokenizer = model.tokenizer
+  ends = [tokenizer.control_tokens[name] for name in chat.TURN_ENDS]
+  stops = (1, *ends) if has_stops else (1,)
+  diffusion = dataclasses.replace(
+    model.config.diffusion, canvas_length=128, stop_token_ids=stops
+  )
+  config = dataclasses.replace(model.config, diffusion=diffusion)
+  tokens = tokenizer.encode_template(text, '\ue000')
+  draft_BL = np.array([tokens + [0] * (128 - len(tokens))], np.int32)
+  used = []
+
+  def scripted(config, *unused):
+    used.append(config)
+    return types.SimpleNamespace(draft_BL=draft_BL, steps_B=np.array([1]))
+
+  monkeypatch.setattr(generate, 'write_canvas', scripted)
+  model = model._replace(config=config, max_new_tokens=128)
+  reply, _ = say(model, chat.Conversation(), 'what')
+  assert reply.text == reply_text and not reply.problem
+  assert [call['name'] for call in reply.tool_calls] == calls
+  assert reply.written.tokens[-1] in (1, *ends)
+  assert (used[0] is config) == has_stops  # The same compiles nothing anew.
 
 
 def test_what_is_no_whole_answer_says_so(model):
@@ -216,16 +379,18 @@ def test_thinking_and_calls_go_into_the_history(model):
     '<|"|>The weather.<|"|>,parameters:{properties:{city:{type:<|"|>STRING<|"|>'
     '}},type:<|"|>OBJECT<|"|>}}<tool|><turn|>\n<|turn>user\ngo<turn|>\n'
     '<|turn>model\n<|channel>thought\nhm\n<channel|><|tool_call>call:f{x:1}'
-    '<tool_call|><|tool_response>response:f{y:[1,<|"|>z<|"|>]}<tool_response|>'
-    'So.<turn|>\n<|channel>thought\n'
+    '<tool_call|><|tool_response>response:f{value:<|"|>{"y": [1, "z"]}<|"|>}'
+    '<tool_response|>So.<turn|>\n<|channel>thought\n'
   )
   assert ids == model.tokenizer.encode_template(expected, '\ue000')
 
 
 @pytest.mark.parametrize(
-  'result', ['text', '[1, 2]', '3', '{broken', '[' * 9999]
+  'result',
+  ['text', '[1, 2]', '3', '{broken', '[' * 9999, '{"temp": 20}', '{}', ''],
 )
-def test_results_that_are_no_objects_are_text(result):
+def test_what_a_tool_answers_is_text(result):
+  """Also the text of a JSON object."""
   assert chat.tool_message('f', '0.0', result)['content'] == result
 
 

@@ -114,7 +114,7 @@ def test_tools_are_asked_for_their_answers(write, script):
   lines = ['Wait.', 'get(x="a b")', 'get()', 'It is this.']
   assert code == 0 and output.splitlines() == lines
   assert 'declaration:get' in asked[0][0]
-  assert 'response:get{y:1}' in asked[1][0]
+  assert 'response:get{value:{"y": 1}}' in asked[1][0]
   assert 'response:get{value:nothing}' in asked[1][0]
 
 

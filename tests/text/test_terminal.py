@@ -35,6 +35,32 @@ def test_control_characters_never_reach_the_terminal():
     assert text.plain == 'a\ufffd[31mb\ufffd\ufffd\ufffd'
 
 
+def test_any_text_can_be_printed_and_read(monkeypatch):
+  """Also where the terminal's encoding lacks its signs."""
+  bytes_in = io.BytesIO('日\n'.encode())
+  streams = {
+    'stdin': io.TextIOWrapper(bytes_in, 'ascii'),
+    'stdout': io.TextIOWrapper(io.BytesIO(), 'ascii'),
+    'stderr': io.TextIOWrapper(io.BytesIO(), 'latin-1'),
+  }
+  for name, stream in streams.items():
+    monkeypatch.setattr(f'sys.{name}', stream)
+  terminal.print_anything()
+  print('a 日本 \udce6')
+  print('é 日', file=streams['stderr'])
+  console = rich_console.Console(file=streams['stdout'])
+  console.print(terminal.rich_text.Text('↵'))
+  written = {}
+  for name in ('stdout', 'stderr'):
+    streams[name].flush()
+    written[name] = streams[name].buffer.getvalue()
+  assert written['stdout'] == b'a \\u65e5\\u672c \\udce6\n\\u21b5\n'
+  assert written['stderr'] == b'\xe9 \\u65e5\n'
+  assert input() == '\udce6\udc97\udca5'
+  monkeypatch.setattr('sys.stdout', io.StringIO())
+  terminal.print_anything()  # No file: nothing to change.
+
+
 def test_only_the_prompt_is_bold():
   canvas = terminal.LiveCanvas(TOKENIZER, 'To be', 4)
   canvas.on_canvas(TOKENIZER.encode(' or not'))
