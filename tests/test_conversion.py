@@ -356,7 +356,7 @@ NORM = 'model.decoder.norm.weight'
     (truncate, ['model.safetensors']),
     (rename(NORM, 'model.decoder.nrom.weight'), ['missing', NORM, 'nrom']),
     (reshape, [NORM, 'model.safetensors', '[4, 4]', '[16]']),
-    (retype, [NORM, 'model.safetensors', 'I32']),
+    (retype, [NORM, 'model.safetensors', 'int32']),
     (only_pickle, ['pickle', 'pytorch_model.bin']),
     (outside, ['elsewhere.safetensors']),
     (link_outside, ['model.safetensors', 'outside']),

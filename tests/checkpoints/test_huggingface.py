@@ -188,7 +188,6 @@ def test_logits_without_a_softcap_have_no_counterpart(released):
   [
     ('model_type', 'gemma4', "model_type 'gemma4'"),
     ('quantization_config', {'bits': 4}, 'quantization_config'),
-    ('tie_word_embeddings', False, 'tie_word_embeddings = False'),
     ('text_config', [1], 'text_config must be an object'),
     ('text_config.hidden_size', '2816', 'text_config.hidden_size must be of'),
     ('text_config.hidden_size', True, 'text_config.hidden_size must be of'),
