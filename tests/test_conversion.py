@@ -417,12 +417,16 @@ def stored(tmp_path, hf_dir):
   return store
 
 
-@pytest.fixture(scope='module')
-def arrays(hf_dir):
+def arrays_of(folder):
   return {
     name: safetensors.read_tensor(tensor)
-    for name, tensor in safetensors.list_tensors(str(hf_dir)).items()
+    for name, tensor in safetensors.list_tensors(str(folder)).items()
   }
+
+
+@pytest.fixture(scope='module')
+def arrays(hf_dir):
+  return arrays_of(hf_dir)
 
 
 def without(arrays, *parts):
