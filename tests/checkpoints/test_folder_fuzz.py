@@ -31,7 +31,7 @@ transformers = pytest.importorskip('transformers')
 # With room for a canvas of the default length.
 MODEL = dataclasses.replace(test_conversion.MODEL, context_length=1024)
 DECODER, ENCODER = test_conversion.DECODER, test_conversion.ENCODER
-FOLDERS = int(os.environ.get('FOLDERS', 40))
+FOLDERS = int(os.environ.get('FOLDERS', 24))
 SEED = int(os.environ.get('SEED', 0))
 
 # Where the verdicts may differ: {kind of change: (ours, theirs, why)}.

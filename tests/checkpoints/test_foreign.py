@@ -61,17 +61,19 @@ def test_files_of_weights_alone_are_named(tmp_path, name, parts):
 
 
 def test_a_config_beside_other_files(tmp_path):
-  text = dict(num_experts=4, top_k_experts=2, moe_intermediate_size=8)
-  text |= dict(num_attention_heads=8, hidden_size=8, num_hidden_layers=1)
+  text = dict(num_experts=1, top_k_experts=1, moe_intermediate_size=8)
+  text |= dict(hidden_size=8, num_hidden_layers=1)
+  vision = dict(num_hidden_layers=0)
   folder = tmp_path / 'folder'
   folder.mkdir()
-  values = json.dumps(CONFIG | {'text_config': text})
-  (folder / 'config.json').write_text(values)
-  refused(folder, 'holds neither model.safetensors nor')
+  values = CONFIG | {'text_config': text, 'vision_config': vision}
+  (folder / 'config.json').write_text(json.dumps(values))
+  load = lambda: diffusiongemma.load(str(folder))
+  tensors.refused(load, 'holds neither model.safetensors nor')
   (folder / 'model.gguf').touch()
-  refused(folder, 'GGUF')
+  tensors.refused(load, 'GGUF')
   (folder / 'adapter_config.json').write_text('{}')
-  refused(folder, 'PEFT adapter')
+  tensors.refused(load, 'PEFT adapter')
 
 
 def test_a_git_lfs_pointer_beside_the_weights(tmp_path):
