@@ -26,6 +26,7 @@ from diffusiongemma import config as configs
 from diffusiongemma.checkpoints import CheckpointError
 from diffusiongemma.checkpoints import files
 from diffusiongemma.checkpoints import folder as folders
+from diffusiongemma.checkpoints import foreign
 from diffusiongemma.checkpoints import huggingface
 from diffusiongemma.checkpoints import huggingface_config
 from diffusiongemma.checkpoints import native
@@ -50,8 +51,10 @@ def read_config(hf_dir: str) -> Config:
   """
   path = os.path.join(hf_dir, CONFIG)
   if not os.path.lexists(path):
+    message = os.path.isdir(hf_dir) and foreign.describe_folder(hf_dir)
     raise CheckpointError(
-      f'There is no {path!r}: give the folder that has {CONFIG} beside its '
+      message
+      or f'There is no {path!r}: give the folder that has {CONFIG} beside its '
       'safetensors.'
     )
   values = files.read_json(hf_dir, CONFIG)
@@ -102,10 +105,7 @@ def convert(hf_dir: str, workdir: str) -> Config:
       exists, or there is no room. No `workdir` is left behind.
   """
   config = read_config(hf_dir)
-  table = huggingface.tensor_table(denoiser.abstract_params(config.model))
-  tensors = huggingface.check_tensors(hf_dir, table)
-  num_bytes = sum(tensor.nbytes for tensor in tensors.values())
-  arrays = _arrays_of_folder(hf_dir, table)
+  arrays, num_bytes = _arrays_of_folder(hf_dir, config)
   _make_run(workdir, config, hf_dir, arrays, num_bytes, 'convert')
   return config
 
@@ -131,8 +131,7 @@ def quantize(
     )
   if is_huggingface(source):
     config = read_config(source)
-    table = huggingface.tensor_table(denoiser.abstract_params(config.model))
-    arrays = _arrays_of_folder(source, table)
+    arrays, _ = _arrays_of_folder(source, config)
   else:
     config = workdirs.read_config(source)
     _check_not_quantized(config, source)
@@ -162,11 +161,23 @@ def quantize(
 
 
 def _arrays_of_folder(
-  hf_dir: str, table: dict[str, huggingface.Entry]
-) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
-  """(path, array) of a Hugging Face folder, one by one."""
-  for entry, array in huggingface.read_arrays(hf_dir, table):
-    yield entry.path, array
+  hf_dir: str, config: Config
+) -> tuple[Iterator[tuple[tuple[str, ...], np.ndarray]], int]:
+  """(path, array) of a Hugging Face folder, one by one, and their bytes.
+
+  Raises `CheckpointError`, before anything is read, where its tensors are not
+  those of the config.
+  """
+  table = huggingface.tensor_table(denoiser.abstract_params(config.model))
+  are_tied = huggingface_config.is_tied(
+    files.read_json(hf_dir, CONFIG), os.path.join(hf_dir, CONFIG)
+  )
+  tensors = huggingface.find_tensors(hf_dir, table, are_tied)
+  arrays = (
+    (entry.path, array)
+    for entry, array in huggingface.read_arrays(table, tensors)
+  )
+  return arrays, sum(first.nbytes for first, *_ in tensors.values())
 
 
 def _arrays_of_run(
@@ -376,13 +387,13 @@ def load(
     base = train_state.with_configured_types(config, base)
     return run._replace(params=lora.merge(config.lora, base, adapters))
   config = config or read_config(path)
-  table = huggingface.tensor_table(denoiser.abstract_params(config.model))
+  arrays, _ = _arrays_of_folder(path, config)
   params = traverse_util.unflatten_dict(
     {
       name: quantize_lib.quantize_array(
         config.quantization, name, _to_device(array, name, sharding)
       )
-      for name, array in _arrays_of_folder(path, table)
+      for name, array in arrays
     }
   )
   tokenizer = workdirs.find_tokenizer(config, path)
@@ -391,9 +402,10 @@ def load(
 
 
 def is_huggingface(path: str) -> bool:
-  """Whether the config.json there is one of Hugging Face's."""
+  """Whether the config.json there is one of Hugging Face's, or there are only
+  weights, of which `read_config` says what they are."""
   if not os.path.isfile(os.path.join(path, CONFIG)):
-    return False
+    return os.path.isdir(path) and foreign.has_weights(path)
   return huggingface_config.is_theirs(files.read_json(path, CONFIG))
 
 

@@ -356,7 +356,7 @@ NORM = 'model.decoder.norm.weight'
     (truncate, ['model.safetensors']),
     (rename(NORM, 'model.decoder.nrom.weight'), ['missing', NORM, 'nrom']),
     (reshape, [NORM, 'model.safetensors', '[4, 4]', '[16]']),
-    (retype, [NORM, 'model.safetensors', 'I32']),
+    (retype, [NORM, 'model.safetensors', 'int32']),
     (only_pickle, ['pickle', 'pytorch_model.bin']),
     (outside, ['elsewhere.safetensors']),
     (link_outside, ['model.safetensors', 'outside']),
@@ -379,6 +379,253 @@ def test_refusals_say_why_and_leave_nothing(tmp_path, hf_dir, damage, messages):
   if damage is not no_config:
     with pytest.raises(CheckpointError):
       diffusiongemma.load(str(folder))
+
+
+# Names of tied tensors, and what may be left out.
+
+DECODER, ENCODER = 'model.decoder.', 'model.encoder.language_model.'
+
+
+def copies_of(arrays):
+  """What `transformers` ties: every name of every tensor, and its array."""
+  copies = {'lm_head.weight': arrays[f'{DECODER}embed_tokens.weight']}
+  for name, array in arrays.items():
+    rest = name.removeprefix(DECODER)
+    if rest != name and not rest.startswith('self_conditioning'):
+      copies[ENCODER + rest] = arrays.get(ENCODER + rest, array)
+  return copies
+
+
+@pytest.fixture
+def stored(tmp_path, hf_dir):
+  """A function from arrays to a folder that holds them, with config.json."""
+
+  def store(arrays, **changes):
+    folder = tmp_path / 'in'
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    values = json.loads((hf_dir / 'config.json').read_text()) | changes
+    (folder / 'config.json').write_text(json.dumps(values))
+    safetensors_writer.write_folder(
+      str(folder),
+      {name: (a.shape, a.dtype) for name, a in arrays.items()},
+      arrays.__getitem__,
+      5000,
+    )
+    return folder
+
+  return store
+
+
+def arrays_of(folder):
+  return {
+    name: safetensors.read_tensor(tensor)
+    for name, tensor in safetensors.list_tensors(str(folder)).items()
+  }
+
+
+@pytest.fixture(scope='module')
+def arrays(hf_dir):
+  return arrays_of(hf_dir)
+
+
+def without(arrays, *parts):
+  return {n: a for n, a in arrays.items() if not any(p in n for p in parts)}
+
+
+def encoder_names(arrays):
+  kept = {n: a for n, a in arrays.items() if f'{DECODER}self_cond' in n}
+  kept |= without(arrays, DECODER) | copies_of(arrays)
+  return without(kept, 'lm_head')
+
+
+VARIANTS = {
+  'all copies': lambda a: a | copies_of(a),
+  'the head alone': lambda a: without(
+    a | copies_of(a), f'{DECODER}embed_tokens', f'{ENCODER}embed'
+  ),
+  'one copy': lambda a: (
+    a | {f'{ENCODER}norm.weight': a[f'{DECODER}norm.weight']}
+  ),
+  'encoder names and scalars of both': lambda a: (
+    encoder_names(a) | {n: x for n, x in a.items() if 'layer_scalar' in n}
+  ),
+  'no prefix': lambda a: {n.removeprefix('model.'): x for n, x in a.items()},
+  'two prefixes': lambda a: {f'model.{n}': x for n, x in a.items()},
+  'some without a prefix': lambda a: {
+    n.replace('model.decoder', 'decoder'): x for n, x in a.items()
+  },
+  'with and without': lambda a: (
+    a | {n.removeprefix('model.'): x for n, x in a.items()}
+  ),
+  'copies without a prefix': lambda a: {
+    n.removeprefix('model.'): x for n, x in (a | copies_of(a)).items()
+  },
+  'what follows from the config': lambda a: (
+    a
+    | dict.fromkeys(
+      (
+        'model.decoder.layers.0.self_attn.rotary_emb.inv_freq',
+        'model.decoder.rotary_emb.full_attention_inv_freq',
+        'model.encoder.vision_tower.patch_embedder.position_ids',
+        'model.decoder.embed_tokens.embed_scale',
+      ),
+      np.ones(3, np.float32),
+    )
+  ),
+}
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_names_that_transformers_loads(stored, arrays, workdir, variant):
+  """The same parameters, and `transformers` reads the same from the folder."""
+  folder = stored(VARIANTS[variant](arrays))
+  expected = diffusiongemma.load(workdir).params
+  assert same_trees(diffusiongemma.load(str(folder)).params, expected)
+  assert theirs_of(folder, expected)
+
+
+def theirs_of(folder, expected):
+  """Whether `transformers` loads the folder with these parameters."""
+  parity = pytest.importorskip('parity', reason='needs torch, transformers')
+  kind = parity.modeling_diffusion_gemma.DiffusionGemmaForBlockDiffusion
+  model, report = kind.from_pretrained(str(folder), output_loading_info=True)
+  missing = {k: v for k, v in report.items() if k != 'unexpected_keys'}
+  assert not any(missing.values()), report
+  return same_trees(parity.convert(model, MODEL), expected)
+
+
+def test_copies_make_the_same_run(stored, arrays, hf_dir, tmp_path):
+  """Exported as without them: the same tensors, each once."""
+  folder = stored(arrays | copies_of(arrays), tie_word_embeddings=False)
+  diffusiongemma.convert(str(folder), str(tmp_path / 'run'))
+  diffusiongemma.export(str(tmp_path / 'run'), str(tmp_path / 'out'))
+  assert contents(tmp_path / 'out') == contents(hf_dir)
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    'lm_head.weight',
+    f'{ENCODER}embed_tokens.weight',
+    f'{ENCODER}layers.1.experts.gate_up_proj',
+    f'{ENCODER}layers.0.router.per_expert_scale',
+    'decoder.norm.weight',
+  ],
+)
+def test_a_copy_that_differs_is_named(stored, arrays, tmp_path, name):
+  """By one bit of the sign of a zero, too, which is equal as a number."""
+  copies = arrays | copies_of(arrays)
+  copies['decoder.norm.weight'] = arrays[NORM]
+  copies[name] = copies[name].copy()
+  copies[name].flat[-1] *= -1
+  folder = stored(copies)
+  with pytest.raises(CheckpointError) as caught:
+    diffusiongemma.convert(str(folder), str(tmp_path / 'out'))
+  message = str(caught.value)
+  assert name in message and 'one weight for both roles' in message
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['in']
+
+
+def test_a_copy_of_another_type_or_shape_is_named(stored, arrays):
+  for array, reason in (
+    (arrays[NORM].astype(np.float16), 'one weight for both roles'),
+    (arrays[NORM].reshape(4, 4), 'has the shape'),
+    (arrays[NORM][:-1], 'has the shape'),
+  ):
+    folder = stored(arrays | {f'{ENCODER}norm.weight': array})
+    with pytest.raises(CheckpointError, match=reason) as caught:
+      diffusiongemma.load(str(folder))
+    assert f'{ENCODER}norm.weight' in str(caught.value)
+
+
+def test_comparing_copies_holds_one_tensor(stored, arrays, monkeypatch):
+  """And a piece of its copy."""
+  folder = stored(arrays | copies_of(arrays))
+  monkeypatch.setattr(safetensors.files, 'CHUNK_BYTES', 64)
+  read, sizes = safetensors.files.read_bytes, []
+
+  def read_bytes(descriptor, offset, nbytes, path):
+    sizes.append(nbytes)
+    return read(descriptor, offset, nbytes, path)
+
+  table = conversion.huggingface.tensor_table(denoiser.abstract_params(MODEL))
+  found = conversion.huggingface.find_tensors(str(folder), table)
+  monkeypatch.setattr(safetensors.files, 'read_bytes', read_bytes)
+  for entry, array in conversion.huggingface.read_arrays(table, found):
+    assert array.shape == entry.shape
+  assert max(sizes) == 64
+  assert sum(sizes) == sum(
+    tensor.nbytes for _, *copies in found.values() for tensor in copies
+  )
+
+
+@pytest.mark.parametrize('role', ['prefill', 'denoise'])
+def test_scalars_of_one_role_stand_in_for_the_other(
+  stored, arrays, workdir, role
+):
+  """transformers fills the encoder's with whatever is in memory."""
+  absent = {'prefill': ENCODER, 'denoise': DECODER}[role]
+  present = {'prefill': DECODER, 'denoise': ENCODER}[role]
+  kept = {
+    name: array
+    for name, array in arrays.items()
+    if not (name.startswith(absent) and name.endswith('layer_scalar'))
+  }
+  params = diffusiongemma.load(str(stored(kept))).params
+  for index in range(2):
+    layer = params[f'layer_0{index}']
+    scalar = arrays[f'{present}layers.{index}.layer_scalar']
+    assert layer['prefill_scalar'] == layer['denoise_scalar'] == scalar
+  few = without(arrays, f'{absent}layers.1.layer_scalar')
+  with pytest.raises(CheckpointError, match=r'missing: .*1\.layer_scalar'):
+    diffusiongemma.load(str(stored(few)))
+  none = without(arrays, 'layer_scalar')
+  with pytest.raises(CheckpointError, match='missing: .*layer_scalar'):
+    diffusiongemma.load(str(stored(none)))
+
+
+def test_the_encoder_s_names_alone(stored, arrays):
+  """Its scalars are those of both roles."""
+  params = diffusiongemma.load(str(stored(encoder_names(arrays)))).params
+  for index in range(2):
+    layer = params[f'layer_0{index}']
+    scalar = arrays[f'{ENCODER}layers.{index}.layer_scalar']
+    assert layer['prefill_scalar'] == layer['denoise_scalar'] == scalar
+
+
+def test_untied_weights_need_their_copies(stored, arrays, workdir):
+  """A config that unties them, with which transformers makes up the rest."""
+  full = arrays | copies_of(arrays)
+  expected = diffusiongemma.load(workdir).params
+  folder = stored(full, tie_word_embeddings=False)
+  assert same_trees(diffusiongemma.load(str(folder)).params, expected)
+  for lost in ('lm_head.weight', f'{ENCODER}layers.1.mlp.up_proj.weight'):
+    folder = stored(without(full, lost), tie_word_embeddings=False)
+    with pytest.raises(CheckpointError) as caught:
+      diffusiongemma.load(str(folder))
+    for part in (lost, 'one weight for both roles', 'tie_word_embeddings'):
+      assert part in str(caught.value)
+
+
+def test_what_is_unknown_stays_an_error(stored, arrays):
+  one = np.ones(1, np.float32)
+  for name in (
+    'foo.bar',
+    'model.decoder.layers.2.norm.weight',
+    'model.decoder.layers.1.self_attn.v_proj.weight',
+    'module.model.decoder.norm.weight',
+    f'{ENCODER}self_conditioning.pre_norm.weight',
+  ):
+    with pytest.raises(CheckpointError, match='unknown: ') as caught:
+      diffusiongemma.load(str(stored(arrays | {name: one})))
+    assert repr(name) in str(caught.value)
+  renamed = arrays | {f'{NORM}_packed': one}
+  del renamed[NORM]
+  with pytest.raises(CheckpointError) as caught:
+    diffusiongemma.load(str(stored(renamed)))
+  for part in ('missing', 'unknown', 'these are names of quantised weights'):
+    assert part in str(caught.value)
 
 
 def test_a_file_that_shrinks_meanwhile_leaves_nothing(

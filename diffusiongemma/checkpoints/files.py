@@ -19,6 +19,8 @@ MAX_DIGITS = 20  # Of 2**64; reading a number is quadratic in its digits.
 # safetensors has a tenth of a megabyte.
 MAX_JSON_BYTES = 10_000_000
 CHUNK_BYTES = 64 * 2**20  # Of one system call; Linux stops short of 2**31.
+# What Git leaves in place of a large file that was not downloaded.
+_LFS_POINTER = b'version https://git-lfs.github.com/spec/v1'
 
 
 def quote(text: str) -> str:
@@ -79,6 +81,11 @@ def opened(path: str) -> Iterator[tuple[int, int]]:
       status = os.fstat(descriptor)
       if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f'{path!r} is not a regular file.')
+      if os.pread(descriptor, len(_LFS_POINTER), 0) == _LFS_POINTER:
+        raise CheckpointError(
+          f'{path!r} is a Git LFS pointer, which stands for the file itself: '
+          'run `git lfs pull` in its folder, or download the file again.'
+        )
       yield descriptor, status.st_size
     finally:
       os.close(descriptor)

@@ -3,20 +3,25 @@
   model.decoder.layers.7.self_attn.q_proj.weight  [N*H, D]
     = layer_07/attention/q_proj  [D, N, H]          transposed, then split
 
-Every tensor of a folder is one leaf of the parameters and the other way
-round; types and bits are never changed. Names as in `transformers` 5.24.
+Every leaf of the parameters is one tensor of a folder; types and bits are never
+changed. Encoder and decoder share all weights of the text layers, and the head
+is the embedding: a folder may hold such a tensor under each of its names, with
+the same bits, or under any one of them. Names as in `transformers` 5.24.
 """
 
+from collections.abc import Collection
 from collections.abc import Iterator
 import math
 from typing import Any
 from typing import NamedTuple
 
+from absl import logging
 import jax
 import numpy as np
 
 from diffusiongemma.checkpoints import CheckpointError
 from diffusiongemma.checkpoints import files
+from diffusiongemma.checkpoints import foreign
 from diffusiongemma.checkpoints import safetensors
 
 # (our path, their name, whether it is transposed); * is the layer's number.
@@ -102,13 +107,22 @@ _TABLE = (
   ),
 )
 _RULES = {ours: (theirs, transposed) for ours, theirs, transposed in _TABLE}
+_TEXT_ENCODER = f'{_ENCODER}.language_model'
+_SCALAR = 'layer_scalar'
+# Buffers that follow from the config, of which some versions store a few.
+_DERIVED = ('inv_freq', 'position_ids', 'embed_scale')
+_ONE_WEIGHT = (
+  'this network has one weight for both roles, encoder and decoder, and for '
+  'embedding and head'
+)
 
 
 class Entry(NamedTuple):
   """One tensor in both worlds.
 
   Attributes:
-    name: theirs.
+    name: theirs, under which it is written.
+    copies: other names that they have for it.
     path: ours, the keys from the root of the parameters.
     shape: ours.
     their_shape: theirs.
@@ -116,6 +130,7 @@ class Entry(NamedTuple):
   """
 
   name: str
+  copies: tuple[str, ...]
   path: tuple[str, ...]
   shape: tuple[int, ...]
   their_shape: tuple[int, ...]
@@ -155,49 +170,158 @@ def tensor_table(abstract_params: Any) -> dict[str, Entry]:
       # Heads are merged; only the output projection has them on the input.
       inputs = 2 if path[-1] == 'o_proj' else 1
       their_shape = (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
-    table[name] = Entry(name, path, shape, their_shape, transposed)
+    table[name] = Entry(
+      name, _copies(name), path, shape, their_shape, transposed
+    )
   return table
 
 
-def check_tensors(
-  folder: str, table: dict[str, Entry]
-) -> dict[str, safetensors.Tensor]:
-  """The tensors in `folder`, which must be exactly those of the table.
+def _copies(name: str) -> tuple[str, ...]:
+  """The names that `transformers` ties to this one."""
+  if not name.startswith(f'{_DECODER}.') or name.startswith(_CONDITIONING):
+    return ()
+  if name.endswith(_SCALAR):
+    return ()
+  copies = (_TEXT_ENCODER + name.removeprefix(_DECODER),)
+  return (*copies, 'lm_head.weight') if 'embed_tokens' in name else copies
+
+
+def find_tensors(
+  folder: str, table: dict[str, Entry], are_tied: bool = True
+) -> dict[str, list[safetensors.Tensor]]:
+  """Where a folder has each entry of the table, from headers alone.
+
+  Args:
+    folder: of safetensors.
+    table: see `tensor_table`.
+    are_tied: whether one copy of a tied tensor stands for all.
+
+  Returns:
+    `{entry's name: its tensors}`, one or more, which should be equal.
 
   Raises:
-    CheckpointError: names are missing or unknown, or a shape is another.
+    CheckpointError: names are missing or unknown, or a shape or type is
+      another.
   """
-  found = safetensors.list_tensors(folder)
-  problems = []
-  for what, names in (
-    ('missing', sorted(table.keys() - found.keys())),
-    ('unknown', sorted(found.keys() - table.keys())),
-  ):
-    if names:
-      problems.append(f'{what}: {files.listed(names)}')
+  entry_of = {
+    name: entry.name
+    for entry in table.values()
+    for name in (entry.name, *entry.copies)
+  }
+  found, unknown, derived = {}, [], []
+  for name, tensor in safetensors.list_tensors(folder).items():
+    name = _full_name(name, entry_of)
+    if name in entry_of:
+      found.setdefault(name, []).append(tensor)
+    elif name.endswith(_DERIVED):
+      derived.append(name)
+    else:
+      unknown.append(name)
+  tensors = {
+    entry.name: [
+      tensor
+      for name in (entry.name, *entry.copies)
+      for tensor in found.get(name, ())
+    ]
+    for entry in table.values()
+  }
+  _fill_scalars(tensors, folder)
+  missing = [name for name, copies in tensors.items() if not copies]
+  _check_names(folder, missing, unknown)
+  _check_tied(folder, [] if are_tied else entry_of.keys() - found.keys())
+  if derived:
+    logging.warning(
+      '%s: %s are not read; they follow from config.json.',
+      *(folder, files.listed(derived)),
+    )
+  for name, copies in tensors.items():
+    for tensor in copies:
+      _check_tensor(tensor, table[name])
+  return tensors
+
+
+def _full_name(name: str, known: Collection[str]) -> str:
+  """With the prefix that the inner model, saved alone, has not."""
+  for full in (name, f'model.{name}', name.removeprefix('model.')):
+    if full in known:
+      return full
+  return name
+
+
+def _fill_scalars(
+  tensors: dict[str, list[safetensors.Tensor]], folder: str
+) -> None:
+  """Where all scalars of a role are missing, those of the other stand in: some
+  tools drop the encoder's, and in the released weights the two are equal."""
+  for role, other in (_TEXT_ENCODER, _DECODER), (_DECODER, _TEXT_ENCODER):
+    names = [n for n in tensors if n.startswith(role) and n.endswith(_SCALAR)]
+    stand_ins = [tensors[other + n.removeprefix(role)] for n in names]
+    if any(tensors[n] for n in names) or not names or not all(stand_ins):
+      continue
+    tensors.update(zip(names, stand_ins, strict=True))
+    logging.warning(
+      '%s has no %s.layers.*.%s: those of %s stand in.',
+      *(folder, role, _SCALAR, other),
+    )
+
+
+def _check_names(folder: str, missing: list[str], unknown: list[str]) -> None:
+  problems = [
+    f'{what}: {files.listed(names)}'
+    for what, names in (('missing', missing), ('unknown', unknown))
+    if names
+  ]
   if problems:
     raise CheckpointError(
       f'The tensors in {folder} are not those of its config.json; '
-      f'{"; ".join(problems)}.'
+      f'{"; ".join(problems)}{foreign.describe_names(unknown)}.'
     )
-  for name, tensor in found.items():
-    if tensor.shape != table[name].their_shape:
-      raise CheckpointError(
-        f'{name} in {tensor.path} has the shape {list(tensor.shape)}; by '
-        f'config.json it is {list(table[name].their_shape)}.'
-      )
-  return found
+
+
+def _check_tied(folder: str, lost: Collection[str]) -> None:
+  """Raises where weights that the config unties have no copy of their own."""
+  if lost:
+    raise CheckpointError(
+      f'The config.json in {folder} unties weights (tie_word_embeddings is '
+      f'false), and {files.listed(lost)} are missing, but {_ONE_WEIGHT}. If '
+      'they are tied, set it to true.'
+    )
+
+
+def _check_tensor(tensor: safetensors.Tensor, entry: Entry) -> None:
+  if tensor.shape != entry.their_shape:
+    raise CheckpointError(
+      f'{tensor.name} in {tensor.path} has the shape {list(tensor.shape)}; by '
+      f'config.json it is {list(entry.their_shape)}.'
+    )
+  if tensor.dtype not in safetensors.DTYPE_NAMES:
+    raise CheckpointError(
+      f'{tensor.name} in {tensor.path} has the type {tensor.dtype}; supported '
+      f'are {", ".join(x.name for x in safetensors.DTYPE_NAMES)}. Quantised '
+      'weights are not read.'
+    )
 
 
 def read_arrays(
-  folder: str, table: dict[str, Entry]
+  table: dict[str, Entry], tensors: dict[str, list[safetensors.Tensor]]
 ) -> Iterator[tuple[Entry, np.ndarray]]:
   """Our arrays one after the other; no more than one is held.
 
+  Args:
+    table: see `tensor_table`.
+    tensors: see `find_tensors`.
+
   Raises:
-    CheckpointError: see `check_tensors`, before anything is read; or a file
-      changes meanwhile.
+    CheckpointError: copies of a tied tensor differ, or a file changes
+      meanwhile.
   """
-  tensors = check_tensors(folder, table)
   for name, entry in table.items():
-    yield entry, entry.to_ours(safetensors.read_tensor(tensors[name]))
+    first, *copies = tensors[name]
+    array = safetensors.read_tensor(first)
+    for copy in copies:
+      if not safetensors.has_bits(copy, array):
+        raise CheckpointError(
+          f'{copy.name} in {copy.path} differs from {first.name} in '
+          f'{first.path}, but {_ONE_WEIGHT}.'
+        )
+    yield entry, entry.to_ours(array)

@@ -1,8 +1,9 @@
 """Hugging Face's config.json and generation_config.json, both ways.
 
 One table per object: (our field, their key, the default in `transformers`
-5.24). Keys that do not change the numbers are left alone; options that this
-network does not have are refused, so that what loads is what was meant.
+5.24, or the type of what has none). Null is absent, and keys that do not change
+the numbers are left alone; options that this network does not have are refused,
+so that what loads is what was meant. What is written, 5.11 and later read.
 """
 
 import os
@@ -11,13 +12,14 @@ from typing import Any
 from absl import logging
 
 from diffusiongemma.checkpoints import CheckpointError
+from diffusiongemma.checkpoints import files
+from diffusiongemma.checkpoints import foreign
 from diffusiongemma.config import DiffusionConfig
 from diffusiongemma.config import ModelConfig
 from diffusiongemma.config import VisionConfig
 
 MODEL_TYPE = 'diffusion_gemma'
 
-_REQUIRED = object()
 _TEXT_FIELDS = (
   ('vocab_size', 'vocab_size', 262144),
   ('embed_dim', 'hidden_size', 2304),
@@ -26,9 +28,9 @@ _TEXT_FIELDS = (
   ('head_dim', 'head_dim', 256),
   ('sliding_window', 'sliding_window', 512),
   ('mlp_dim', 'intermediate_size', 9216),
-  ('num_experts', 'num_experts', _REQUIRED),
-  ('experts_per_token', 'top_k_experts', _REQUIRED),
-  ('expert_dim', 'moe_intermediate_size', _REQUIRED),
+  ('num_experts', 'num_experts', int),
+  ('experts_per_token', 'top_k_experts', int),
+  ('expert_dim', 'moe_intermediate_size', int),
   ('context_length', 'max_position_embeddings', 131072),
   ('logit_softcap', 'final_logit_softcapping', 30.0),
   ('norm_epsilon', 'rms_norm_eps', 1e-6),
@@ -59,17 +61,16 @@ _GENERATION_FIELDS = (
   ('stability_threshold', 'stability_threshold', 1),
   ('confidence_threshold', 'confidence_threshold', 0.005),
   ('pad_token_id', 'pad_token_id', 0),
-  ('bos_token_id', 'bos_token_id', 2),
 )
 # Their options that this network does not have: the one value that is it.
 _FIXED_TEXT = {
   'hidden_activation': 'gelu_pytorch_tanh',
   'attention_bias': False,
-  'tie_word_embeddings': True,
 }
 _FIXED_VISION = {
   'hidden_activation': 'gelu_pytorch_tanh',
   'attention_bias': False,
+  'model_type': 'gemma4_vision',
   'use_clipped_linears': False,
 }
 _KINDS = {'sliding_attention': 'local', 'full_attention': 'global'}
@@ -103,13 +104,11 @@ def model_config(values: dict, path: str = 'config.json') -> ModelConfig:
       f'{path} has model_type {values.get("model_type")!r}; only '
       f'{MODEL_TYPE!r} can be read.'
     )
-  if values.get('quantization_config') is not None:
-    raise CheckpointError(
-      f'{path} has a quantization_config; convert the unquantised checkpoint.'
-    )
+  if message := foreign.describe_quantization(values):
+    raise CheckpointError(f'{path}: {message}')
   text = _Reader(values, path).group('text_config')
   text.check_fixed(_FIXED_TEXT)
-  _Reader(values, path).check_fixed({'tie_word_embeddings': True})
+  text.check_empty('rope_scaling')
   fields = text.fields(_TEXT_FIELDS)
   if not fields['logit_softcap']:
     raise CheckpointError(
@@ -118,23 +117,15 @@ def model_config(values: dict, path: str = 'config.json') -> ModelConfig:
     )
   fields['attention_pattern'] = _attention_pattern(text)
   fields |= _global_heads(text, fields)
-  rope = text.group('rope_parameters')
-  local = rope.group('sliding_attention')
-  local.check_fixed(
-    {'rope_type': 'default', 'partial_rotary_factor': 1.0, 'factor': 1.0}
-  )
-  whole = rope.group('full_attention')
-  whole.check_fixed({'rope_type': 'proportional', 'factor': 1.0})
-  fields |= dict(
-    local_rope_theta=local.take('rope_theta', 1e4),
-    global_rope_theta=whole.take('rope_theta', 1e6),
-    global_rotary_fraction=whole.take(
-      'partial_rotary_factor', 0.25 if not whole.values else 1.0
-    ),
-    vision=_vision_config(values, path),
-    **_dtypes(values),
-  )
+  fields |= _rotations(text, fields['attention_pattern'])
+  fields |= dict(vision=_vision_config(values, path), **_dtypes(values))
   return ModelConfig(**fields)
+
+
+def is_tied(values: dict, path: str = 'config.json') -> bool:
+  """Whether one copy of a tensor stands for both roles, and for embedding and
+  head. What text_config says of it is read by nobody."""
+  return _Reader(values, path).take('tie_word_embeddings', True)
 
 
 def _attention_pattern(text: '_Reader') -> tuple[str, ...]:
@@ -191,6 +182,14 @@ def _global_heads(text: '_Reader', fields: dict) -> dict[str, int]:
       kv_heads = layer.take('num_key_value_heads', fields['num_kv_heads'])
       head_dim = layer.take('head_dim', fields['head_dim'])
       sizes[kind].add((kv_heads, head_dim))
+      others = layer.values.keys() - {'num_key_value_heads', 'head_dim'}
+      for key in sorted(others):
+        if layer.values[key] != text.values.get(key):
+          where = text.where(f'per_layer_config.{index}')
+          raise CheckpointError(
+            f'{where}: {files.quote(key)} differs from that of text_config, '
+            'and layers may only differ in head_dim and num_key_value_heads.'
+          )
   except (ValueError, AttributeError) as error:
     raise CheckpointError(message) from error
   in_all = {(fields['num_kv_heads'], fields['head_dim'])}
@@ -200,12 +199,53 @@ def _global_heads(text: '_Reader', fields: dict) -> dict[str, int]:
   return {'num_global_kv_heads': kv_heads, 'global_head_dim': head_dim}
 
 
+def _rotations(
+  text: '_Reader', pattern: tuple[str, ...]
+) -> dict[str, float | int]:
+  """Bases of both kinds of layers, and how much of a global head is rotated."""
+  fields = {
+    'local_rope_theta': 1e4,
+    'global_rope_theta': 1e6,
+    'global_rotary_fraction': 0.25,
+  }
+  if text.values.get('rope_parameters') is None:
+    return fields
+  for theirs, ours in _KINDS.items():
+    rope = text.group('rope_parameters').group(theirs)
+    if ours not in pattern:
+      continue
+    fields[f'{ours}_rope_theta'] = rope.take('rope_theta', float)
+    fraction = rope.take('partial_rotary_factor', 1.0)
+    # Rotating whole heads, the two are the same.
+    kinds = ['proportional'] + ['default'] * (fraction == 1.0)
+    kind = rope.values.get('rope_type') or rope.values.get('type', 'default')
+    if kind not in kinds:
+      raise CheckpointError(
+        f'{rope.where("rope_type")} = {kind!r} is not supported, only '
+        f'{" and ".join(kinds)} with partial_rotary_factor = {fraction}.'
+      )
+    if kind == 'proportional':
+      rope.check_fixed({'factor': 1.0})
+    if ours == 'global':
+      fields['global_rotary_fraction'] = fraction
+    else:
+      rope.check_fixed({'partial_rotary_factor': 1.0})
+  return fields
+
+
 def _vision_config(values: dict, path: str) -> VisionConfig:
   top = _Reader(values, path)
   vision = top.group('vision_config')
   vision.check_fixed(_FIXED_VISION)
+  vision.check_empty('rope_scaling')
   rope = vision.group('rope_parameters')
-  rope.check_fixed({'rope_type': 'axial'})
+  # The released name of the axial rotation, and that since transformers 5.17.
+  kind = rope.values.get('rope_type') or rope.values.get('type') or 'default'
+  if kind not in ('default', 'axial'):
+    raise CheckpointError(
+      f'{rope.where("rope_type")} = {kind!r} is not supported, only default '
+      'and axial, which are the same.'
+    )
   bidirectional = top.group('text_config').values.get(
     'use_bidirectional_attention'
   )
@@ -217,7 +257,7 @@ def _vision_config(values: dict, path: str) -> VisionConfig:
   config = VisionConfig(
     **vision.fields(_VISION_FIELDS),
     **top.fields(_IMAGE_FIELDS),
-    rope_theta=rope.take('rope_theta', 100.0),
+    rope_theta=rope.take('rope_theta', vision.take('rope_theta', 100.0)),
     bidirectional=bidirectional == 'vision',
   )
   if config.num_layers > _MAX_LAYERS:
@@ -228,7 +268,7 @@ def _vision_config(values: dict, path: str) -> VisionConfig:
 def _dtypes(values: dict) -> dict[str, str]:
   """Computation in the type of the weights; float16 has the range for
   neither these activations nor their sums and is computed in float32."""
-  dtype = values.get('dtype', values.get('torch_dtype', 'float32'))
+  dtype = values.get('dtype') or values.get('torch_dtype')
   dtype = 'bfloat16' if dtype == 'bfloat16' else 'float32'
   return {'dtype': dtype, 'param_dtype': dtype}
 
@@ -245,13 +285,19 @@ def diffusion_config(
     path: of the folder, for messages.
   """
   reader = _Reader(generation, os.path.join(path, 'generation_config.json'))
+  text = _Reader(values, path).group('text_config')
   fields = reader.fields(_GENERATION_FIELDS)
+  # transformers leaves it out; where it is there, it says the same.
+  fields['bos_token_id'] = reader.take(
+    'bos_token_id', text.take('bos_token_id', 2)
+  )
   entropy = reader.group('sampler_config')
   kind = entropy.values.get('_cls_name', 'EntropyBoundSamplerConfig')
   if kind != 'EntropyBoundSamplerConfig':
     logging.warning('%s names the sampler %r; it is left out.', path, kind)
     entropy = _Reader({}, entropy.path)
-  stop = generation.get('eos_token_id', values.get('eos_token_id', 1))
+  stops = [x.get('eos_token_id') for x in (generation, values, text.values)]
+  stop = next((x for x in stops if x is not None), 1)
   stop = stop if isinstance(stop, list) else [stop]
   if any(type(token) is not int or token < 0 for token in stop):
     raise CheckpointError(f'{reader.where("eos_token_id")} must be token ids.')
@@ -282,13 +328,14 @@ class _Reader:
     return _Reader(values, self.path, f'{self._prefix}{key}.')
 
   def take(self, key: str, default: Any) -> Any:
-    """The value, of the default's type; required where that has none."""
+    """The value, of the default's type; required where that is a type."""
     value = self.values.get(key)
+    is_required = isinstance(default, type)
     if value is None:
-      if default is _REQUIRED:
+      if is_required:
         raise CheckpointError(f'{self.where(key)} is missing.')
       return default
-    kind = int if default is _REQUIRED else type(default)
+    kind = default if is_required else type(default)
     if kind is float and type(value) is int:
       value = float(value)
     if type(value) is not kind:
@@ -304,11 +351,15 @@ class _Reader:
 
   def check_fixed(self, fixed: dict[str, Any]) -> None:
     for key, supported in fixed.items():
-      value = self.values.get(key, supported)
-      if value != supported:
+      value = self.values.get(key)
+      if value is not None and value != supported:
         raise CheckpointError(
           f'{self.where(key)} = {value!r} is not supported, only {supported!r}.'
         )
+
+  def check_empty(self, key: str) -> None:
+    if self.values.get(key):
+      raise CheckpointError(f'{self.where(key)} is not supported.')
 
 
 def to_config(
@@ -344,7 +395,7 @@ def to_config(
     'text_config': {
       'bos_token_id': diffusion.bos_token_id,
       'dtype': dtype,
-      'eos_token_id': diffusion.stop_token_ids[0],
+      'eos_token_id': next(iter(diffusion.stop_token_ids), None),
       'global_head_dim': model.global_head_dim,
       'layer_types': [theirs[kind] for kind in model.attention_pattern],
       'model_type': f'{MODEL_TYPE}_text',
@@ -365,14 +416,15 @@ def to_config(
       'use_bidirectional_attention': 'vision' if vision.bidirectional else None,
       **{key: getattr(model, ours) for ours, key, _ in _TEXT_FIELDS},
       **_FIXED_TEXT,
+      'tie_word_embeddings': True,
     },
     'tie_word_embeddings': True,
     'vision_config': {
       'dtype': dtype,
-      'model_type': 'gemma4_vision',
+      # Before 5.17, transformers knows no 'axial'; from then on it is meant.
       'rope_parameters': {
         'rope_theta': vision.rope_theta,
-        'rope_type': 'axial',
+        'rope_type': 'default',
       },
       **{key: getattr(vision, ours) for ours, key, _ in _VISION_FIELDS},
       **_FIXED_VISION,
@@ -382,7 +434,7 @@ def to_config(
 
 
 def to_generation_config(diffusion: DiffusionConfig) -> dict[str, Any]:
-  """Their generation_config.json."""
+  """Their generation_config.json, which has no bos_token_id."""
   return {
     'eos_token_id': list(diffusion.stop_token_ids),
     'max_new_tokens': diffusion.canvas_length,

@@ -3,30 +3,30 @@
   file = uint64 n | n bytes of JSON | data
   JSON = {name: {"dtype", "shape", "data_offsets": [begin, end]}, ...}
 
-The offsets count from the start of the data, which they cover exactly; an
-index names the file of each tensor where there are several. Files come from
-strangers: nothing in them is believed before it is checked. The library of
-this name maps whole files.
+The offsets count from the start of the data, which they cover exactly. Where
+there are several files an index names them; what they hold, they say
+themselves. Files come from strangers: nothing in them is believed before it is
+checked. The library of this name maps whole files.
 """
 
 from collections.abc import Mapping
 import dataclasses
-import fnmatch
 import itertools
 import math
 import os
+import posixpath
 from typing import Any
 
+from absl import logging
 import ml_dtypes
 import numpy as np
 
 from diffusiongemma.checkpoints import CheckpointError
 from diffusiongemma.checkpoints import files
+from diffusiongemma.checkpoints import foreign
 
 SINGLE = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
-PICKLES = ('pytorch_model*.bin', 'pytorch_model.bin.index.json')
-PICKLES += ('*.pt', '*.pth', '*.ckpt', '*.pkl')
 
 # All that the released model and its fine-tuned children are stored in.
 DTYPES = {
@@ -35,6 +35,16 @@ DTYPES = {
   'F32': np.dtype('<f4'),
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Types of what lies beside them, such as positions, and of quantised weights.
+_ALL_DTYPES = DTYPES | {
+  'F64': np.dtype('<f8'),
+  'F8_E4M3': np.dtype(ml_dtypes.float8_e4m3fn),
+  'F8_E5M2': np.dtype(ml_dtypes.float8_e5m2),
+  'F8_E8M0': np.dtype(ml_dtypes.float8_e8m0fnu),
+  'BOOL': np.dtype(bool),
+  **{f'I{8 * n}': np.dtype(f'<i{n}') for n in (1, 2, 4, 8)},
+  **{f'U{8 * n}': np.dtype(f'<u{n}') for n in (1, 2, 4, 8)},
+}
 
 MAX_DIMENSIONS = 32  # More, NumPy before 2.0 and XLA can't hold.
 MAX_BYTES = 2**63 - 1  # Of an array, empty dimensions aside: NumPy's limit.
@@ -46,7 +56,7 @@ class Tensor:
 
   Attributes:
     name: as in the file, `model.decoder.embed_tokens.weight`.
-    dtype: bfloat16, float16 or float32.
+    dtype: bfloat16, float16 or float32 of weights; any type of a file.
     shape: sizes, outermost first; `()` for a scalar.
     path: the file.
     offset: of its first byte, from the start of the file.
@@ -62,12 +72,13 @@ class Tensor:
 
 
 def list_tensors(folder: str) -> dict[str, Tensor]:
-  """Every tensor of a folder, from headers alone: no data is read.
+  """Every tensor of a folder, from headers alone: no data is read, but of
+  tensors that lie in several files.
 
   Args:
     folder: holds `model.safetensors`, or `model.safetensors.index.json` and
-      the files it names. Links must stay inside, or be those of the Hugging
-      Face cache.
+      the files it names, there or in folders below. Links must stay inside, or
+      be those of the Hugging Face cache.
 
   Returns:
     `{name: Tensor}`, in the order in which they lie in the files.
@@ -80,26 +91,22 @@ def list_tensors(folder: str) -> dict[str, Tensor]:
     raise CheckpointError(
       f'{folder!r} is not a folder; give one that holds {SINGLE} or {INDEX}.'
     )
-  # With both there, transformers takes the single file: so the weights are
-  # the same here. A dangling link counts as there: it tells of a lost file.
-  if os.path.lexists(os.path.join(folder, SINGLE)):
-    return _list_file(files.checked_path(folder, SINGLE))
+  # A dangling link counts as there: it tells of a lost file.
+  has_single = os.path.lexists(os.path.join(folder, SINGLE))
   if os.path.lexists(os.path.join(folder, INDEX)):
-    return _list_indexed(folder)
-  with files.system_errors(f'{folder!r} cannot be read'):
-    names = os.listdir(folder)
-  pickles = [x for x in names if any(fnmatch.fnmatch(x, p) for p in PICKLES)]
-  if pickles:
-    raise CheckpointError(
-      f'{folder!r} holds pickles ({files.listed(pickles)}), which can run any '
-      'code when opened and are not read here. Where you trust them, convert '
-      "them to safetensors with transformers' `save_pretrained` first."
-    )
-  others = [x for x in names if x.endswith('.safetensors')]
-  raise CheckpointError(
-    f'{folder!r} holds neither {SINGLE} nor {INDEX}'
-    + (f', only {files.listed(others)}.' if others else '.')
-  )
+    weight_map = _read_index(folder)
+    # transformers takes the single file, which is right where the index was
+    # left behind. AutoRound names the single file as one of several.
+    if not has_single or SINGLE in weight_map.values():
+      return _list_indexed(folder, weight_map)
+  if has_single:
+    return _list_file(files.checked_path(folder, SINGLE))
+  message = foreign.describe_folder(folder)
+  if message is None:
+    others = [x for x in os.listdir(folder) if x.endswith('.safetensors')]
+    message = f'{folder!r} holds neither {SINGLE} nor {INDEX}'
+    message += f', only {files.listed(others)}.' if others else '.'
+  raise CheckpointError(message)
 
 
 def read_tensor(tensor: Tensor) -> np.ndarray:
@@ -125,6 +132,22 @@ def read_tensor(tensor: Tensor) -> np.ndarray:
       ) from error
     files.read_into(bytes_of(array), descriptor, tensor.offset, what)
   return array
+
+
+def has_bits(tensor: Tensor, array: np.ndarray) -> bool:
+  """Whether a tensor is this array to the bit; no more than
+  `files.CHUNK_BYTES` of it are held."""
+  if (tensor.dtype, tensor.shape) != (array.dtype, array.shape):
+    return False
+  view = bytes_of(array)
+  with files.opened(tensor.path) as (descriptor, _):
+    for start in range(0, len(view), files.CHUNK_BYTES):
+      part = view[start : start + files.CHUNK_BYTES]
+      offset = tensor.offset + start
+      read = files.read_bytes(descriptor, offset, len(part), tensor.path)
+      if read != part:
+        return False
+  return True
 
 
 def bytes_of(array: np.ndarray) -> memoryview:
@@ -198,7 +221,7 @@ def _checked_entry(
   if not isinstance(entry, dict) or entry.keys() != fields:
     raise refuse('has not exactly the fields dtype, shape and data_offsets')
   dtype, shape, offsets = entry['dtype'], entry['shape'], entry['data_offsets']
-  if not isinstance(dtype, str) or dtype not in DTYPES:
+  if not isinstance(dtype, str) or dtype not in _ALL_DTYPES:
     kind = (
       files.quote(dtype) if isinstance(dtype, str) else 'that is not a string'
     )
@@ -209,7 +232,7 @@ def _checked_entry(
     raise refuse(
       f'has {len(shape)} dimensions, and {MAX_DIMENSIONS} are the limit'
     )
-  itemsize = DTYPES[dtype].itemsize
+  itemsize = _ALL_DTYPES[dtype].itemsize
   # Also where another dimension is 0, in which NumPy looks no different.
   if math.prod(x or 1 for x in shape) * itemsize > MAX_BYTES:
     raise refuse(f'has a shape, {shape}, that no array can have')
@@ -227,7 +250,9 @@ def _checked_entry(
       f'has {end - begin} bytes of data, and {dtype} of shape {shape} needs '
       f'{nbytes}'
     )
-  return Tensor(name, DTYPES[dtype], tuple(shape), path, start + begin, nbytes)
+  return Tensor(
+    name, _ALL_DTYPES[dtype], tuple(shape), path, start + begin, nbytes
+  )
 
 
 def _are_sizes(value: Any) -> bool:
@@ -266,80 +291,55 @@ def _check_cover(
     )
 
 
-def _list_indexed(folder: str) -> dict[str, Tensor]:
-  """The tensors of all files that the index names."""
+def _read_index(folder: str) -> dict[str, str]:
+  """`{name of a tensor: path of its file, from the folder}`."""
   path = files.checked_path(folder, INDEX)
-  with files.opened(path) as (descriptor, size):
-    if size > files.MAX_JSON_BYTES:
-      raise CheckpointError(
-        f'{path!r} is {size} bytes long, and {files.MAX_JSON_BYTES} are the '
-        'limit.'
-      )
-    data = files.read_bytes(descriptor, 0, size, path)
-  index = files.parse_json(data, repr(path))
-  weight_map = index.get('weight_map')
+  weight_map = files.read_json(folder, INDEX).get('weight_map')
   if not _is_text_map(weight_map):
     raise CheckpointError(
       f'{path!r} has no weight_map from names of tensors to names of files.'
     )
-  names: dict[str, set[str]] = {}
-  for name, shard in weight_map.items():
-    names.setdefault(shard, set()).add(name)
-  for shard in names:
-    _check_shard_name(shard, path)
+  return {
+    name: _checked_shard(shard, path) for name, shard in weight_map.items()
+  }
+
+
+def _checked_shard(shard: str, path: str) -> str:
+  """The path of a file that an index names, normalised."""
+  is_inside = '..' not in shard.split('/') and not shard.startswith('/')
+  is_plain = '\0' not in shard and len(shard) <= 1000
+  if not (is_inside and is_plain and shard.endswith('.safetensors')):
+    raise CheckpointError(
+      f'{path!r} names the file {files.quote(shard)}, which is not the path of '
+      'a .safetensors file in its folder.'
+    )
+  return posixpath.normpath(shard)
+
+
+def _list_indexed(
+  folder: str, weight_map: Mapping[str, str]
+) -> dict[str, Tensor]:
+  """The tensors of all files that the index names. Which of them a tensor is
+  in, and which tensors there are, the files say."""
   # Before any is opened: most often a download was not finished.
-  paths = {shard: files.checked_path(folder, shard) for shard in sorted(names)}
+  shards = sorted(set(weight_map.values()))
+  paths = [files.checked_path(folder, shard) for shard in shards]
   tensors: dict[str, Tensor] = {}
-  for shard in paths:
-    found = _list_file(paths[shard])
-    _check_shard(found, weight_map, names[shard], shard, path)
-    tensors.update(found)
-  _check_total(index.get('metadata', {}), tensors, path)
+  for path in paths:
+    for name, tensor in _list_file(path).items():
+      first = tensors.setdefault(name, tensor)
+      if first is not tensor and not has_bits(tensor, read_tensor(first)):
+        raise CheckpointError(
+          f'{files.quote(name)} in {path!r} is not the one in {first.path!r}: '
+          'the files are of different checkpoints.'
+        )
+  for what, names in (
+    ('names', weight_map.keys() - tensors.keys()),
+    ('does not name', tensors.keys() - weight_map.keys()),
+  ):
+    if names:
+      logging.warning(
+        '%s %s %s; what its files hold is read.',
+        *(os.path.join(folder, INDEX), what, files.listed(names)),
+      )
   return tensors
-
-
-def _check_shard_name(shard: str, path: str) -> None:
-  plain = '/' not in shard and '\0' not in shard and len(shard) <= 255
-  if not plain or not shard.endswith('.safetensors'):
-    raise CheckpointError(
-      f'{path!r} names the file {files.quote(shard)}, which is not the plain '
-      'name of a .safetensors file beside it.'
-    )
-
-
-def _check_shard(
-  found: Mapping[str, Tensor],
-  weight_map: Mapping[str, str],
-  wanted: set[str],
-  shard: str,
-  path: str,
-) -> None:
-  """Raises unless a file holds what the index says, and nothing else."""
-  lost = [x for x in wanted if x not in found]
-  if lost:
-    raise CheckpointError(
-      f'{path!r} places {files.listed(lost)} in {files.quote(shard)}, which '
-      'has no such tensor: the files are of different checkpoints.'
-    )
-  extra = [x for x in found if x not in wanted]
-  if extra:
-    places = {weight_map[x] for x in extra if x in weight_map}
-    where = f'in {files.listed(places)}' if places else 'nowhere'
-    raise CheckpointError(
-      f'{files.quote(shard)} holds {files.listed(extra)}, which {path!r} '
-      f'places {where}: duplicates, or files of different checkpoints.'
-    )
-
-
-def _check_total(
-  metadata: Any, tensors: Mapping[str, Tensor], path: str
-) -> None:
-  total = sum(tensor.nbytes for tensor in tensors.values())
-  if not isinstance(metadata, dict):
-    raise CheckpointError(f'metadata of {path!r} is not an object.')
-  # Some versions of transformers wrote a float; as a number it is the same.
-  if metadata.get('total_size', total) != total:
-    raise CheckpointError(
-      f'total_size of {path!r} is not {total}, the bytes of its tensors: the '
-      'files are of different checkpoints.'
-    )

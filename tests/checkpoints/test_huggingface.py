@@ -18,6 +18,7 @@ from diffusiongemma.checkpoints import CheckpointError
 from diffusiongemma.checkpoints import huggingface
 from diffusiongemma.checkpoints import huggingface_config
 from diffusiongemma.model import denoiser
+from experiments.conversion import transformers_versions
 
 REFERENCE = pathlib.Path(__file__).parents[1] / 'reference'
 RELEASED_CONFIG = pathlib.Path(__file__).parents[2] / 'configs' / '26b_a4b.py'
@@ -65,10 +66,14 @@ def test_released_config_comes_back(released):
   )
   back = huggingface_config.to_config(model, diffusion, 'bfloat16')
   only_training = ('initializer_range', 'attention_dropout')
+  read_by_nobody = (
+    'config.vision_config.default_output_length',
+    'config.vision_config.global_head_dim',
+  )
 
   def check(theirs, ours, path):
     for key, value in theirs.items():
-      if key in only_training:
+      if key in only_training or f'{path}.{key}' in read_by_nobody:
         continue
       if isinstance(value, dict):
         check(value, ours[key], f'{path}.{key}')
@@ -98,6 +103,127 @@ def test_a_config_that_transformers_has_saved(released, tmp_path, are_equal):
   assert 'per_layer_config' in saved['text_config']
   expected = huggingface_config.model_config(released)
   assert huggingface_config.model_config(saved) == expected
+
+
+VERSIONS = transformers_versions.VERSIONS
+
+
+@pytest.mark.parametrize('version', VERSIONS)
+def test_configs_of_every_version_of_transformers(version):
+  """What each has written for the same network."""
+  folder = REFERENCE / 'configs' / version
+  written = json.loads((folder / 'config.json').read_text())
+  assert written['transformers_version'] == version
+  rope = written['vision_config']['rope_parameters']
+  is_old = version in ('5.11.0', '5.14.1')
+  assert rope['rope_type'] == ('default' if is_old else 'axial')
+  assert ('per_layer_config' in written['text_config']) is not is_old
+  config = conversion.read_config(str(folder))
+  assert config.model == transformers_versions.NETWORK
+  # It stores no sampler but that of a generation_config.
+  stops = transformers_versions.DIFFUSION.stop_token_ids
+  assert config.diffusion == configs.DiffusionConfig(
+    canvas_length=8, stop_token_ids=stops
+  )
+
+
+def edited(values, path, value):
+  """A copy with a value at a path of names; `...` removes what is there."""
+  values = copy.deepcopy(values)
+  node = values
+  *parents, last = path.split('.')
+  for name in parents:
+    node = node[name]
+  node[last] = value
+  if value is ...:
+    del node[last]
+  return values
+
+
+@pytest.mark.parametrize(
+  ('path', 'value'),
+  [
+    ('vision_config.rope_parameters.rope_type', 'axial'),
+    ('vision_config.rope_parameters.rope_type', ...),
+    ('vision_config.rope_parameters.rope_type', None),
+    ('vision_config.rope_parameters', {'type': 'axial', 'rope_theta': 100.0}),
+    ('vision_config.rope_parameters', None),
+    ('vision_config.rope_parameters.partial_rotary_factor', 0.5),
+    ('vision_config.rope_scaling', None),
+    ('vision_config.model_type', ...),
+    ('vision_config.attention_bias', None),
+    ('vision_config.global_head_dim', ...),
+    ('vision_config.default_output_length', 1120),
+    ('vision_config.id2label', {'0': 'LABEL_0'}),
+    ('text_config.tie_word_embeddings', False),
+    ('text_config.tie_word_embeddings', None),
+    ('text_config.model_type', 'gemma4_text'),
+    ('text_config.attention_k_eq_v', True),
+    ('text_config.num_kv_shared_layers', 0),
+    ('text_config.layer_types', None),
+    ('text_config.rope_parameters', None),
+    ('text_config.rope_scaling', None),
+    ('text_config.rope_theta', 5.0),
+    ('text_config.rope_parameters.sliding_attention.rope_type', ...),
+    ('text_config.rope_parameters.sliding_attention.factor', 2.0),
+    ('text_config.rope_parameters.chunked_attention', {'rope_type': 'yarn'}),
+    ('text_config.quantization_config', None),
+    ('text_config.per_layer_config', None),
+    (
+      'text_config.per_layer_config',
+      {
+        str(i): {'head_dim': 512, 'num_key_value_heads': 2, 'num_experts': 128}
+        for i in range(5, 30, 6)
+      },
+    ),
+    ('tie_word_embeddings', None),
+    ('tie_word_embeddings', False),  # What is stored decides.
+    ('quantization_config', {}),
+    ('quantization_config', None),
+    ('compression_config', None),
+    ('notes', ['anything']),
+    ('architectures', ['DiffusionGemmaModel']),
+  ],
+)
+def test_what_changes_no_numbers_is_no_reason_to_refuse(released, path, value):
+  expected = huggingface_config.model_config(released)
+  changed = edited(released, path, value)
+  assert huggingface_config.model_config(changed) == expected
+
+
+def test_a_whole_rotation_has_two_names(released):
+  full = 'text_config.rope_parameters.full_attention'
+  for kind in ('default', 'proportional', ...):
+    values = edited(released, f'{full}.partial_rotary_factor', 1.0)
+    values = edited(values, f'{full}.rope_type', kind)
+    model = huggingface_config.model_config(values)
+    assert model.global_rotary_fraction == 1.0
+  values = edited(released, 'vision_config.rope_parameters.rope_theta', ...)
+  values['vision_config']['rope_theta'] = 7.0
+  assert huggingface_config.model_config(values).vision.rope_theta == 7.0
+
+
+def test_ids_are_looked_for_where_transformers_writes_them(released):
+  read = lambda generation, values=released: (
+    huggingface_config.diffusion_config(values, generation, 10**6, '')
+  )
+  assert read({}).stop_token_ids == (1, 106, 50)  # Those of config.json.
+  assert read({'eos_token_id': None}).stop_token_ids == (1, 106, 50)
+  assert read({'eos_token_id': 1}).stop_token_ids == (1,)
+  assert read({'eos_token_id': []}).stop_token_ids == ()
+  values = edited(released, 'eos_token_id', ...)
+  assert read({}, edited(values, 'text_config.eos_token_id', 7)) == (
+    read({'eos_token_id': [7]})
+  )
+  assert read({}, {'text_config': {}}).stop_token_ids == (1,)
+  assert read({}).bos_token_id == 2
+  values = edited(released, 'text_config.bos_token_id', 9)
+  assert read({}, values).bos_token_id == 9
+  assert read({'bos_token_id': None}, values).bos_token_id == 9
+  assert read({'bos_token_id': 5}, values).bos_token_id == 5
+  assert read({}, {}).bos_token_id == 2
+  generation = huggingface_config.to_generation_config(read({}))
+  assert 'bos_token_id' not in generation
 
 
 def test_the_last_layer_is_global_whatever_is_written(released):
@@ -187,8 +313,7 @@ def test_logits_without_a_softcap_have_no_counterpart(released):
   ('path', 'value', 'message'),
   [
     ('model_type', 'gemma4', "model_type 'gemma4'"),
-    ('quantization_config', {'bits': 4}, 'quantization_config'),
-    ('tie_word_embeddings', False, 'tie_word_embeddings = False'),
+    ('tie_word_embeddings', 'yes', 'tie_word_embeddings must be of type bool'),
     ('text_config', [1], 'text_config must be an object'),
     ('text_config.hidden_size', '2816', 'text_config.hidden_size must be of'),
     ('text_config.hidden_size', True, 'text_config.hidden_size must be of'),
@@ -219,6 +344,49 @@ def test_logits_without_a_softcap_have_no_counterpart(released):
       'yarn',
       "rope_type = 'yarn' is not supported",
     ),
+    (
+      'text_config.rope_parameters.full_attention.rope_type',
+      ...,
+      "rope_type = 'default' is not supported, only proportional with",
+    ),
+    (
+      'text_config.rope_parameters.full_attention.rope_theta',
+      None,
+      'full_attention.rope_theta is missing',
+    ),
+    (
+      'text_config.rope_parameters.full_attention.factor',
+      8.0,
+      'full_attention.factor = 8.0 is not supported',
+    ),
+    (
+      'text_config.rope_parameters.sliding_attention.partial_rotary_factor',
+      0.5,
+      "sliding_attention.rope_type = 'default' is not supported",
+    ),
+    (
+      'text_config.rope_parameters.sliding_attention',
+      {
+        'rope_type': 'proportional',
+        'rope_theta': 1e4,
+        'partial_rotary_factor': 0.5,
+      },
+      'sliding_attention.partial_rotary_factor = 0.5 is not supported',
+    ),
+    ('text_config.rope_parameters', {}, 'rope_theta is missing'),
+    ('text_config.rope_scaling', {'factor': 2}, 'rope_scaling is not support'),
+    ('vision_config.rope_scaling', {'factor': 2}, 'rope_scaling is not supp'),
+    ('vision_config.model_type', 'siglip', "model_type = 'siglip'"),
+    (
+      'text_config.per_layer_config',
+      {'5': {'head_dim': 512, 'sliding_window': 8}},
+      "per_layer_config.5: 'sliding_window' differs",
+    ),
+    (
+      'text_config.per_layer_config',
+      {'1': {'skip': ['mlp']}},
+      "per_layer_config.1: 'skip' differs",
+    ),
     ('vision_config.use_clipped_linears', True, 'use_clipped_linears = True'),
     ('vision_config.num_hidden_layers', 10**6, 'too large'),
     ('vision_config.rope_parameters.rope_type', 'x', "rope_type = 'x'"),
@@ -227,16 +395,56 @@ def test_logits_without_a_softcap_have_no_counterpart(released):
 def test_what_the_network_does_not_have_is_refused(
   released, path, value, message
 ):
-  values = copy.deepcopy(released)
-  node = values
-  *parents, last = path.split('.')
-  for name in parents:
-    node = node[name]
-  node[last] = value
+  values = edited(released, path, value)
   with pytest.raises(CheckpointError) as caught:
     huggingface_config.model_config(values, 'folder/config.json')
+    huggingface_config.is_tied(values, 'folder/config.json')
   assert message in str(caught.value)
   assert str(caught.value).startswith('folder/config.json')
+
+
+@pytest.mark.parametrize(
+  ('key', 'value', 'parts'),
+  [
+    (
+      'quantization_config',
+      {'quant_method': 'compressed-tensors', 'format': 'float-quantized'},
+      ["by 'compressed-tensors'", "'format float-quantized'"],
+    ),
+    (
+      'quantization_config',
+      {'quant_method': 'modelopt', 'quant_algo': 'NVFP4'},
+      ["by 'modelopt'", 'NVFP4'],
+    ),
+    (
+      'quantization_config',
+      {'quant_method': 'bitsandbytes', 'bnb_4bit_quant_type': 'nf4'},
+      ["by 'bitsandbytes'", 'nf4'],
+    ),
+    ('quantization', {'bits': 4, 'group_size': 32}, ["by 'mlx'", "'bits 4'"]),
+    (
+      'compression_config',
+      {'quant_method': 'x'},
+      ['compression_config', "'x'"],
+    ),
+    ('quantization_config', {'bits': 8}, ['an unnamed method', "'bits 8'"]),
+    ('quantization_config', 'fp8', ["as 'fp8'"]),
+    (
+      'quantization_config',
+      {'quant_method': '\x1b[31m' * 99},
+      [r"by '\x1b[31m", '...'],
+    ),
+  ],
+)
+def test_quantised_weights_are_refused_by_method(released, key, value, parts):
+  for path in (key, f'text_config.{key}'):
+    with pytest.raises(CheckpointError) as caught:
+      huggingface_config.model_config(edited(released, path, value), 'c.json')
+    message = str(caught.value)
+    assert message.startswith('c.json: ') and message.isprintable()
+    assert len(message) < 500
+    for part in (*parts, key, '--mode=quantize'):
+      assert part in message
 
 
 json_values = st.recursive(

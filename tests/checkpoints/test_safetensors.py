@@ -171,7 +171,7 @@ bad(
 )
 
 bad_entry('field too many', {'more': 1}, 'fields')
-bad_entry('other type', {'dtype': 'F8_E4M3'}, "'F8_E4M3'", 'BF16, F16, F32')
+bad_entry('other type', {'dtype': 'F4'}, "'F4'", 'BF16, F16, F32')
 bad_entry('type in a list', {'dtype': ['F32']}, 'dtype', 'not a string')
 bad_entry('weird type', {'dtype': '\x9b' * 10**5}, r'\x9b', '...')
 bad_entry(

@@ -153,6 +153,6 @@ def test_fuzz_odd_indices(tmp_path_factory, data):
   path.write_text(json.dumps(index))
   with tensors.bounded(2, 4 * tensors.MEGABYTE):
     try:
-      assert set(tensors.read(folder)) in (set('abcd'), set())
+      assert ''.join(tensors.read(folder)) in ('abcd', 'ab', 'cd', '')
     except CheckpointError as error:
       assert str(error).isprintable()

@@ -1,8 +1,12 @@
-"""Several files with an index: read right or refused, within their folder."""
+"""Several files with an index: read right or refused, within their folder.
+
+The index says which files there are, and they say what they hold: so does
+`transformers`, which reads no more of it."""
 
 import json
 import os
 
+import numpy as np
 import pytest
 import tensors
 
@@ -68,7 +72,7 @@ def test_a_bad_index(sharded, index, parts):
 def test_an_index_is_bounded_before_it_is_read(sharded):
   folder = sharded()
   os.truncate(folder / 'model.safetensors.index.json', 100_000_001)
-  tensors.list_refused(folder, 'index.json', '100000001 bytes', 'the limit')
+  tensors.list_refused(folder, 'index.json', '100000001 bytes', '10000000')
 
 
 @pytest.mark.parametrize(
@@ -76,25 +80,42 @@ def test_an_index_is_bounded_before_it_is_read(sharded):
   [
     '../x.safetensors',
     '/etc/x.safetensors',
-    'sub/x.safetensors',
+    'sub/../x.safetensors',
+    'sub/../../x.safetensors',
     'x.safetensors/..',
-    './' + ONE,
     '..',
     '.',
     '',
     'x\0.safetensors',
     'pytorch_model.bin',
-    'n' * 300 + '.safetensors',
+    'n' * 1000 + '.safetensors',
     'n' * 10**6 + '.safetensors',
-    WEIRD + '/x.safetensors',
   ],
 )
-def test_names_of_files_that_are_not_beside_the_index(sharded, name):
+def test_names_of_files_that_are_not_in_the_folder(sharded, name):
   index = {'weight_map': WEIGHT_MAP | {'a': name}}
   folder = sharded(index)
   tensors.list_refused(
-    folder, 'index.json', repr(name)[:50], 'not the plain name'
+    folder, 'index.json', repr(name)[:50], 'not the path', 'in its folder'
   )
+
+
+def test_files_in_folders_below(sharded):
+  """Also one file by two names, which is read once."""
+  folder = sharded(a='./' + ONE)
+  assert len(tensors.read(folder)) == 4
+  (folder / 'deep' / 'er').mkdir(parents=True)
+  (folder / ONE).rename(folder / 'deep' / 'er' / ONE)
+  sharded(a=f'deep/er/{ONE}', b=f'./deep//er/{ONE}')
+  assert len(tensors.read(folder)) == 4
+
+
+def test_a_folder_below_that_leads_elsewhere(sharded, tmp_path_factory):
+  folder, outside = sharded(), tmp_path_factory.mktemp('outside')
+  (folder / ONE).rename(outside / ONE)
+  (folder / 'sub').symlink_to(outside)
+  sharded(a=f'sub/{ONE}', b=f'sub/{ONE}')
+  tensors.list_refused(folder, f'sub/{ONE}', str(outside), 'outside')
 
 
 def test_files_that_the_system_can_not_name(sharded):
@@ -118,36 +139,99 @@ def test_a_damaged_file_is_named(sharded):
   tensors.list_refused(folder, str(folder / TWO), "'d'", 'truncated')
 
 
-def test_index_and_files_contradict_each_other(sharded):
-  folder = sharded(e=ONE, f=ONE, g=ONE, h=ONE, i=ONE, j=ONE)
-  tensors.list_refused(
-    folder, 'index.json', "'e', 'f', 'g', 'h' and 2 more", ONE
-  )
-  sharded(c=None)
-  tensors.list_refused(folder, TWO, "'c'", 'index.json', 'nowhere')
+@pytest.fixture
+def warnings(monkeypatch):
+  """Warnings that are logged."""
+  seen = []
+  warn = lambda message, *args: seen.append(message % args)
+  monkeypatch.setattr(safetensors.logging, 'warning', warn)
+  return seen
+
+
+def test_what_the_files_hold_counts(sharded, warnings):
+  """An index that lacks a tensor, adds some, or places one elsewhere."""
+  good = tensors.read(sharded())
+  assert not warnings
+  folder = sharded(c=None)
+  assert tensors.agree(tensors.read(folder), good)
+  assert "does not name 'c'; what" in warnings.pop()
+  sharded(e=ONE, f=ONE, g=ONE, h=ONE, i=ONE, j=ONE)
+  assert tensors.agree(tensors.read(folder), good)
+  assert "names 'e', 'f', 'g', 'h' and 2 more; what" in warnings.pop()
   sharded(a=TWO)
-  tensors.list_refused(folder, ONE, "'a'", 'index.json', f"places in '{TWO}'")
-  sharded()
-  names = 'cdefgha'
-  header = {x: tensors.entry(8 * i, 8 * i + 8) for i, x in enumerate(names)}
-  (folder / TWO).write_bytes(tensors.pack(header, 7 * EIGHT))
-  tensors.list_refused(
-    folder, TWO, "'a', 'e', 'f', 'g' and 1 more", ONE, 'duplicates'
+  assert tensors.agree(tensors.read(folder), good)
+  assert not warnings
+
+
+@pytest.mark.parametrize(
+  'metadata',
+  [
+    *({'total_size': x} for x in (0, 31, 33, '32', None, [32], -32)),
+    *(None, [32], 'x'),
+  ],
+)
+def test_metadata_say_nothing(sharded, metadata):
+  folder = sharded({'metadata': metadata, 'weight_map': WEIGHT_MAP})
+  assert len(tensors.read(folder)) == 4
+
+
+def test_a_tensor_in_two_files(sharded, monkeypatch):
+  """Once where its bits are equal; else nobody knows which is meant."""
+  monkeypatch.setattr(safetensors.files, 'CHUNK_BYTES', 3)
+  folder = sharded()
+  good = tensors.read(folder)
+  header = {'c': tensors.entry(), 'a': tensors.entry(8, 16)}
+  header |= {'d': tensors.entry(16, 24)}
+  (folder / TWO).write_bytes(tensors.pack(header, 3 * EIGHT))
+  assert tensors.agree(tensors.read(folder), good)
+  for other in (b'12345679', b'\0' * 8):
+    content = tensors.pack(header, EIGHT + other + EIGHT)
+    (folder / TWO).write_bytes(content)
+    tensors.list_refused(folder, "'a'", ONE, TWO, 'different checkpoints')
+  header['a'] |= {'shape': (1, 2)}
+  (folder / TWO).write_bytes(tensors.pack(header, 3 * EIGHT))
+  tensors.list_refused(folder, "'a'", ONE, TWO, 'different checkpoints')
+
+
+def test_an_index_that_names_the_single_file(tmp_path):
+  """AutoRound writes one, with what belongs into it in another file."""
+  arrays = tensors.make_arrays()
+  names = sorted(arrays)
+  files = {'model.safetensors': names[:3], 'extra.safetensors': names[3:]}
+  for file, inside in files.items():
+    tensors.write(tmp_path, {name: arrays[name] for name in inside})
+    (tmp_path / 'model.safetensors').rename(tmp_path / f'{file}.part')
+  for file in files:
+    (tmp_path / f'{file}.part').rename(tmp_path / file)
+  weight_map = {name: file for file, inside in files.items() for name in inside}
+  index = {'metadata': {'total_size': 0}, 'weight_map': weight_map}
+  path = tmp_path / 'model.safetensors.index.json'
+  path.write_text(json.dumps(index))
+  assert tensors.agree(tensors.read(tmp_path), arrays)
+
+
+POINTER = b"""version https://git-lfs.github.com/spec/v1
+oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393
+size 4987654321
+"""
+
+
+@pytest.mark.parametrize('name', [ONE, 'model.safetensors.index.json'])
+def test_a_git_lfs_pointer_is_named(sharded, name):
+  folder = sharded()
+  (folder / name).write_bytes(POINTER)
+  tensors.list_refused(folder, name, 'Git LFS pointer', '`git lfs pull`')
+
+
+def test_types_that_are_no_weights_are_listed(tmp_path):
+  """Positions, masks, counts; whoever needs weights refuses them."""
+  library = pytest.importorskip(
+    'safetensors.numpy', reason='safetensors is installed by the [test] extra'
   )
-
-
-@pytest.mark.parametrize('total', [31, 33, 31.5, '32', None, [32], -32, 1e400])
-def test_total_size(sharded, total):
-  index = {'metadata': {'total_size': total}, 'weight_map': WEIGHT_MAP}
-  index = json.dumps(index).replace('Infinity', '1e400').encode()
-  tensors.list_refused(sharded(index), 'index.json', 'total_size', '32')
-
-
-def test_metadata_that_is_no_object(sharded):
-  index = {'metadata': [32], 'weight_map': WEIGHT_MAP}
-  tensors.list_refused(
-    sharded(index), 'index.json', 'metadata', 'not an object'
-  )
+  types = ('f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', '?')
+  arrays = {name: np.arange(6).astype(name) for name in types}
+  library.save_file(arrays, tmp_path / 'model.safetensors')
+  assert tensors.agree(tensors.read(tmp_path), arrays)
 
 
 # Links.

@@ -1,0 +1,117 @@
+"""Folders and weights of other kinds: what they are, and what to do.
+
+An adapter, GGUF files, pickles, quantised weights: none of them is read, and
+each is named in one or two sentences.
+"""
+
+import fnmatch
+import os
+from typing import Any
+
+from diffusiongemma.checkpoints import CheckpointError
+from diffusiongemma.checkpoints import files
+
+ADAPTER_CONFIG = 'adapter_config.json'
+PICKLES = ('pytorch_model*.bin', 'pytorch_model.bin.index.json')
+PICKLES += ('*.pt', '*.pth', '*.ckpt', '*.pkl')
+_WEIGHTS = (ADAPTER_CONFIG, '*.safetensors', '*.gguf', *PICKLES)
+
+# Where a config.json says that its weights are quantised; MLX writes the last.
+_QUANTIZATIONS = ('quantization_config', 'compression_config', 'quantization')
+_DETAILS = ('format', 'quant_algo', 'bnb_4bit_quant_type', 'bits')
+
+
+def has_weights(folder: str) -> bool:
+  """Whether a folder holds files of weights, of any kind."""
+  return bool(_matching(folder, _WEIGHTS))
+
+
+def describe_folder(folder: str) -> str | None:
+  """What a folder without a Hugging Face checkpoint is and what to do, as
+  sentences; None where it is nothing known."""
+  if os.path.lexists(os.path.join(folder, ADAPTER_CONFIG)):
+    return (
+      f'{folder!r} is a PEFT adapter{_base_of(folder)}, and adapters are not '
+      'read: give the folder of a whole model. Merging adds what the adapter '
+      'has for encoder and for decoder to their one weight: where it has both, '
+      'another network results.'
+    )
+  if ggufs := _matching(folder, ('*.gguf',)):
+    return (
+      f'{folder!r} holds GGUF files ({files.listed(ggufs)}), which are not '
+      'read: give the folder of the safetensors that they were made from.'
+    )
+  if pickles := _matching(folder, PICKLES):
+    return (
+      f'{folder!r} holds pickles ({files.listed(pickles)}), which can run any '
+      'code when opened and are not read here. Where you trust them, convert '
+      "them to safetensors with transformers' `save_pretrained` first."
+    )
+  return None
+
+
+def _matching(folder: str, patterns: tuple[str, ...]) -> list[str]:
+  with files.system_errors(f'{folder!r} cannot be read'):
+    names = os.listdir(folder)
+  return [x for x in names if any(fnmatch.fnmatch(x, p) for p in patterns)]
+
+
+def _base_of(folder: str) -> str:
+  try:
+    config = files.read_json(folder, ADAPTER_CONFIG)
+  except CheckpointError:
+    return ''
+  base = config.get('base_model_name_or_path')
+  return f' of {files.quote(base)}' if base and isinstance(base, str) else ''
+
+
+def describe_quantization(values: dict[str, Any]) -> str | None:
+  """How the weights of a config.json are quantised, and what to do; None where
+  they are not. Null and empty are absent, as in `transformers`."""
+  text = values.get('text_config')
+  for place in (values, text if isinstance(text, dict) else {}):
+    for key in _QUANTIZATIONS:
+      if place.get(key):
+        return (
+          f'{key} says that the weights are quantised {_method(place[key])}, '
+          'which is not read here. Give the folder of the model that they were '
+          'made from, in bfloat16, and quantise that with --mode=quantize.'
+        )
+  return None
+
+
+def _method(settings: Any) -> str:
+  """'by torchao', with what else is said of it."""
+  if not isinstance(settings, dict):
+    return f'as {files.quote(str(settings))}'
+  method = settings.get('quant_method')
+  if method is None and {'bits', 'group_size'} <= settings.keys():
+    method = 'mlx'  # Names no method, and writes its settings twice.
+  details = [
+    files.quote(f'{key} {settings[key]}')
+    for key in _DETAILS
+    if isinstance(settings.get(key), str | int)
+  ]
+  by = f'by {files.quote(str(method))}' if method else 'by an unnamed method'
+  return by + (f' ({", ".join(details)})' if details else '')
+
+
+# Parts of the names that tools give to tensors that others store otherwise.
+_TOOLS = (
+  (('lora_A', 'lora_B', 'lora_magnitude'), 'an adapter of PEFT'),
+  (('weight_packed', 'weight_scale', 'input_scale'), 'quantised weights'),
+  (('.qweight', '.qzeros', '.g_idx'), 'quantised weights (GPTQ or AWQ)'),
+  (('.absmax', '.quant_map', '.SCB'), 'quantised weights (bitsandbytes)'),
+  (('_weight_qdata',), 'quantised weights (torchao)'),
+  (('.scales', '.biases'), 'quantised weights (MLX)'),
+  (('experts.gate_up_proj.weight', 'switch_glu.'), 'a model of MLX'),
+  (('.experts.0.',), 'experts that are stored one by one'),
+)
+
+
+def describe_names(names: list[str]) -> str:
+  """Whose names of tensors these are, as ' (they are those of ...)', or ''."""
+  for parts, what in _TOOLS:
+    if any(part in name for name in names for part in parts):
+      return f' (these are names of {what})'
+  return ''
