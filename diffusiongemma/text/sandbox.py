@@ -17,6 +17,7 @@ from typing import Any
 
 import jinja2
 import jinja2.compiler
+import jinja2.ext
 import jinja2.nodes
 import jinja2.runtime
 import jinja2.sandbox
@@ -70,6 +71,18 @@ def _in_time(context: _Context, elements: Iterable) -> Iterator:
   for element in elements:
     context.check_time()
     yield element
+
+
+class _Generation(jinja2.ext.Extension):
+  """`{% generation %}` stands around what the model says in templates for
+  training, and writes nothing itself."""
+
+  tags = frozenset(['generation'])
+
+  def parse(self, parser):
+    line = next(parser.stream).lineno
+    body = parser.parse_statements(['name:endgeneration'], drop_needle=True)
+    return jinja2.nodes.Scope(body, lineno=line)
 
 
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
@@ -202,7 +215,7 @@ def compile_template(template: str) -> jinja2.Template:
   environment = _Sandbox(
     trim_blocks=True,
     lstrip_blocks=True,
-    extensions=['jinja2.ext.loopcontrols'],
+    extensions=['jinja2.ext.loopcontrols', _Generation],
   )
   environment.filters['tojson'] = _to_json
   environment.globals['raise_exception'] = _refuse

@@ -7,6 +7,8 @@ from it, and what it writes is bounded. What a person has typed is escaped
 before it gets there, so that only the template itself can open a turn.
 """
 
+from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence
 import functools
 import json
@@ -57,69 +59,41 @@ def encode_chat(
   Raises:
     TemplateError: the template is broken or refuses the messages.
   """
-  write = _writer(tokenizer, template, messages, tools, thinking)
-  text, mark = write(messages, generation_prompt=True)
+  write, mark = make_writer(tokenizer, template, messages, tools)
+  text = write(messages, generation_prompt=True, thinking=thinking)
   return tokenizer.encode_template(text, mark)
 
 
-def encode_exchange(
+def make_writer(
   tokenizer: tokenizers.Tokenizer,
   template: str,
   messages: Sequence[dict[str, Any]],
   tools: Sequence[dict[str, Any]] = (),
-) -> tuple[list[int], list[int]]:
-  """(what the model is asked with, what it is to say) of a chat's last message.
-
-  The prompt is what sampling gives the model, the header of its turn included;
-  the response ends in the token that ends the turn. The model is told to think
-  if the last message has any reasoning.
-
-  Raises:
-    TemplateError: the template refuses, or tells the past otherwise when there
-      is more of it.
-  """
-  thinking = any(
-    messages[-1].get(f) for f in ('reasoning', 'reasoning_content')
-  )
-  write = _writer(tokenizer, template, messages, tools, thinking)
-  before, mark = write(messages[:-1], False)
-  prompt, _ = write(messages[:-1], True)
-  whole, _ = write(messages, False)
-  if not (prompt.startswith(before) and whole.startswith(before)):
-    raise TemplateError(
-      'The chat template changes what was said before the last message.'
-    )
-  opening = prompt.removeprefix(before)
-  response = whole.removeprefix(before)
-  # After a tool's answer sampling goes on in the same turn, while the past is
-  # told with a new one.
-  start = [{'role': 'user', 'content': ''}]
-  header = write(start, True)[0].removeprefix(write(start, False)[0])
-  for part in (header, opening.removeprefix(header)):
-    response = response.removeprefix(part)
-  ids = tokenizer.encode_template(response.rstrip(), mark)
-  return tokenizer.encode_template(prompt, mark), ids
-
-
-def _writer(tokenizer, template, messages, tools, thinking):
-  """A function (messages, generation prompt) -> (escaped text, its mark)."""
-  given = json.dumps([messages, tools, template], ensure_ascii=False)
-  mark = next(m for m in map(chr, range(0xE000, 0xF900)) if m not in given)
+) -> tuple[Callable[..., str], str]:
+  """(a function, its mark): the function writes some of the messages, escaped
+  with the mark, with a generation prompt and thinking or without."""
+  mark = next(unused_characters(messages, tools, template))
   escape = functools.partial(_map_strings, lambda s: tokenizer.escape(s, mark))
+  tools = escape(tools) or None
 
-  def write(messages, generation_prompt):
-    text = render(
+  def write(messages, *, generation_prompt=False, thinking=False):
+    return render(
       template,
       messages=escape(messages),
-      tools=escape(tools) or None,
+      tools=tools,
       enable_thinking=thinking,
       add_generation_prompt=generation_prompt,
       bos_token=tokenizer.pieces([tokenizer.bos_id])[0],
       eos_token=tokenizer.pieces([tokenizer.eos_id])[0],
     )
-    return text, mark
 
-  return write
+  return write, mark
+
+
+def unused_characters(*values: Any) -> Iterator[str]:
+  """Characters of private use that are nowhere in some JSON values."""
+  text = json.dumps(values, ensure_ascii=False)
+  return (c for c in map(chr, range(0xE000, 0xF900)) if c not in text)
 
 
 def render(template: str, **variables) -> str:
