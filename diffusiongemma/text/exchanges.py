@@ -138,7 +138,10 @@ def _unfold(
   write: Callable[..., str], messages: Sequence[Message]
 ) -> Iterator[_Stage]:
   """The conversation, growing by what one side says at a time."""
-  shown, text, index = [], None, 0
+  shown, index = [], 0
+  # Nothing is told only to find out whether a result is left out: there are
+  # templates that refuse to.
+  text = write([]) if messages[0]['role'] == 'tool' else None
   while index < len(messages):
     message, start = messages[index], index
     index += 1

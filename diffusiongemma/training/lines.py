@@ -61,11 +61,12 @@ EXAMPLES = (
   '{"text": ...}, {"prompt": ..., "response": ...}, {"messages": [...]}, '
   '{"conversations": [...]} or {"instruction": ..., "output": ...}'
 )
-# What changes what is learnt elsewhere, and not here.
+# What changes what is learnt: here in other formats, or elsewhere.
 REFUSED = (
-  *('chosen', 'rejected', 'label', 'labels', 'input_ids', 'history'),
-  *('loss_mask', 'chat_template', 'chat_template_kwargs', *chats.FLAGS),
-  *('enable_thinking', 'documents', 'suffix', 'reasoning', 'thinking'),
+  *('input', 'system', 'tools', 'functions', 'history', *chats.FLAGS),
+  *('chosen', 'rejected', 'label', 'labels', 'input_ids', 'loss_mask'),
+  *('documents', 'suffix', 'reasoning', 'thinking', 'enable_thinking'),
+  *('chat_template', 'chat_template_kwargs'),
 )
 
 
@@ -90,14 +91,15 @@ def read_record(record: Any, origin: str) -> Document:
     )
   if not kinds:
     known = tuple(key for signs, _ in FORMATS.values() for key in signs)
-    chats.unread_keys(record, known, REFUSED, origin)
+    chats.unread_keys(record, known, (), origin)
     raise DataError(f'{origin} is none of {EXAMPLES}.')
-  signs, beside = FORMATS[kinds[0]]
+  (kind,) = kinds
+  signs, beside = FORMATS[kind]
+  # Beside a text may stand what is about it.
+  refused = chats.FLAGS if kind == 'text' else REFUSED
   known = (*signs, *beside, 'split')
-  elsewhere = {key for _, keys in FORMATS.values() for key in keys}
-  unread = chats.unread_keys(record, known, (*elsewhere, *REFUSED), origin)
-  read = READERS[kinds[0]]
-  document = read(record, origin)
+  unread = chats.unread_keys(record, known, refused, origin)
+  document = READERS[kind](record, origin)
   keys = tuple(f'the key {key!r}' for key in unread)
   return document._replace(split=split, unread=keys + document.unread)
 
@@ -161,6 +163,7 @@ def _read_chat(record, given, origin, num_before=0):
       raise DataError(f'{origin} has two system messages.')
     read.insert(0, chats.Message(system, is_learnt=False))
     num_before += 1
+  messages = _name_results([m.message for m in read])
   tools = [record[key] for key in ('tools', 'functions') if record.get(key)]
   if len(tools) > 1:
     raise DataError(f'{origin} has both tools and functions.')
@@ -170,13 +173,29 @@ def _read_chat(record, given, origin, num_before=0):
   return Document(
     '',
     origin,
-    messages=tuple(m.message for m in read),
+    messages=tuple(messages),
     targets=tuple(targets),
     tools=tuple(chats.read_tools(tools[0], origin) if tools else ()),
     unread=tuple(
       f'the key {key!r} of messages' for m in read for key in m.unread
     ),
   )
+
+
+def _name_results(messages):
+  """The messages, in which a result that doesn't say which call it answers has
+  the name of the call in its place."""
+  named, names = [], []
+  for message in messages:
+    if message['role'] == 'tool':
+      name = names.pop(0) if names else None
+      if name and not (message.get('name') or message.get('tool_call_id')):
+        message = {**message, 'name': name}
+    else:
+      calls = message.get('tool_calls', [])
+      names = [call['function']['name'] for call in calls]
+    named.append(message)
+  return named
 
 
 def _string(record, name, origin):

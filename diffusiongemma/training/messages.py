@@ -48,13 +48,21 @@ KEYS = {
   'tool': ('tool_call_id',),
 }
 COMMON_KEYS = ('role', 'content', 'name', *FLAGS)
+# Said in another way, or of another kind of message.
+REFUSED_KEYS = (
+  'refusal',
+  'mask',
+  'loss_mask',
+  *KEYS['assistant'],
+  *KEYS['tool'],
+)
 TEXT_PARTS = ('text', 'input_text', 'output_text')
 # Whatever these hold, the text that is learnt stays the same.
 NOTES = frozenset(
   ['id', 'idx', 'index', 'uid', 'uuid', 'name', 'title', 'model', 'dataset']
   + ['source', 'url', 'license', 'lang', 'language', 'category', 'tags']
   + ['meta', 'metadata', 'comment', 'created', 'created_at', 'timestamp']
-  + ['date', 'prompt_id', 'conversation_id', 'parallel_tool_calls']
+  + ['date', 'parallel_tool_calls']
 )
 MEDIA = ('image', 'audio', 'video')
 NO_MEDIA = 'training reads no images, audio, videos or files'
@@ -105,29 +113,27 @@ def without_nulls(record: dict[str, Any]) -> dict[str, Any]:
 def unread_keys(
   record: dict[str, Any],
   known: tuple[str, ...],
-  elsewhere: tuple[str, ...],
+  refused: tuple[str, ...],
   origin: str,
 ) -> list[str]:
-  """Keys that are neither `known` nor notes.
+  """Keys that have a value and are neither `known` nor notes.
 
   Raises:
-    DataError: a key that may change what is learnt: one that is known
-      `elsewhere`, is nearly spelled like a known one, or holds media.
+    DataError: a key may change what is learnt: it is one of `refused`, is
+      nearly spelled like a known one, or holds media.
   """
   unread = []
-  for key in record:
-    if key in known:
+  for key, value in record.items():
+    if key in known or value in ('', [], {}):
       continue
     if key.lower().removesuffix('s').removesuffix('_url') in MEDIA:
-      if record[key]:
-        raise DataError(f'{origin}: there is {key!r}, and {NO_MEDIA}.')
-      continue
-    if key in elsewhere:
+      raise DataError(f'{origin}: there is {key!r}, and {NO_MEDIA}.')
+    if key in refused:
       raise DataError(
-        f'{origin}: {key!r} has no meaning here; what has is '
-        f'{", ".join(known)}.'
+        f'{origin}: {key!r} is not read here, and may change what is learnt; '
+        f'known are {", ".join(known)}.'
       )
-    if key in NOTES:
+    if key in NOTES or key.endswith('_id'):
       continue
     if nearest := difflib.get_close_matches(key.lower(), known, 1, 0.8):
       raise DataError(
@@ -141,22 +147,17 @@ def read_message(given: Any, origin: str) -> Message:
   """A message in any of the forms above. Raises `DataError`."""
   if not isinstance(given, dict):
     raise DataError(
-      f'{origin}: a message is {{"role": ..., "content": ...}}, not '
-      f'{json.dumps(given)[:40]}.'
+      f'{origin} is not {{"role": ..., "content": ...}} but {_show(given)}.'
     )
   given = _with_one_name(without_nulls(given), origin)
   name = given.get('role')
   role = ROLES.get(name) if isinstance(name, str) else None
   if role is None:
     raise DataError(f'{origin}: role {name!r} is none of {", ".join(ROLES)}.')
-  if name == 'function_call' or 'function_call' in given:
+  if name == 'function_call' or given.get('function_call'):
     given = _with_calls(given, name, origin)
-  given = {
-    k: v for k, v in given.items() if k in COMMON_KEYS or v not in ('', [], {})
-  }
   known = COMMON_KEYS + KEYS.get(role, ())
-  elsewhere = tuple(k for keys in KEYS.values() for k in keys)
-  unread = unread_keys(given, known, (*elsewhere, 'refusal', 'mask'), origin)
+  unread = unread_keys(given, known, REFUSED_KEYS, origin)
   is_learnt = _is_learnt(given, role, origin)
   message = {k: v for k, v in given.items() if k in known and k not in FLAGS}
   message['role'] = role
@@ -174,23 +175,17 @@ def _with_one_name(given, origin):
   made = {}
   for key, value in given.items():
     name = SAME.get(key, key)
-    if name in made and made[name] != value:
+    if made.get(name) and value and made[name] != value:
       raise DataError(f'{origin}: {key!r} and {name!r} say different things.')
-    made[name] = value
+    made[name] = made.get(name) or value
   return made
 
 
 def _with_calls(given, name, origin):
   """A call as `tool_calls` that came as a role or as `function_call`."""
   given = dict(given)
-  call = given.pop('content' if name == 'function_call' else 'function_call')
-  if isinstance(call, str):
-    try:
-      call = parse_json(call)
-    except ValueError as error:
-      raise DataError(
-        f'{origin}: a function_call is not JSON: {error}.'
-      ) from error
+  key = 'content' if name == 'function_call' else 'function_call'
+  call = _from_text(given.pop(key, None), 'calls', origin)
   if given.get('tool_calls'):
     raise DataError(f'{origin}: there are both tool_calls and a function_call.')
   given['tool_calls'] = call if isinstance(call, list) else [call]
@@ -202,8 +197,7 @@ def _is_learnt(given, role, origin):
   for name, flag in flags.items():
     if flag not in (0, 1):
       raise DataError(
-        f'{origin}: {name} {json.dumps(flag)} is neither 0 nor 1 (false nor '
-        'true).'
+        f'{origin}: {name} {_show(flag)} is neither 0 nor 1 (false nor true).'
       )
   if len(set(flags.values())) > 1:
     raise DataError(f'{origin}: {" and ".join(flags)} contradict each other.')
@@ -220,8 +214,7 @@ def _read_content(content, origin):
     return content, []
   if not isinstance(content, list):
     raise DataError(
-      f'{origin}: a content is a string or a list, not '
-      f'{json.dumps(content)[:40]}.'
+      f'{origin}: a content is a string or a list, not {_show(content)}.'
     )
   parts, unread = [], []
   for part in content:
@@ -242,8 +235,7 @@ def _read_content(content, origin):
     if not isinstance(part.get('text'), str):
       raise DataError(f'{origin}: a part {kind!r} has no text.')
     parts.append({'type': 'text', 'text': part['text']})
-    keys = unread_keys(part, ('type', 'text'), (), f'{origin}, a part')
-    unread += [key for key in keys if part[key]]
+    unread += unread_keys(part, ('type', 'text'), (), f'{origin}, a part')
   return parts, unread
 
 
@@ -284,7 +276,7 @@ def _read_beside(message, origin):
 def _read_call(given, origin):
   """(a call with arguments as an object, unread keys)."""
   if not isinstance(given, dict):
-    raise DataError(f'{origin}: {json.dumps(given)[:40]} is no tool call.')
+    raise DataError(f'{origin}: {_show(given)} is no tool call.')
   given = without_nulls(given)
   function = given.get('function', given)
   function = without_nulls(function) if isinstance(function, dict) else {}
@@ -294,15 +286,10 @@ def _read_call(given, origin):
       f'{origin}: a tool call is {{"type": "function", "function": {{"name": '
       '..., "arguments": {...}}}.'
     )
-  if isinstance(arguments, str):
-    try:
-      arguments = parse_json(arguments or '{}')
-    except ValueError as error:
-      raise DataError(
-        f'{origin}: the arguments of {name} are not JSON: {error}.'
-      ) from error
-  if not isinstance(arguments, dict | None):
-    raise DataError(f'{origin}: the arguments of {name} are not an object.')
+  if arguments != '':
+    arguments = _from_text(arguments, f'arguments of {name}', origin)
+  if not isinstance(arguments or {}, dict):
+    raise DataError(f'{origin}: arguments of {name} are not an object.')
   if given.get('type', 'function') != 'function':
     raise DataError(
       f'{origin}: a call of type {given["type"]!r} is not read, only '
@@ -321,11 +308,7 @@ def _read_call(given, origin):
 
 def read_tools(given: Any, origin: str) -> list[dict[str, Any]]:
   """Declarations of functions, which may be JSON text. Raises `DataError`."""
-  if isinstance(given, str):
-    try:
-      given = parse_json(given or '[]')
-    except ValueError as error:
-      raise DataError(f'{origin}: tools are not JSON: {error}.') from error
+  given = _from_text(given, 'tools', origin)
   tools = []
   for tool in given if isinstance(given, list) else [given]:
     function = tool
@@ -338,14 +321,27 @@ def read_tools(given: Any, origin: str) -> list[dict[str, Any]]:
         f'{origin}: tools are a list of functions, {{"type": "function", '
         '"function": {"name": ..., ...}}.'
       )
-    function = {k: v for k, v in function.items() if k != 'type'}
-    if isinstance(function.get('parameters'), str):
-      try:
-        function['parameters'] = parse_json(function['parameters'])
-      except ValueError as error:
-        raise DataError(
-          f'{origin}: the parameters of {function["name"]} are not JSON: '
-          f'{error}.'
-        ) from error
+    function = without_nulls(function)
+    function.pop('type', None)
+    if 'parameters' in function:
+      function['parameters'] = _from_text(
+        function['parameters'], f'parameters of {function["name"]}', origin
+      )
     tools.append({'type': 'function', 'function': function})
   return tools
+
+
+def _from_text(value, what, origin):
+  """What JSON text says; anything else as it is."""
+  if not isinstance(value, str):
+    return value
+  try:
+    return parse_json(value)
+  except ValueError as error:
+    raise DataError(f'{origin}: {what} are not JSON: {error}.') from error
+
+
+def _show(value):
+  """The start of it."""
+  text = json.dumps(value, ensure_ascii=False)
+  return text if len(text) <= 40 else f'{text[:40]}...'
