@@ -17,7 +17,6 @@ from collections.abc import Callable
 from collections.abc import Collection
 from collections.abc import Iterator
 from collections.abc import Sequence
-import functools
 import itertools
 from typing import Any
 from typing import NamedTuple
@@ -90,48 +89,54 @@ def encode_exchanges(
   end = max(targets) + 1
   while end < len(messages) and messages[end]['role'] == 'tool':
     end += 1
+  has_control = lambda text: tokenizer.escape(text, mark) != text
   exchanges = []
   for past, reply in _replies(_unfold(write, messages[:end])):
-    goes_on = False
+    past = past or _Stage([], write([]))
     by_learnt = itertools.groupby(reply, lambda stage: stage.says in targets)
     for is_learnt, stages in by_learnt:
       stages = list(stages)
       if is_learnt:
-        tell = functools.partial(write, thinking=stages[0].thinks)
-        whole = tell(stages[-1].messages)
-        told = _before_answer(tell, past, probe)
-        if goes_on:  # What is not learnt of a turn belongs to the prompt.
-          prompt, said = told, _without_start(whole, told)
-        else:
-          before, prompt = tell(past), tell(past, generation_prompt=True)
-          header = told.removeprefix(before) if told.startswith(before) else ''
-          if tokenizer.escape(header, mark) == header:
-            header = ''  # Without a control token it may be what is said.
-          said = _said(before, prompt, header, whole)
-        if not said.strip():
-          raise TemplateError(
-            'The chat template writes nothing of what the assistant says.'
-          )
-        prompt_ids, ids = (
-          tokenizer.encode_template(text, mark)
-          for text in (prompt, said.rstrip())
-        )
-        exchanges.append(Exchange(prompt_ids, ids))
-      past, goes_on = stages[-1].messages, True
+        texts = _split(write, past, stages, probe, has_control)
+        ids = (tokenizer.encode_template(text, mark) for text in texts)
+        exchanges.append(Exchange(*ids))
+      past = stages[-1]
   return exchanges
 
 
-def _before_answer(
-  tell: Callable[..., str], past: list[Message], probe: str
-) -> str:
-  """What is told before an answer, the header of its turn included."""
+def _split(
+  write: Callable[..., str],
+  past: _Stage,
+  stages: Sequence[_Stage],
+  probe: str,
+  has_control: Callable[[str], bool],
+) -> tuple[str, str]:
+  """(prompt, reply) of stages that follow each other in one turn."""
+  last, thinks = stages[-1], stages[0].thinks
+  before, whole = past.text, last.text
+  if thinks:
+    before, whole = (write(s.messages, thinking=True) for s in (past, last))
   answer = {'role': 'assistant', 'content': probe}
-  before, found, _ = tell([*past, answer]).partition(probe)
+  told = write([*past.messages, answer], thinking=thinks)
+  told, found, _ = told.partition(probe)
   if not found:
     raise TemplateError(
       'The chat template does not write what the assistant says as it is.'
     )
-  return before
+  if past.says is not None and not whole.startswith(before):
+    # The turn has begun, with what is not learnt.
+    prompt, said = told, _without_start(whole, told)
+  else:
+    prompt = write(past.messages, generation_prompt=True, thinking=thinks)
+    header = told.removeprefix(before) if told.startswith(before) else ''
+    if not has_control(header):
+      header = ''  # It may be what somebody says.
+    said = _said(before, prompt, header, whole)
+  if not said.strip():
+    raise TemplateError(
+      'The chat template writes nothing of what the assistant says.'
+    )
+  return prompt, said.rstrip()
 
 
 def _unfold(
@@ -163,7 +168,8 @@ def _unfold(
       index += 1
     results = messages[start + 1 : index]
     alone, whole = [*shown, message], [*shown, message, *results]
-    told_alone, told_whole = write(alone), write(whole)
+    told_alone = write(alone)
+    told_whole = write(whole) if results else told_alone
     if not embedded and told_whole.startswith(told_alone):
       yield _Stage(alone, told_alone, start, thinks)
       shown, text, index = alone, told_alone, start + 1
@@ -182,21 +188,21 @@ def _unfold(
 
 def _replies(
   stages: Iterator[_Stage],
-) -> Iterator[tuple[list[Message], list[_Stage]]]:
-  """(the messages before, stages of one reply) of each reply.
+) -> Iterator[tuple[_Stage | None, list[_Stage]]]:
+  """(the stage before, if any, and those of one reply) of each reply.
 
   What changes the end of what the model has said goes on with it.
   """
-  past, reply = [], []
+  past, reply = None, []
   for stage in stages:
-    goes_on = stage.says is not None
-    if reply and not (goes_on and not stage.text.startswith(reply[-1].text)):
+    is_said = stage.says is not None
+    if reply and not (is_said and not stage.text.startswith(reply[-1].text)):
       yield past, reply
-      past, reply = reply[-1].messages, []
-    if goes_on:
+      past, reply = reply[-1], []
+    if is_said:
       reply.append(stage)
     else:
-      past = stage.messages
+      past = stage
   if reply:
     yield past, reply
 

@@ -57,6 +57,7 @@ FORMATS = {
   'conversations': (('conversations',), ('tools', 'functions', 'system')),
   'instruction': (('instruction', 'output'), ('input', 'system')),
 }
+SIGNS = {sign: kind for kind, (signs, _) in FORMATS.items() for sign in signs}
 EXAMPLES = (
   '{"text": ...}, {"prompt": ..., "response": ...}, {"messages": [...]}, '
   '{"conversations": [...]} or {"instruction": ..., "output": ...}'
@@ -78,20 +79,15 @@ def read_record(record: Any, origin: str) -> Document:
   split = record.pop('split', '')
   if split not in ('', 'train', 'heldout'):
     raise DataError(f'{origin}: split {split!r} is neither train nor heldout.')
-  kinds = [
-    kind
-    for kind, (signs, _) in FORMATS.items()
-    if any(sign in record for sign in signs)
-  ]
+  found = [key for key in record if key in SIGNS]
+  kinds = {SIGNS[key] for key in found}
   if len(kinds) > 1:
-    keys = [k for k in record if any(k in FORMATS[n][0] for n in kinds)]
     raise DataError(
-      f'{origin} may be read in {len(kinds)} ways; leave all but one of '
-      f'{", ".join(keys)} out.'
+      f'{origin} is of {len(kinds)} formats; keep one of '
+      f'{", ".join(map(repr, found))}.'
     )
   if not kinds:
-    known = tuple(key for signs, _ in FORMATS.values() for key in signs)
-    chats.unread_keys(record, known, (), origin)
+    chats.unread_keys(record, tuple(SIGNS), (), origin)
     raise DataError(f'{origin} is none of {EXAMPLES}.')
   (kind,) = kinds
   signs, beside = FORMATS[kind]
@@ -200,7 +196,7 @@ def _name_results(messages):
 
 def _string(record, name, origin):
   if not isinstance(record.get(name), str):
-    raise DataError(f'{origin} is not an object with a {name} that is text.')
+    raise DataError(f'{origin} has no {name!r} that is text.')
   return record[name]
 
 

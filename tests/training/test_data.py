@@ -344,9 +344,9 @@ def test_files_folders_globs_and_formats(tmp_path):
     ('a.txt', b'', 'are empty'),
     ('a.txt', b'caf\xe9', r'a\.txt is not UTF-8: byte 3 is 0xe9'),
     ('a.txt', b'too short', 'tokens are shorter than a canvas of 8'),
-    ('a.jsonl', b'{"prompt": "x"}', 'not an object with a response'),
-    ('a.jsonl', b'{"response": "x"}', 'not an object with a prompt'),
-    ('a.jsonl', b'{"prompt": 3, "response": "x"}', 'with a prompt'),
+    ('a.jsonl', b'{"prompt": "x"}', "has no 'response' that is text"),
+    ('a.jsonl', b'{"response": "x"}', "has no 'prompt' that is text"),
+    ('a.jsonl', b'{"prompt": 3, "response": "x"}', "no 'prompt' that"),
     (
       'a.jsonl',
       b'{"prompt": "x", "response": ""}',

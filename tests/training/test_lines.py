@@ -177,15 +177,15 @@ def test_a_file_may_be_an_array(tmp_path, chat_tokenizer):
   [
     (
       {'text': 'x', **chat(QUESTION, ANSWER)},
-      'in 2 ways; leave all but one of text, messages out',
+      "of 2 formats; keep one of 'text', 'messages'",
     ),
     (
       {'instruction': 'q', 'output': 'a', 'text': 'x'},
-      'leave all but one of instruction, output, text out',
+      "keep one of 'instruction', 'output', 'text'",
     ),
     ({'prompt': 'q', 'response': 'a', 'completion': 'b'}, 'both a response'),
     ({'prompt': 'q', 'chosen': 'a', 'rejected': 'b'}, "'chosen' is not read"),
-    ({'prompt': [QUESTION], 'completion': 'a'}, 'a prompt that is text'),
+    ({'prompt': [QUESTION], 'completion': 'a'}, "no 'prompt' that is text"),
     ({'prompt': 'q', 'completion': 'a', 'tools': [TOOL]}, "'tools' is for cha"),
     (shares(('robot', 'q'), ('gpt', 'a')), "1: role 'robot' is none of"),
     (chat({**QUESTION, 'value': 'p'}, ANSWER), 'say different things'),
