@@ -287,9 +287,9 @@ def _read_call(given, origin):
       '..., "arguments": {...}}}.'
     )
   if arguments != '':
-    arguments = _from_text(arguments, f'arguments of {name}', origin)
+    arguments = _from_text(arguments, f'arguments of {name!r}', origin)
   if not isinstance(arguments or {}, dict):
-    raise DataError(f'{origin}: arguments of {name} are not an object.')
+    raise DataError(f'{origin}: arguments of {name!r} are not an object.')
   if given.get('type', 'function') != 'function':
     raise DataError(
       f'{origin}: a call of type {given["type"]!r} is not read, only '
@@ -325,7 +325,7 @@ def read_tools(given: Any, origin: str) -> list[dict[str, Any]]:
     function.pop('type', None)
     if 'parameters' in function:
       function['parameters'] = _from_text(
-        function['parameters'], f'parameters of {function["name"]}', origin
+        function['parameters'], f'parameters of {function["name"]!r}', origin
       )
     tools.append({'type': 'function', 'function': function})
   return tools
@@ -343,5 +343,5 @@ def _from_text(value, what, origin):
 
 def _show(value):
   """The start of it."""
-  text = json.dumps(value, ensure_ascii=False)
+  text = json.dumps(value)
   return text if len(text) <= 40 else f'{text[:40]}...'

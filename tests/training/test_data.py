@@ -274,7 +274,7 @@ def test_chats_teach_what_the_assistant_says(tmp_path, chat_tokenizer):
           }
         ]
       },
-      'line 1, message 1: arguments of f are not JSON',
+      "line 1, message 1: arguments of 'f' are not JSON",
     ),
     *(
       ({'messages': [{'role': 'assistant', **message}], **more}, expected)
