@@ -159,7 +159,7 @@ def _read_chat(record, given, origin, num_before=0):
       raise DataError(f'{origin} has two system messages.')
     read.insert(0, chats.Message(system, is_learnt=False))
     num_before += 1
-  messages = _name_results([m.message for m in read])
+  messages = _pair_results([m.message for m in read])
   tools = [record[key] for key in ('tools', 'functions') if record.get(key)]
   if len(tools) > 1:
     raise DataError(f'{origin} has both tools and functions.')
@@ -178,20 +178,37 @@ def _read_chat(record, given, origin, num_before=0):
   )
 
 
-def _name_results(messages):
-  """The messages, in which a result that doesn't say which call it answers has
-  the name of the call in its place."""
-  named, names = [], []
-  for message in messages:
+def _pair_results(messages):
+  """The messages, in which a result that doesn't say which call it answers
+  answers the first that waits for one, of its name if it has one.
+
+  Templates find the call by its id, and several without one are all the same.
+  """
+  paired, waiting = [], []
+  for number, message in enumerate(messages):
     if message['role'] == 'tool':
-      name = names.pop(0) if names else None
-      if name and not (message.get('name') or message.get('tool_call_id')):
-        message = {**message, 'name': name}
+      key = 'tool_call_id' if 'tool_call_id' in message else 'name'
+      fitting = waiting
+      if key in message:
+        fitting = [call for call in waiting if call[key] == message[key]]
+      if fitting:
+        call_id = fitting[0]['tool_call_id']
+        waiting = [call for call in waiting if call is not fitting[0]]
+        message = {**message, 'tool_call_id': call_id} if call_id else message
+    elif calls := message.get('tool_calls', []):
+      if len(calls) > 1:
+        calls = [
+          {'id': f'call_{number}_{i}', **call} for i, call in enumerate(calls)
+        ]
+        message = {**message, 'tool_calls': calls}
+      waiting = [
+        {'tool_call_id': call.get('id'), 'name': call['function']['name']}
+        for call in calls
+      ]
     else:
-      calls = message.get('tool_calls', [])
-      names = [call['function']['name'] for call in calls]
-    named.append(message)
-  return named
+      waiting = []
+    paired.append(message)
+  return paired
 
 
 def _string(record, name, origin):

@@ -158,6 +158,49 @@ def test_formats_are_told_apart(tmp_path, chat_tokenizer, record, expected):
   assert learn(tmp_path, chat_tokenizer, record) == expected
 
 
+@pytest.mark.parametrize(
+  'results',
+  [
+    [('observation', 'r'), ('observation', 's')],
+    [
+      {'role': 'function', 'name': 'g', 'content': 's'},
+      {'role': 'function', 'name': 'f', 'content': 'r'},
+    ],
+    [
+      {'role': 'tool', 'tool_call_id': 'id of g', 'content': 's'},
+      {'role': 'tool', 'content': 'r'},
+    ],
+  ],
+)
+def test_results_of_several_calls_are_told_apart(
+  tmp_path, chat_tokenizer, results
+):
+  calls = [{**CALL, 'name': name} for name in 'fg']
+  if 'tool_call_id' in results[0]:
+    calls = [{**call, 'id': f'id of {call["name"]}'} for call in calls]
+  record = shares(('human', 'q'), ('function_call', json.dumps(calls)))
+  record['conversations'] += [
+    {'from': r[0], 'value': r[1]} if isinstance(r, tuple) else r
+    for r in results
+  ]
+  record['conversations'].append({'from': 'gpt', 'value': 'a'})
+  *_, (prompt, _) = learn(tmp_path, chat_tokenizer, record)
+  told = prompt.split('<|tool_response>')[1:]
+  assert sorted(told) == [
+    f'response:{name}{{value:<|"|>{said}<|"|>}}<tool_response|>'
+    for name, said in (('f', 'r'), ('g', 's'))
+  ]
+
+
+def test_nulls_of_tools_are_as_absent(tmp_path, chat_tokenizer):
+  tool = {**TOOL, 'description': None, 'response': None, 'strict': None}
+  record = chat(QUESTION, ANSWER, tools=[tool])
+  declared = DECLARED.replace('<|"|>d<|"|>', '<|"|><|"|>')
+  assert learn(tmp_path, chat_tokenizer, record) == [
+    (f'{declared}{ASKED}', 'a<turn|>')
+  ]
+
+
 def test_a_file_may_be_an_array(tmp_path, chat_tokenizer):
   lines = [chat(QUESTION, ANSWER), {'text': 'word ' * 50}]
   for content in (
