@@ -97,18 +97,21 @@ class DiffusionConfig:
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
   """The text. An empty `path` is the shipped Shakespeare; otherwise a file, a
-  folder or a glob of `.txt` and `.jsonl` files (`{"text": ...}`, or
-  `{"prompt": ..., "response": ...}`, or `{"messages": [...]}`, a chat: only the
-  response, or what the assistant says, is learnt). Without a
-  `heldout_path`, every n-th document is held out (n = `heldout_every`); the
-  shipped corpus has its own held-out plays. `tokenizer` is a SentencePiece
-  model or a tokenizer.json; empty is the shipped one, or that of
-  `train.init_from`. `sequence_length` is in tokens. `packing` puts several
-  texts into a row, which don't see each other."""
+  folder or a glob of `.txt`, `.jsonl` and `.json` files (`{"text": ...}`, or
+  `{"prompt": ..., "response": ...}`, or `{"messages": [...]}`, a chat, and
+  other forms that `training/lines.py` lists: only the response, or what the
+  assistant says, is learnt). A line that can't be used stops the run, or with
+  `on_error` 'skip' is left out and counted. Without a `heldout_path`, every
+  n-th document is held out (n = `heldout_every`); the shipped corpus has its
+  own held-out plays. `tokenizer` is a SentencePiece model or a tokenizer.json;
+  empty is the shipped one, or that of `train.init_from`. `sequence_length` is
+  in tokens. `packing` puts several texts into a row, which don't see each
+  other."""
 
   path: str = ''
   heldout_path: str = ''
   heldout_every: int = 20
+  on_error: Literal['stop', 'skip'] = 'stop'
   tokenizer: str = ''
   sequence_length: int = 1024
   batch_size: int = 8

@@ -453,6 +453,8 @@ def _evaluate(overrides: dict[str, str]) -> int:
   corpus = corpora.load_corpus(
     config.data, tokenizer, config.diffusion.canvas_length, template
   )
+  for line in corpus.notes:
+    print(line, file=sys.stderr)
 
   def tell(what):
     print(f'Measuring: {what}', file=sys.stderr)

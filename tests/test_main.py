@@ -369,3 +369,27 @@ def test_a_benchmark_as_json():
   assert row['batch'] == 1 and row['step_seconds'] > 0
   code, _, errors = run('--mode=benchmark', f'--config={MICRO}', '--grid=8')
   assert code == 2 and 'BATCHxCONTEXT' in errors
+
+
+def test_lines_that_are_left_out_are_told(tmp_path):
+  """By training and by evaluation, which both read them."""
+  text = 'To be, or not to be: that is the question. ' * 9
+  lines = [json.dumps({'text': text, 'mood': 'x'})] * 6
+  lines[3] = 'damaged'
+  data = tmp_path / 'a.jsonl'
+  data.write_text('\n'.join(lines))
+  train = [f'--config={MICRO}', f'--workdir={tmp_path / "run"}']
+  train += [f'--config.data.path={data}', '--config.train.steps=1']
+  code, _, errors = run(*train)
+  assert code and 'a.jsonl, line 4 is not JSON' in errors
+  assert not (tmp_path / 'run').exists()
+  code, output, errors = run(*train, '--config.data.on_error=skip')
+  assert code == 0
+  evaluate = ['--mode=evaluate', train[1], '--format=json']
+  code, numbers, evaluated = run(*evaluate)
+  assert code == 0 and json.loads(numbers)['step'] == 1
+  for told in (output + errors, evaluated):
+    told = ' '.join(told.split())
+    assert 'Left out (config.data.on_error=skip): 1.' in told
+    assert 'line 4 is not JSON' in told
+    assert "Not read: the key 'mood' (5 of 5; the first is" in told

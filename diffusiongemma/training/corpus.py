@@ -1,59 +1,40 @@
 """Files on disk to tokenised examples: documents, and answers to prompts.
 
-.txt                                     one document
-.jsonl   {"text": ...}                   a document a line
-         {"prompt": ..., "response": ...}  a prompt and what is to be written
-         {"messages": [...], "tools": [...]}  a chat, and what it could call
-         and, if it likes, a "split" of "train" or "heldout"
+  .txt             one document
+  .jsonl, .json    a document a line, see `lines`; a .json may also be an array
+
+A line that can't be used stops the reading or is left out and counted, as
+`config.data.on_error` says; a file that can't be read always stops it.
 """
 
+import collections
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
 import glob
 import itertools
-import json
 import lzma
 import pathlib
+from typing import Any
 from typing import NamedTuple
 
 import numpy as np
 
 from diffusiongemma.config import DataConfig
+from diffusiongemma.text import exchanges
 from diffusiongemma.text import template as templates
 from diffusiongemma.text import tokenizer as tokenizers
+from diffusiongemma.training import lines
+from diffusiongemma.training import messages as chats
+from diffusiongemma.training.lines import Document
+from diffusiongemma.training.messages import DataError
 
 SHIPPED_CORPUS = tokenizers.ASSETS / 'shakespeare.jsonl.xz'
-# What an assistant may say besides, or instead of, a content.
-SAID_BESIDE = ('tool_calls', 'tool_responses', 'reasoning', 'reasoning_content')
-ROLES = ('system', 'developer', 'user', 'assistant', 'tool')
-SUFFIXES = ('.txt', '.jsonl', '.jsonl.xz')
-
-
-class DataError(ValueError):
-  """Text that can't be used; the message names the file and the remedy."""
-
-
-class Document(NamedTuple):
-  """One text, or a response to a prompt, or a message in a chat.
-
-  Attributes:
-    text: what is to be learnt; empty in a chat, where the template writes it.
-    origin: where it came from, for messages.
-    split: 'train', 'heldout' or '' (not said).
-    prompt: what the text answers; None where it stands alone.
-    messages: the chat up to and with the text, if it is part of one.
-    tools: what could be called in the chat.
-  """
-
-  text: str
-  origin: str
-  split: str = ''
-  prompt: str | None = None
-  messages: tuple[dict, ...] = ()
-  tools: tuple[dict, ...] = ()
-
-  @property
-  def stands_alone(self) -> bool:
-    """Whether any part of it may be the prompt of the rest."""
-    return self.prompt is None and not self.messages
+SUFFIXES = ('.txt', '.jsonl', '.jsonl.xz', '.json')
+BYTE_ORDER_MARK = b'\xef\xbb\xbf'  # It is no text.
+# Of so many lines that were left out the reason is told.
+REASONS_TOLD = 3
+THINKING = "thinking inside a content, which is learnt as 'reasoning' beside it"
 
 
 class Example(NamedTuple):
@@ -88,11 +69,13 @@ class Corpus(NamedTuple):
     heldout: to evaluate on.
     heldout_texts: what is evaluated: their text, or what of a response there
       are targets for, without control tokens.
+    notes: what was left out, for the user; a line each.
   """
 
   train: list[Example]
   heldout: list[Example]
   heldout_texts: list[str]
+  notes: tuple[str, ...] = ()
 
 
 def find_files(path: str) -> list[pathlib.Path]:
@@ -101,7 +84,7 @@ def find_files(path: str) -> list[pathlib.Path]:
   if given.is_file():
     if not given.name.endswith(SUFFIXES):
       raise DataError(
-        f'{path!r} is neither text nor JSON lines; name it one of '
+        f'{path!r} is neither text nor JSON; name it one of '
         f'{", ".join(SUFFIXES)}.'
       )
     return [given]
@@ -121,150 +104,117 @@ def find_files(path: str) -> list[pathlib.Path]:
   return files
 
 
-def read_documents(path: str) -> list[Document]:
-  """All documents at `path`; see `find_files`. Raises `DataError`.
+def stop(error: DataError) -> None:
+  """Raises the error of a line."""
+  raise error
 
-  A text file is one document, a line of a JSON lines file another; see the top
-  of this file.
+
+def read_documents(
+  path: str, on_error: Callable[[DataError], Any] = stop
+) -> list[Document]:
+  """All documents at `path`; see `find_files`.
+
+  Args:
+    path: of text files, each a document, and JSON lines, each another.
+    on_error: is called with the error of each line that can't be used.
+
+  Raises:
+    DataError: a file can't be read, or there is nothing in any.
   """
-  documents = []
+  documents, is_empty = [], True
   for file in find_files(path):
-    if file.name.endswith('.txt'):
-      documents.append(Document(_read_text(file), str(file)))
-      continue
-    for number, line in enumerate(_read_text(file).split('\n'), 1):
-      if line.strip():
-        documents += _parse_line(line, f'{file}, line {number}')
-  documents = [d for d in documents if d.text or not d.stands_alone]
-  if not documents:
+    for document in _read_file(file):
+      if isinstance(document, DataError):
+        is_empty = False
+        on_error(document)
+      elif document.text or not document.stands_alone:
+        is_empty = False
+        documents.append(document)
+  if is_empty:
     raise DataError(f'The files at {path!r} are empty.')
   return documents
 
 
-def _read_text(file: pathlib.Path) -> str:
+def _read_file(file: pathlib.Path) -> Iterator[Document | DataError]:
+  """Its documents, and an error for each line that is none."""
   try:
     opener = lzma.open if file.suffix == '.xz' else open
     with opener(file, 'rb') as stream:
-      return stream.read().decode('utf-8-sig')  # a byte order mark is no text
-  except UnicodeDecodeError as error:
-    raise DataError(
-      f'{file} is not UTF-8: byte {error.start} is 0x'
-      f'{error.object[error.start]:02x}. Convert it first, for example with '
-      f'iconv -t UTF-8.'
-    ) from error
+      if file.suffix == '.txt':
+        yield Document(_decode(stream.read(), str(file)), str(file))
+      elif file.suffix == '.json' and _is_array(stream.peek()):
+        text = _decode(stream.read(), str(file))
+        for number, record in enumerate(_parse(text, str(file)), 1):
+          yield _read_record(record, f'{file}, element {number}')
+      else:
+        for number, line in enumerate(stream, 1):
+          if line.removeprefix(BYTE_ORDER_MARK).strip():
+            yield _read_line(line, f'{file}, line {number}')
   except (lzma.LZMAError, EOFError) as error:
     raise DataError(f'{file} is not an xz file: {error}.') from error
   except OSError as error:
     raise DataError(f'{file} cannot be read: {error.strerror}.') from error
 
 
-def _parse_line(line: str, origin: str) -> list[Document]:
-  """What a line of JSON has to teach; see the top of this file."""
+def _is_array(start: bytes) -> bool:
+  return start.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b'[')
+
+
+def _read_line(line: bytes, origin: str) -> Document | DataError:
   try:
-    record = json.loads(line)
-  except (ValueError, RecursionError) as error:
+    return lines.read_record(_parse(_decode(line, origin), origin), origin)
+  except DataError as error:
+    return error
+
+
+def _read_record(record: Any, origin: str) -> Document | DataError:
+  try:
+    return lines.read_record(record, origin)
+  except DataError as error:
+    return error
+
+
+def _parse(text: str, origin: str) -> Any:
+  try:
+    return chats.parse_json(text)
+  except ValueError as error:
     raise DataError(f'{origin} is not JSON: {error}.') from error
-  if not isinstance(record, dict):
-    raise DataError(f'{origin} is not an object: {{"text": ...}}.')
-  split = record.pop('split', '')
-  if split not in ('', 'train', 'heldout'):
-    raise DataError(f'{origin}: split {split!r} is neither train nor heldout.')
-  if 'messages' in record:
-    return _parse_chat(record, origin, split)
-  if 'prompt' in record or 'response' in record:
-    wanted = ('prompt', 'response')
-  else:
-    wanted = ('text',)
-  for name in wanted:
-    if not isinstance(record.get(name), str):
-      raise DataError(
-        f'{origin} is not an object with a {name}: {{"text": ...}}, '
-        '{"prompt": ..., "response": ...} or {"messages": [...]}.'
-      )
-  if wanted == ('text',):
-    return [Document(record['text'], origin, split)]
-  if not record['response']:
-    raise DataError(f'{origin}: the response is empty.')
-  return [Document(record['response'], origin, split, record['prompt'])]
 
 
-def _parse_chat(record: dict, origin: str, split: str) -> list[Document]:
-  """One document for each thing that the assistant says."""
-  messages, tools = record['messages'], record.get('tools') or []
-  if not isinstance(messages, list) or not all(
-    isinstance(m, dict) and isinstance(m.get('role'), str) for m in messages
-  ):
+def _decode(content: bytes, origin: str) -> str:
+  try:
+    return content.decode('utf-8-sig')
+  except UnicodeDecodeError as error:
     raise DataError(
-      f'{origin}: messages are a list of {{"role": ..., "content": ...}}.'
-    )
-  if not isinstance(tools, list) or not all(
-    isinstance(tool, dict) and isinstance(tool.get('function'), dict)
-    for tool in tools
-  ):
-    raise DataError(
-      f'{origin}: tools are a list of functions, {{"type": "function", '
-      '"function": {"name": ..., ...}}.'
-    )
-  for message in messages:
-    _check_message(message, origin)
-  documents = []
-  for end, message in enumerate(messages, 1):
-    if message['role'] == 'assistant':
-      chat = tuple(messages[:end])
-      documents.append(
-        Document('', origin, split, messages=chat, tools=tuple(tools))
-      )
-  if not documents:
-    raise DataError(f'{origin}: there is no message of the assistant to learn.')
-  return documents
-
-
-def _check_message(message: dict, origin: str) -> None:
-  """Raises `DataError` for one that would teach something else than is
-  meant."""
-  role, content = message['role'], message.get('content')
-  if role not in ROLES:
-    raise DataError(f'{origin}: role {role!r} is none of {", ".join(ROLES)}.')
-  if isinstance(content, list):
-    if not all(isinstance(p, dict) and p.get('type') for p in content):
-      raise DataError(
-        f'{origin}: a content is a string, or a list of parts like '
-        '{"type": "text", "text": ...}.'
-      )
-  elif content is not None and not isinstance(content, str):
-    raise DataError(
-      f'{origin}: a content is a string or a list, not {json.dumps(content)}.'
-    )
-  said = content.strip() if isinstance(content, str) else content
-  if role == 'assistant' and not (said or any(map(message.get, SAID_BESIDE))):
-    raise DataError(
-      f'{origin}: a message of the assistant has neither content nor '
-      f'{", ".join(SAID_BESIDE)}; there is nothing to learn.'
-    )
+      f'{origin} is not UTF-8: byte {error.start} is 0x'
+      f'{error.object[error.start]:02x}. Convert it first, for example with '
+      f'iconv -t UTF-8.'
+    ) from error
 
 
 def split_documents(
   documents: list[Document], every: int
 ) -> tuple[list[Document], list[Document]]:
-  """(train, heldout): as the documents say, else every n-th is held out, of
-  chats all that is said in it.
+  """(train, heldout): as the documents say, else every n-th is held out.
 
-  With fewer than n documents, the last n-th of each is held out instead; of
-  responses, the last.
+  With fewer than n documents, the last n-th of each text is held out instead;
+  of responses and chats, the last; of a lone chat, the last answer.
   """
   if any(d.split for d in documents):
     train = [d for d in documents if d.split != 'heldout']
     return train, [d for d in documents if d.split == 'heldout']
-  by_origin = itertools.groupby(documents, lambda document: document.origin)
-  groups = [list(group) for _, group in by_origin]
-  if len(groups) >= every > 1:
-    heldout = groups[every - 1 :: every]
-    del groups[every - 1 :: every]
-    chain = itertools.chain.from_iterable
-    return list(chain(groups)), list(chain(heldout))
+  if len(documents) >= every > 1:
+    train = [d for i, d in enumerate(documents, 1) if i % every]
+    return train, documents[every - 1 :: every]
   if not all(d.stands_alone for d in documents):
-    count = len(groups[-1]) if len(groups) > 1 else 1
-    return documents[:-count], documents[-count:]
+    *train, last = documents
+    if train or len(last.targets) < 2:
+      return train, [last]
+    targets = last.targets
+    return (
+      [last._replace(targets=targets[:-1])],
+      [last._replace(targets=targets[-1:])],
+    )
   train, heldout = [], []
   for document in documents:
     cut = len(document.text) - len(document.text) // max(every, 2)
@@ -285,34 +235,97 @@ def load_corpus(
 
   Chats are written by `chat_template`, or by DiffusionGemma's.
   """
-  documents = read_documents(data.path or str(SHIPPED_CORPUS))
+  skipped: list[DataError] = []
+  on_error = skipped.append if data.on_error == 'skip' else stop
+  documents = read_documents(data.path or str(SHIPPED_CORPUS), on_error)
+  documents = list(_without_thinking(documents, tokenizer, on_error))
+  unread = _note_unread(documents)
   if data.heldout_path:
+    others = read_documents(data.heldout_path, on_error)
+    others = list(_without_thinking(others, tokenizer, on_error))
+    unread += _note_unread(others)
     # What says so itself is kept apart also where two files are given.
-    others = read_documents(data.heldout_path)
     train = [d for d in documents if d.split != 'heldout']
     heldout = [d for d in others if d.split != 'train']
   else:
     train, heldout = split_documents(documents, data.heldout_every)
-  for name, part, path in (
-    ('train on', train, data.path),
-    ('hold out', heldout, data.heldout_path or data.path),
-  ):
-    if not part:
+
+  def tokenize(documents, purpose, path):
+    """(document, example) pairs."""
+    pairs = []
+    for document in documents:
+      examples = _tokenize(document, data, tokenizer, canvas_length, template)
+      for example in examples:
+        if isinstance(example, DataError):
+          on_error(example)
+        else:
+          pairs.append((document, example))
+    if not pairs:
       remedy = 'give more documents'
       if not data.heldout_path:
         remedy += ', or name others in config.data.heldout_path'
-      raise DataError(f'{path!r} leaves nothing to {name}: {remedy}.')
+      reason = f' The first line left out: {skipped[0]}' if skipped else ''
+      raise DataError(
+        f'{path!r} leaves nothing to {purpose}: {remedy}.{reason}'
+      )
+    return pairs
 
-  template = chat_template or templates.default_template()
-  tokenize = lambda d: _tokenize(d, data, tokenizer, canvas_length, template)
-  train, examples = ([tokenize(d) for d in part] for part in (train, heldout))
-  pairs = zip(heldout, examples, strict=True)
+  template = chat_template
+  if not template and templates.knows_turns(tokenizer):
+    template = templates.default_template()
+  train = tokenize(train, 'train on', data.path)
+  heldout = tokenize(heldout, 'hold out', data.heldout_path or data.path)
   texts = [
     # A response may have been cut.
     d.text if d.stands_alone else tokenizer.decode(e.targets.tolist())
-    for d, e in pairs
+    for d, e in heldout
   ]
-  return Corpus(train, examples, texts)
+  examples = ([e for _, e in pairs] for pairs in (train, heldout))
+  return Corpus(*examples, texts, (*unread, *_note_skipped(skipped)))
+
+
+def _without_thinking(
+  documents: Sequence[Document],
+  tokenizer: tokenizers.Tokenizer,
+  on_error: Callable[[DataError], Any],
+) -> Iterator[Document]:
+  """The documents, in which contents of the assistant are what it says."""
+  for document in documents:
+    try:
+      messages = exchanges.drop_thinking(tokenizer, document.messages)
+    except templates.TemplateError as error:
+      on_error(DataError(f'{document.origin}: {error}'))
+      continue
+    if messages != list(document.messages):
+      document = document._replace(
+        messages=tuple(messages), unread=(*document.unread, THINKING)
+      )
+    yield document
+
+
+def _note_unread(documents: Sequence[Document]) -> list[str]:
+  """A note on each thing in documents that is not read."""
+  counts, first = collections.Counter(), {}
+  for document in documents:
+    for what in set(document.unread):
+      counts[what] += 1
+      first.setdefault(what, document.origin)
+  return [
+    f'Not read: {what} ({count:,} of {len(documents):,}; the first is '
+    f'{first[what]}).'
+    for what, count in sorted(counts.items())
+  ]
+
+
+def _note_skipped(skipped: Sequence[DataError]) -> list[str]:
+  """How many lines were left out, and why the first of them."""
+  if not skipped:
+    return []
+  notes = [f'Left out (config.data.on_error=skip): {len(skipped):,}.']
+  notes += [f'  {error}' for error in skipped[:REASONS_TOLD]]
+  if len(skipped) > REASONS_TOLD:
+    notes.append('  ...')
+  return notes
 
 
 def _tokenize(
@@ -320,44 +333,64 @@ def _tokenize(
   data: DataConfig,
   tokenizer: tokenizers.Tokenizer,
   canvas_length: int,
-  chat_template: str,
-) -> Example:
+  chat_template: str | None,
+) -> Iterator[Example | DataError]:
+  """A text or a response, or each answer of a chat; an error for each that
+  can't be used."""
+  origin = document.origin
   try:
-    if document.messages:
-      if not templates.knows_turns(tokenizer):
-        raise templates.TemplateError(
-          'a chat needs a tokenizer that has <|turn>; this one has none.'
-        )
-      prompt, tokens = templates.encode_exchange(
-        tokenizer,
-        chat_template,
-        document.messages,
-        document.tools,
-      )
-      prompt = prompt[1:]  # Every row begins with bos.
-    else:
-      prompt = tokenizer.encode(document.prompt or '')
-      tokens = [*tokenizer.encode(document.text), tokenizer.eos_id]
+    pairs = _encode(document, tokenizer, chat_template)
   except (tokenizers.TokenizerError, templates.TemplateError) as error:
-    raise DataError(f'{document.origin}: {error}') from error
-  if document.stands_alone:
-    # A row is bos and, at least, a canvas.
-    if len(tokens) < canvas_length and not data.packing:
-      raise DataError(
-        f'{document.origin}: {len(tokens)} tokens are shorter than a canvas '
-        f'of {canvas_length}. Leave it out, pack it with others '
-        '(config.data.packing=true), or lower config.diffusion.canvas_length.'
+    yield DataError(f'{origin}: {error}')
+    return
+  for prompt, tokens in pairs:
+    if document.stands_alone:
+      # A row is bos and, at least, a canvas.
+      if len(tokens) < canvas_length and not data.packing:
+        yield DataError(
+          f'{origin}: {len(tokens)} tokens are shorter than a canvas of '
+          f'{canvas_length}. Leave it out (config.data.on_error=skip), pack it '
+          'with others (config.data.packing=true), or lower '
+          'config.diffusion.canvas_length.'
+        )
+      else:
+        yield Example(np.array(tokens, np.int32))
+    elif 1 + len(prompt) + canvas_length > data.sequence_length:
+      yield DataError(
+        f'{origin}: a prompt of {len(prompt)} tokens leaves no room for a '
+        f'canvas of {canvas_length} in config.data.sequence_length = '
+        f'{data.sequence_length}. Raise it, or leave the line out '
+        '(config.data.on_error=skip).'
       )
-    return Example(np.array(tokens, np.int32))
-  if 1 + len(prompt) + canvas_length > data.sequence_length:
-    raise DataError(
-      f'{document.origin}: a prompt of {len(prompt)} tokens leaves no room for '
-      f'a canvas of {canvas_length} in config.data.sequence_length = '
-      f'{data.sequence_length}. Raise it, or leave the line out.'
+    else:
+      yield fill_canvases(
+        prompt, tokens, data.sequence_length, canvas_length, tokenizer.eos_id
+      )
+
+
+def _encode(
+  document: Document,
+  tokenizer: tokenizers.Tokenizer,
+  chat_template: str | None,
+) -> list[tuple[list[int], list[int]]]:
+  """(prompt without bos, what is written after it) of all there is to learn."""
+  if not document.messages:
+    prompt = tokenizer.encode(document.prompt or '')
+    return [(prompt, [*tokenizer.encode(document.text), tokenizer.eos_id])]
+  if not chat_template:
+    raise templates.TemplateError(
+      'a chat needs a tokenizer that has <|turn>; this one has none.'
     )
-  return fill_canvases(
-    prompt, tokens, data.sequence_length, canvas_length, tokenizer.eos_id
+  pairs = exchanges.encode_exchanges(
+    tokenizer,
+    chat_template,
+    document.messages,
+    document.targets,
+    document.tools,
   )
+  # Every row begins with one bos, whether the template writes it or not.
+  is_bos = lambda token: token == tokenizer.bos_id
+  return [(list(itertools.dropwhile(is_bos, p)), reply) for p, reply in pairs]
 
 
 def fill_canvases(

@@ -190,7 +190,7 @@ def _train_on(mesh, share, config, workdir, load_base, until_done) -> int:
     ):
       if step:
         progress.print(f'Going on from step {step}.')
-      for line in told_at_start(config):
+      for line in (*told_at_start(config), *corpus.notes):
         progress.print(line)
       job = Job(
         config=config,

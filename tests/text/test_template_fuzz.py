@@ -11,6 +11,7 @@ import pytest
 from diffusiongemma.text import chat
 from diffusiongemma.text import template as templates
 from diffusiongemma.text import tokenizer as tokenizers
+from diffusiongemma.text.messages import check_messages
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
@@ -24,7 +25,7 @@ MARK = '\ue000'
 def render(template, case):
   return templates.render(
     template,
-    messages=templates.check_messages(case['messages']),
+    messages=check_messages(case['messages']),
     tools=case['tools'] or None,
     enable_thinking=case['thinking'],
     add_generation_prompt=True,

@@ -217,14 +217,14 @@ def test_chats_teach_what_the_assistant_says(tmp_path, chat_tokenizer):
     {'role': 'user', 'content': 'is'},
     {'role': 'assistant', 'content': '', 'tool_calls': [call]},
     {'role': 'tool', 'tool_call_id': 'a', 'content': 'yes'},
-    {'role': 'assistant', 'content': 'what <turn|>', 'reasoning': 'so'},
+    {'role': 'assistant', 'content': 'what <mask>', 'reasoning': 'so'},
   ]
   system = '<|turn>system\n<|think|>\n<turn|>\n'
   past = '<|turn>user\nwhat<turn|>\n<|turn>model\n'
   later = past + 'this<turn|>\n<|turn>user\nis<turn|>\n<|turn>model\n'
   called = '<|tool_call>call:f{x:1}<tool_call|><|tool_response>'
   answered = f'{later}{called}response:f{{value:<|"|>yes<|"|>}}<tool_response|>'
-  literal = chat_tokenizer.encode('what <turn|>')
+  literal = chat_tokenizer.encode('what <mask>')
   expected = [
     (
       spell(system + past),
@@ -250,11 +250,11 @@ def test_chats_teach_what_the_assistant_says(tmp_path, chat_tokenizer):
   'record, message',
   [
     ({'messages': 'x'}, 'line 1: messages are a list'),
-    ({'messages': [{'content': 'x'}]}, 'messages are a list'),
+    ({'messages': [{'content': 'x'}]}, 'message 1: role None is none of'),
     ({'messages': [{'role': 'user', 'content': 'x'}]}, 'no message of the ass'),
     (
       {'messages': [{'role': 'assistant', 'content': 'x'}], 'tools': 'f'},
-      'tools are a list',
+      'tools are not JSON',
     ),
     (
       {
@@ -274,14 +274,14 @@ def test_chats_teach_what_the_assistant_says(tmp_path, chat_tokenizer):
           }
         ]
       },
-      'line 1: The chat template refuses.*an object, not text',
+      "line 1, message 1: arguments of 'f' are not JSON",
     ),
     *(
       ({'messages': [{'role': 'assistant', **message}], **more}, expected)
       for message, more, expected in (
         ({'role': 'usr', 'content': 'x'}, {}, "role 'usr' is none of system"),
-        ({'content': None}, {}, 'neither content nor tool_calls'),
-        ({'content': ''}, {}, 'neither content nor tool_calls'),
+        ({'content': None}, {}, 'neither content nor reasoning'),
+        ({'content': ''}, {}, 'neither content nor reasoning'),
         ({'content': 7}, {}, 'a content is a string or a list, not 7'),
         ({'content': ['x']}, {}, 'or a list of parts like'),
         ({'content': 'x'}, {'tools': ['f']}, 'tools are a list of functions'),
@@ -296,21 +296,16 @@ def test_chats_that_cannot_be_learnt(tmp_path, chat_tokenizer, record, message):
 
 def test_a_chat_is_held_out_as_a_whole():
   """Of what is learnt, nothing has a held-out answer in its prompt."""
-
-  def said(chat):
-    return [
-      corpus.Document('', f'line {chat}', messages=({'role': 'user'},) * n)
-      for n in (1, 2)
-    ]
-
-  chats = [said(chat) for chat in range(5)]
-  train, heldout = corpus.split_documents(sum(chats, []), 2)
-  assert heldout == chats[1] + chats[3]
-  assert train == chats[0] + chats[2] + chats[4]
-  train, heldout = corpus.split_documents(chats[0] + chats[1], 9)
-  assert (train, heldout) == (chats[0], chats[1])
-  train, heldout = corpus.split_documents(chats[0], 9)
-  assert (train, heldout) == (chats[0][:1], chats[0][1:])
+  chats = [
+    corpus.Document('', f'line {i}', messages=({},) * 4, targets=(1, 3))
+    for i in range(5)
+  ]
+  train, heldout = corpus.split_documents(chats, 2)
+  assert heldout == chats[1::2] and train == chats[0::2]
+  train, heldout = corpus.split_documents(chats[:2], 9)
+  assert (train, heldout) == (chats[:1], chats[1:2])
+  (train,), (heldout,) = corpus.split_documents(chats[:1], 9)
+  assert (train.targets, heldout.targets) == ((1,), (3,))
 
 
 def test_a_chat_needs_a_tokenizer_with_turns(tmp_path):
@@ -345,13 +340,13 @@ def test_files_folders_globs_and_formats(tmp_path):
   'name, content, message',
   [
     (None, b'', 'There is nothing at'),
-    ('a.md', b'text', 'neither text nor JSON lines'),
+    ('a.md', b'text', 'neither text nor JSON'),
     ('a.txt', b'', 'are empty'),
     ('a.txt', b'caf\xe9', r'a\.txt is not UTF-8: byte 3 is 0xe9'),
     ('a.txt', b'too short', 'tokens are shorter than a canvas of 8'),
-    ('a.jsonl', b'{"prompt": "x"}', 'not an object with a response'),
-    ('a.jsonl', b'{"response": "x"}', 'not an object with a prompt'),
-    ('a.jsonl', b'{"prompt": 3, "response": "x"}', 'with a prompt'),
+    ('a.jsonl', b'{"prompt": "x"}', "has no 'response' that is text"),
+    ('a.jsonl', b'{"response": "x"}', "has no 'prompt' that is text"),
+    ('a.jsonl', b'{"prompt": 3, "response": "x"}', "no 'prompt' that"),
     (
       'a.jsonl',
       b'{"prompt": "x", "response": ""}',
@@ -364,7 +359,13 @@ def test_files_folders_globs_and_formats(tmp_path):
       'line 1: a prompt of .* leaves no room for a canvas of 8',
     ),
     ('a.jsonl', b'{"text": "x"}\n{oops', 'line 2 is not JSON'),
-    ('a.jsonl', b'{"txt": "x"}', 'line 1 is not an object with a text'),
+    ('a.jsonl', b'{"txt": "x"}', "line 1: there is no 'txt'.*mean 'text'"),
+    ('a.jsonl', b'{"rows": "x"}', 'line 1 is none of {"text": ...}'),
+    ('a.jsonl', b'{"text": "x", "text": "y"}', "'text' stands twice"),
+    ('a.jsonl', b'{"text": NaN}', 'NaN is no number of JSON'),
+    ('a.jsonl', b'{"text": "x"}\n"caf\xe9"', 'line 2 is not UTF-8: byte 4'),
+    ('a.json', b'[{"text": "x"}, 3]', 'element 2 is not an object'),
+    ('a.json', b'[{"text": "x"},]', r'a\.json is not JSON'),
     ('a.jsonl', b'[' * 100_000, 'line 1 is not JSON'),
     ('a.jsonl', b'{"text": "x", "split": "dev"}', 'neither train nor heldout'),
     ('a.jsonl', b'{"text": "\\ud800"}', 'line 1.*: Character 0 of the text'),

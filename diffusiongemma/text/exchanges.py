@@ -1,0 +1,286 @@
+"""A chat to what is learnt from it: prompts, and what the model says to each.
+
+A chat template tells a whole conversation. What of its text the model says is
+found by comparing what the template writes with and without a message:
+
+  prompt = the past and a generation prompt: what sampling gives the model
+  reply  = what the message adds to the past
+           - the header of its turn: what stands before an answer that is one
+             character
+           - what the generation prompt opened already, such as a thought
+
+Some templates tell an answer after the result of the call in the same message,
+and messages of the assistant that follow each other as one turn.
+"""
+
+from collections.abc import Callable
+from collections.abc import Collection
+from collections.abc import Iterator
+from collections.abc import Sequence
+import itertools
+from typing import Any
+from typing import NamedTuple
+
+from diffusiongemma.text import template as templates
+from diffusiongemma.text import tokenizer as tokenizers
+from diffusiongemma.text.template import TemplateError
+
+Message = dict[str, Any]
+
+# What a template writes around what is said, and nobody says.
+MARKERS = ('turn', 'channel', 'tool', 'tool_call', 'tool_response')
+
+
+class Exchange(NamedTuple):
+  """Token ids of a prompt and a reply.
+
+  Attributes:
+    prompt: what sampling gives the model, bos among them where the template
+      writes it.
+    reply: what the model is to say, with the token that ends its turn.
+  """
+
+  prompt: list[int]
+  reply: list[int]
+
+
+class _Stage(NamedTuple):
+  """A conversation as far as it has come.
+
+  Attributes:
+    messages: all of it.
+    text: what the template makes of them.
+    says: index of the message of which the model says what is new; None where
+      the new is from others.
+    thinks: whether it thinks before.
+  """
+
+  messages: list[Message]
+  text: str
+  says: int | None = None
+  thinks: bool = False
+
+
+def encode_exchanges(
+  tokenizer: tokenizers.Tokenizer,
+  template: str,
+  messages: Sequence[Message],
+  targets: Collection[int],
+  tools: Sequence[dict[str, Any]] = (),
+) -> list[Exchange]:
+  """What there is to learn from a chat, in the order in which it is said.
+
+  The model is told to think where the reply begins with reasoning.
+
+  Args:
+    tokenizer: whose control tokens the template spells.
+    template: Jinja.
+    messages: as `encode_chat` takes them.
+    targets: indices of the messages of the assistant that are learnt.
+    tools: declarations.
+
+  Raises:
+    TemplateError: the template refuses, leaves something out, or tells the past
+      otherwise when there is more of it.
+  """
+  write, mark = templates.make_writer(tokenizer, template, messages, tools)
+  unused = templates.unused_characters(messages, tools, template)
+  _, probe = itertools.islice(unused, 2)  # The first is the mark.
+  end = max(targets) + 1
+  while end < len(messages) and messages[end]['role'] == 'tool':
+    end += 1
+  has_control = lambda text: tokenizer.escape(text, mark) != text
+  exchanges = []
+  for past, reply in _replies(_unfold(write, messages[:end])):
+    past = past or _Stage([], write([]))
+    by_learnt = itertools.groupby(reply, lambda stage: stage.says in targets)
+    for is_learnt, stages in by_learnt:
+      stages = list(stages)
+      if is_learnt:
+        texts = _split(write, past, stages, probe, has_control)
+        ids = (tokenizer.encode_template(text, mark) for text in texts)
+        exchanges.append(Exchange(*ids))
+      past = stages[-1]
+  return exchanges
+
+
+def _split(
+  write: Callable[..., str],
+  past: _Stage,
+  stages: Sequence[_Stage],
+  probe: str,
+  has_control: Callable[[str], bool],
+) -> tuple[str, str]:
+  """(prompt, reply) of stages that follow each other in one turn."""
+  last, thinks = stages[-1], stages[0].thinks
+  before, whole = past.text, last.text
+  if thinks:
+    before, whole = (write(s.messages, thinking=True) for s in (past, last))
+  answer = {'role': 'assistant', 'content': probe}
+  told = write([*past.messages, answer], thinking=thinks)
+  told, found, _ = told.partition(probe)
+  if not found:
+    raise TemplateError(
+      'The chat template does not write what the assistant says as it is.'
+    )
+  if past.says is not None and not whole.startswith(before):
+    # The turn has begun, with what is not learnt.
+    prompt, said = told, _without_start(whole, told)
+  else:
+    prompt = write(past.messages, generation_prompt=True, thinking=thinks)
+    header = told.removeprefix(before) if told.startswith(before) else ''
+    if not has_control(header):
+      header = ''  # It may be what somebody says.
+    said = _said(before, prompt, header, whole)
+  if not said.strip():
+    raise TemplateError(
+      'The chat template writes nothing of what the assistant says.'
+    )
+  return prompt, said.rstrip()
+
+
+def _unfold(
+  write: Callable[..., str], messages: Sequence[Message]
+) -> Iterator[_Stage]:
+  """The conversation, growing by what one side says at a time."""
+  shown, index = [], 0
+  # Nothing is told only to find out whether a result is left out: there are
+  # templates that refuse to.
+  text = write([]) if messages[0]['role'] == 'tool' else None
+  while index < len(messages):
+    message, start = messages[index], index
+    index += 1
+    if message['role'] != 'assistant':
+      shown = [*shown, message]
+      before, text = text, write(shown)
+      if text == before and message.get('content'):
+        raise TemplateError(
+          f'The chat template leaves out message {index}, of role '
+          f'{message["role"]!r}.'
+        )
+      yield _Stage(shown, text)
+      continue
+    thinks = bool(message.get('reasoning') or message.get('reasoning_content'))
+    embedded = message.get('tool_responses')
+    while not embedded and messages[index : index + 1]:
+      if messages[index]['role'] != 'tool':
+        break
+      index += 1
+    results = messages[start + 1 : index]
+    alone, whole = [*shown, message], [*shown, message, *results]
+    told_alone = write(alone)
+    told_whole = write(whole) if results else told_alone
+    if not embedded and told_whole.startswith(told_alone):
+      yield _Stage(alone, told_alone, start, thinks)
+      shown, text, index = alone, told_alone, start + 1
+      continue
+    # The content is an answer to the results.
+    called = {**message, 'content': ''}
+    call = {k: v for k, v in called.items() if k != 'tool_responses'}
+    if message.get('tool_calls') or thinks:
+      yield _Stage([*shown, call], write([*shown, call]), start, thinks)
+    answered = [*shown, called, *results]
+    yield _Stage(answered, write(answered))
+    if message.get('content'):
+      yield _Stage(whole, told_whole, start)
+    shown, text = whole, told_whole
+
+
+def _replies(
+  stages: Iterator[_Stage],
+) -> Iterator[tuple[_Stage | None, list[_Stage]]]:
+  """(the stage before, if any, and those of one reply) of each reply.
+
+  What changes the end of what the model has said goes on with it.
+  """
+  past, reply = None, []
+  for stage in stages:
+    is_said = stage.says is not None
+    if reply and not (is_said and not stage.text.startswith(reply[-1].text)):
+      yield past, reply
+      past, reply = reply[-1], []
+    if is_said:
+      reply.append(stage)
+    else:
+      past = stage
+  if reply:
+    yield past, reply
+
+
+def _said(before: str, prompt: str, header: str, whole: str) -> str:
+  """What a reply adds to what was told before it."""
+  if whole.startswith(prompt):
+    said = whole.removeprefix(prompt)
+    opened = ''
+  else:
+    said = _without_start(whole, before)
+    opened = prompt.removeprefix(before).removeprefix(header)
+  # After a tool's answer sampling goes on in the same turn, while the past is
+  # told with a new one.
+  if header:
+    said = said.replace(header, '')
+  return said.removeprefix(opened)
+
+
+def _without_start(text: str, start: str) -> str:
+  if not text.startswith(start):
+    raise TemplateError(
+      'The chat template changes what was said before the last message.'
+    )
+  return text.removeprefix(start)
+
+
+def drop_thinking(
+  tokenizer: tokenizers.Tokenizer, messages: Sequence[Message]
+) -> list[Message]:
+  """The messages without what is between `<|channel>` and `<channel|>` in what
+  the assistant says, as the released template tells it.
+
+  Args:
+    tokenizer: where these are no control tokens, they stay.
+    messages: contents are text, or parts `{'type': 'text', 'text': ...}`.
+
+  Raises:
+    TemplateError: nothing is left, or other control tokens are spelled, which
+      would be learnt as text.
+  """
+  kept = []
+  for message in messages:
+    if message['role'] == 'assistant':
+      content = message['content']
+      if isinstance(content, str):
+        content = _spoken(tokenizer, content)
+      else:
+        content = [
+          {**part, 'text': _spoken(tokenizer, part['text'])} for part in content
+        ]
+      _check_spelling(tokenizer, message.get('reasoning', ''))
+      message = {**message, 'content': content}
+    kept.append(message)
+  return kept
+
+
+def _spoken(tokenizer: tokenizers.Tokenizer, text: str) -> str:
+  """`text` without thinking. Raises `TemplateError`."""
+  spoken = text
+  if '<|channel>' in tokenizer.control_tokens and 'channel' in text:
+    parts = text.split('<channel|>')
+    spoken = ''.join(part.partition('<|channel>')[0] for part in parts)
+    if text.strip() and not spoken.strip():
+      raise TemplateError(
+        'A content of the assistant is all thinking; give it as '
+        '"reasoning" beside the content.'
+      )
+  _check_spelling(tokenizer, spoken)
+  return spoken
+
+
+def _check_spelling(tokenizer: tokenizers.Tokenizer, text: str) -> None:
+  for name in MARKERS:
+    for marker in (f'<|{name}>', f'<{name}|>'):
+      if marker in text and marker in tokenizer.control_tokens:
+        raise TemplateError(
+          f'What the assistant says spells {marker}, which would be learnt as '
+          'text: leave marks of turns out, and give calls as "tool_calls" and '
+          'thoughts as "reasoning".'
+        )

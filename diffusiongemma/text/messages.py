@@ -1,0 +1,153 @@
+"""Messages of a chat, checked before a chat template sees them.
+
+  {'role': 'user', 'content': 'text' or [{'type': 'text', 'text': ...},
+                                         {'type': 'image'}]}
+
+Templates pass over what they do not know; here it is refused by name, so that
+nothing that somebody says is lost.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+ROLES = ('system', 'developer', 'user', 'assistant', 'model', 'tool')
+
+_TEXT_PARTS = ('text', 'input_text', 'output_text')
+_PICTURE_PARTS = ('image', 'image_url')
+_REASONING = ('reasoning_content', 'thinking', 'reasoning')
+# What templates do not look at, and where it belongs.
+_ELSEWHERE = {
+  'function_call': 'calls of tools are in tool_calls',
+  **dict.fromkeys(
+    ('image', 'images'), 'pictures are parts of the content, {"type": "image"}'
+  ),
+  **dict.fromkeys(
+    ('audio', 'audios', 'video', 'videos'), 'the network has no use for it'
+  ),
+}
+
+
+class TemplateError(ValueError):
+  """A chat template that can't be used, or a conversation it refuses."""
+
+
+def check_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+  """The messages with nothing in them that templates stumble over.
+
+  What is null is left out, as `transformers` does; reasoning goes by the names
+  that templates know; parts of text are of the type 'text'.
+
+  Raises:
+    TemplateError: something is no message or would be left out by a template;
+      it says which message and what.
+  """
+  if not isinstance(messages, (list, tuple)):
+    raise TemplateError(f'A chat is a list of messages, not {_kind(messages)}.')
+  checked, is_answer = [], False
+  for index, message in enumerate(messages):
+    if not isinstance(message, dict):
+      raise TemplateError(
+        f'Message {index} is {_kind(message)}; a message is '
+        '{"role": ..., "content": ...}.'
+      )
+    role = message.get('role')
+    if role not in ROLES:
+      raise TemplateError(
+        f'Message {index} has the role {role!r}; roles are {", ".join(ROLES)}.'
+      )
+    try:
+      message = _check_message(message, is_first=not index)
+      if role != 'tool':
+        calls = message.get('tool_calls')
+        is_answer = bool(calls and not message.get('tool_responses'))
+      elif not is_answer:
+        raise TemplateError('it answers no call of the message before.')
+    except TemplateError as error:
+      raise TemplateError(f'Message {index} ({role}): {error}') from None
+    checked.append(message)
+  return checked
+
+
+def _check_message(message: dict[str, Any], is_first: bool) -> dict[str, Any]:
+  """Of `check_messages`; its errors do not say which message it is."""
+  message = {k: v for k, v in message.items() if v is not None}
+  for key, reason in _ELSEWHERE.items():
+    if message.get(key):
+      raise TemplateError(f'{key!r} would be left out; {reason}.')
+  is_tool = message['role'] == 'tool'
+  content = message.get('content', '')
+  if isinstance(content, (list, tuple)):
+    message['content'] = [
+      _check_part(number, part) for number, part in enumerate(content)
+    ]
+    types = [part['type'] for part in message['content']]
+    if is_first and message['role'] in ('system', 'developer'):
+      if set(types) - {'text'}:
+        raise TemplateError(
+          'a picture in it would be left out; show it in a message of the user.'
+        )
+  # A tool may answer with fields, too.
+  elif not isinstance(content, (str, dict) if is_tool else str):
+    raise TemplateError(
+      f'its content is {_kind(content)}, not text or a list of parts.'
+    )
+  said = [message[name] for name in _REASONING if name in message]
+  if any(text and not isinstance(text, str) for text in said):
+    raise TemplateError('its reasoning is no text.')
+  if said:
+    message = {'thinking': said[0], **message, 'reasoning_content': said[0]}
+  if calls := message.get('tool_calls'):
+    _check_list('tool_calls', calls)
+    message['tool_calls'] = [_check_call(*item) for item in enumerate(calls)]
+  _check_list('tool_responses', message.get('tool_responses') or [])
+  return message
+
+
+def _check_part(number: int, part: Any) -> dict[str, Any]:
+  if not isinstance(part, dict):
+    raise TemplateError(
+      f'part {number} of its content is {_kind(part)}; a part is '
+      '{"type": "text", "text": ...} or {"type": "image"}.'
+    )
+  part = {k: v for k, v in part.items() if v is not None}
+  type_ = part.get('type', 'text' if 'text' in part else None)
+  if type_ in _PICTURE_PARTS:
+    # Templates look at the names alone; a value may be the picture itself.
+    return {**dict.fromkeys(part, ''), 'type': type_}
+  if type_ not in _TEXT_PARTS:
+    raise TemplateError(
+      f'part {number} of its content has the type {type_!r}; types are '
+      f'{", ".join((*_TEXT_PARTS, *_PICTURE_PARTS))}.'
+    )
+  text = part.get('text', '')
+  if not isinstance(text, str):
+    raise TemplateError(
+      f'the text of part {number} of its content is {_kind(text)}.'
+    )
+  return {**part, 'type': 'text', 'text': text}
+
+
+def _kind(value: Any) -> str:
+  """What a value is called where JSON has it."""
+  names = {str: 'text', bool: 'a boolean', int: 'a number', float: 'a number'}
+  names |= {dict: 'an object', list: 'a list', type(None): 'null'}
+  return names.get(type(value), f'a {type(value).__name__}')
+
+
+def _check_list(name: str, value: Any) -> None:
+  if not isinstance(value, (list, tuple)) or not all(
+    isinstance(item, dict) for item in value
+  ):
+    raise TemplateError(f'its {name} are no list of objects.')
+
+
+def _check_call(number: int, call: dict[str, Any]) -> dict[str, Any]:
+  function = call.get('function')
+  if not isinstance(function, dict) or not isinstance(
+    function.get('name'), str
+  ):
+    raise TemplateError(
+      f'call {number} of its tool_calls has no name; a call is '
+      '{"function": {"name": ..., "arguments": {...}}}.'
+    )
+  return {**call, 'function': {'arguments': None, **function}}

@@ -1,0 +1,226 @@
+"""A line of JSON to a document: what it is, is told by its keys.
+
+  {"text": ...}                          a text
+  {"prompt": ..., "response": ...}       a prompt and what is to be written;
+                                         also "completion", and both may be
+                                         lists of messages
+  {"messages": [...], "tools": [...]}    a chat, and what it could call
+  {"conversations": [{"from": ..., "value": ...}]}  the same (ShareGPT)
+  {"instruction": ..., "input": ..., "output": ...}  a chat of two messages,
+                                         the input after an empty line (Alpaca)
+
+and, if it likes, a "split" of "train" or "heldout". A chat may have its
+"system" message and its tools beside it. See `messages` for what is in one.
+"""
+
+from typing import Any
+from typing import NamedTuple
+
+from diffusiongemma.training import messages as chats
+from diffusiongemma.training.messages import DataError
+
+
+class Document(NamedTuple):
+  """One text, or a response to a prompt, or a chat.
+
+  Attributes:
+    text: what is to be learnt; empty in a chat, where the template writes it.
+    origin: where it came from, for messages.
+    split: 'train', 'heldout' or '' (not said).
+    prompt: what the text answers; None where it stands alone.
+    messages: the chat.
+    targets: indices of the messages that are learnt.
+    tools: what could be called in the chat.
+    unread: what of the line was left out.
+  """
+
+  text: str
+  origin: str
+  split: str = ''
+  prompt: str | None = None
+  messages: tuple[dict[str, Any], ...] = ()
+  targets: tuple[int, ...] = ()
+  tools: tuple[dict[str, Any], ...] = ()
+  unread: tuple[str, ...] = ()
+
+  @property
+  def stands_alone(self) -> bool:
+    """Whether any part of it may be the prompt of the rest."""
+    return self.prompt is None and not self.messages
+
+
+# Keys that tell a format, and those that may come with them.
+FORMATS = {
+  'text': (('text',), ()),
+  'prompt': (('prompt', 'response', 'completion'), ('tools', 'system')),
+  'messages': (('messages',), ('tools', 'functions', 'system')),
+  'conversations': (('conversations',), ('tools', 'functions', 'system')),
+  'instruction': (('instruction', 'output'), ('input', 'system')),
+}
+SIGNS = {sign: kind for kind, (signs, _) in FORMATS.items() for sign in signs}
+EXAMPLES = (
+  '{"text": ...}, {"prompt": ..., "response": ...}, {"messages": [...]}, '
+  '{"conversations": [...]} or {"instruction": ..., "output": ...}'
+)
+# What changes what is learnt: here in other formats, or elsewhere.
+REFUSED = (
+  *('input', 'system', 'tools', 'functions', 'history', *chats.FLAGS),
+  *('chosen', 'rejected', 'label', 'labels', 'input_ids', 'loss_mask'),
+  *('documents', 'suffix', 'reasoning', 'thinking', 'enable_thinking'),
+  *('chat_template', 'chat_template_kwargs'),
+)
+
+
+def read_record(record: Any, origin: str) -> Document:
+  """What a line has to teach; see the top of this file. Raises `DataError`."""
+  if not isinstance(record, dict):
+    raise DataError(f'{origin} is not an object: {{"text": ...}}.')
+  record = chats.without_nulls(record)
+  split = record.pop('split', '')
+  if split not in ('', 'train', 'heldout'):
+    raise DataError(f'{origin}: split {split!r} is neither train nor heldout.')
+  found = [key for key in record if key in SIGNS]
+  kinds = {SIGNS[key] for key in found}
+  if len(kinds) > 1:
+    raise DataError(
+      f'{origin} is of {len(kinds)} formats; keep one of '
+      f'{", ".join(map(repr, found))}.'
+    )
+  if not kinds:
+    chats.unread_keys(record, tuple(SIGNS), (), origin)
+    raise DataError(f'{origin} is none of {EXAMPLES}.')
+  (kind,) = kinds
+  signs, beside = FORMATS[kind]
+  # Beside a text may stand what is about it.
+  refused = chats.FLAGS if kind == 'text' else REFUSED
+  known = (*signs, *beside, 'split')
+  unread = chats.unread_keys(record, known, refused, origin)
+  document = READERS[kind](record, origin)
+  keys = tuple(f'the key {key!r}' for key in unread)
+  return document._replace(split=split, unread=keys + document.unread)
+
+
+def _read_text(record, origin):
+  return Document(_string(record, 'text', origin), origin)
+
+
+def _read_prompt(record, origin):
+  if 'response' in record and 'completion' in record:
+    raise DataError(f'{origin} has both a response and a completion.')
+  name = 'completion' if 'completion' in record else 'response'
+  prompt, response = record.get('prompt'), record.get(name)
+  if isinstance(prompt, list) and isinstance(response, list):
+    return _read_chat(record, prompt + response, origin, len(prompt))
+  prompt, response = (_string(record, n, origin) for n in ('prompt', name))
+  if not response:
+    raise DataError(f'{origin}: the {name} is empty.')
+  for key in ('system', 'tools'):
+    if record.get(key):
+      raise DataError(
+        f'{origin}: {key!r} is for chats; give the prompt and the {name} as '
+        'messages.'
+      )
+  return Document(response, origin, prompt=prompt)
+
+
+def _read_messages(record, origin):
+  return _read_chat(record, record['messages'], origin)
+
+
+def _read_conversations(record, origin):
+  return _read_chat(record, record['conversations'], origin)
+
+
+def _read_instruction(record, origin):
+  asked, said = (
+    _string(record, name, origin) for name in ('instruction', 'output')
+  )
+  if record.get('input', '') != '':
+    asked = f'{asked}\n\n{_string(record, "input", origin)}'
+  turns = [('user', asked), ('assistant', said)]
+  return _read_chat(
+    record, [{'role': r, 'content': c} for r, c in turns], origin
+  )
+
+
+def _read_chat(record, given, origin, num_before=0):
+  """A chat; its first messages are not learnt, whatever they say."""
+  if not isinstance(given, list):
+    raise DataError(
+      f'{origin}: messages are a list of {{"role": ..., "content": ...}}.'
+    )
+  read = [
+    chats.read_message(message, f'{origin}, message {number}')
+    for number, message in enumerate(given, 1)
+  ]
+  if record.get('system'):
+    system = {'role': 'system', 'content': _string(record, 'system', origin)}
+    if read and read[0].message['role'] in ('system', 'developer'):
+      raise DataError(f'{origin} has two system messages.')
+    read.insert(0, chats.Message(system, is_learnt=False))
+    num_before += 1
+  messages = _pair_results([m.message for m in read])
+  tools = [record[key] for key in ('tools', 'functions') if record.get(key)]
+  if len(tools) > 1:
+    raise DataError(f'{origin} has both tools and functions.')
+  targets = [i for i, m in enumerate(read) if m.is_learnt and i >= num_before]
+  if not targets:
+    raise DataError(f'{origin}: there is no message of the assistant to learn.')
+  return Document(
+    '',
+    origin,
+    messages=tuple(messages),
+    targets=tuple(targets),
+    tools=tuple(chats.read_tools(tools[0], origin) if tools else ()),
+    unread=tuple(
+      f'the key {key!r} of messages' for m in read for key in m.unread
+    ),
+  )
+
+
+def _pair_results(messages):
+  """The messages, in which a result that doesn't say which call it answers
+  answers the first that waits for one, of its name if it has one.
+
+  Templates find the call by its id, and several without one are all the same.
+  """
+  paired, waiting = [], []
+  for number, message in enumerate(messages):
+    if message['role'] == 'tool':
+      key = 'tool_call_id' if 'tool_call_id' in message else 'name'
+      fitting = waiting
+      if key in message:
+        fitting = [call for call in waiting if call[key] == message[key]]
+      if fitting:
+        call_id = fitting[0]['tool_call_id']
+        waiting = [call for call in waiting if call is not fitting[0]]
+        message = {**message, 'tool_call_id': call_id} if call_id else message
+    elif calls := message.get('tool_calls', []):
+      if len(calls) > 1:
+        calls = [
+          {'id': f'call_{number}_{i}', **call} for i, call in enumerate(calls)
+        ]
+        message = {**message, 'tool_calls': calls}
+      waiting = [
+        {'tool_call_id': call.get('id'), 'name': call['function']['name']}
+        for call in calls
+      ]
+    else:
+      waiting = []
+    paired.append(message)
+  return paired
+
+
+def _string(record, name, origin):
+  if not isinstance(record.get(name), str):
+    raise DataError(f'{origin} has no {name!r} that is text.')
+  return record[name]
+
+
+READERS = {
+  'text': _read_text,
+  'prompt': _read_prompt,
+  'messages': _read_messages,
+  'conversations': _read_conversations,
+  'instruction': _read_instruction,
+}
