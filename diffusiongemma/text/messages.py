@@ -150,4 +150,6 @@ def _check_call(number: int, call: dict[str, Any]) -> dict[str, Any]:
       f'call {number} of its tool_calls has no name; a call is '
       '{"function": {"name": ..., "arguments": {...}}}.'
     )
-  return {**call, 'function': {'arguments': None, **function}}
+  # Where it is, so that templates which write all of it keep its order.
+  arguments = function.get('arguments')
+  return {**call, 'function': {**function, 'arguments': arguments}}

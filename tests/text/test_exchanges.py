@@ -257,7 +257,12 @@ def test_targets_inside_one_turn(chat_tokenizer, targets, expected):
     (
       DEFAULT,
       [user(), result('lost'), assistant('a')],
-      "leaves out message 2, of role 'tool'",
+      r'Message 1 \(tool\): it answers no call',
+    ),
+    (
+      "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}",
+      [user(), {'role': 'system', 'content': 'lost'}, assistant('a')],
+      "leaves out message 2, of role 'system'",
     ),
     (
       '{{ messages | length }}{{ messages[-1].content }}',
