@@ -14,6 +14,7 @@ from typing import Any
 from typing import Literal
 
 from diffusiongemma import fields
+from diffusiongemma import paths
 from diffusiongemma.fields import ConfigError
 
 
@@ -339,6 +340,13 @@ def validate(config: Config) -> None:
       f'config.data.sequence_length = {data.sequence_length} must be longer '
       f'than config.diffusion.canvas_length = {diffusion.canvas_length}.'
     )
+  for name, path in (
+    ('data.path', data.path),
+    ('data.heldout_path', data.heldout_path),
+    ('data.tokenizer', data.tokenizer),
+    ('train.init_from', config.train.init_from),
+  ):
+    paths.local(path, f'config.{name}')
   for name, seed in (('data', data.seed), ('train', config.train.seed)):
     if seed >= 2**63:
       raise ConfigError(f'config.{name}.seed must be below 2^63.')

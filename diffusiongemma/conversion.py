@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusiongemma import config as configs
+from diffusiongemma import paths
 from diffusiongemma.checkpoints import CheckpointError
 from diffusiongemma.checkpoints import files
 from diffusiongemma.checkpoints import folder as folders
@@ -101,9 +102,11 @@ def convert(hf_dir: str, workdir: str) -> Config:
   """Makes a Hugging Face folder a working directory, `workdir`.
 
   Raises:
+    ConfigError: a path is not local.
     CheckpointError: `hf_dir` holds something else or is damaged, `workdir`
       exists, or there is no room. No `workdir` is left behind.
   """
+  hf_dir, workdir = paths.local(hf_dir), paths.local(workdir)
   config = read_config(hf_dir)
   arrays, num_bytes = _arrays_of_folder(hf_dir, config)
   _make_run(workdir, config, hf_dir, arrays, num_bytes, 'convert')
@@ -124,6 +127,7 @@ def quantize(
     WorkdirError, CheckpointError: `source` is neither, or is damaged; `workdir`
       exists, or there is no room. No `workdir` is left behind.
   """
+  source, workdir = paths.local(source), paths.local(workdir)
   if quantization == QuantizationConfig(group_size=quantization.group_size):
     raise configs.ConfigError(
       'config.quantization leaves everything as it is: say '
@@ -243,10 +247,12 @@ def export(
   its class always has one.
 
   Raises:
+    ConfigError: a path is not local.
     WorkdirError: there is no run, or no checkpoint of it.
     CheckpointError: it is damaged, `hf_dir` exists, there is no room, or
       transformers has no such network. No `hf_dir` is left behind.
   """
+  workdir, hf_dir = paths.local(workdir), paths.local(hf_dir)
   config = workdirs.read_config(workdir)
   _check_not_quantized(config, workdir)
   zeros = {}
@@ -314,7 +320,8 @@ def adopt(config: Config, workdir: str) -> Config:
   Raises:
     WorkdirError, CheckpointError: there is no network.
   """
-  folder = os.path.abspath(config.train.init_from)
+  folder = paths.local(config.train.init_from, 'config.train.init_from')
+  folder = os.path.abspath(folder)
   if workdirs.is_claimed(workdir):
     theirs = workdirs.read_config(workdir)
   elif is_huggingface(folder):
@@ -363,10 +370,12 @@ def load(
       an error. Hugging Face's files have none.
 
   Raises:
+    ConfigError: the path is not local.
     WorkdirError: there is nothing to load, or adapters were trained on other
       weights.
     CheckpointError: what is there is damaged or of another kind.
   """
+  path = paths.local(path)
   if not is_huggingface(path):
     config = config or workdirs.read_config(path)
     if not config.lora.rank:

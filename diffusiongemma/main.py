@@ -37,6 +37,7 @@ from diffusiongemma import checkpoints
 from diffusiongemma import config as configs
 from diffusiongemma import conversion
 from diffusiongemma import overrides as overrides_lib
+from diffusiongemma import paths
 from diffusiongemma import plan
 from diffusiongemma import processes
 from diffusiongemma import runtime
@@ -205,6 +206,7 @@ def main(argv: list[str]) -> None:
   try:
     overrides = overrides_lib.parse(argv[1:], list(flags.FLAGS))
     _check_flags()
+    _find_paths()
     processes.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     run = {
       'train': _train,
@@ -253,6 +255,16 @@ def _check_flags() -> None:
         f'--{name} is for --mode={", ".join(modes)}, not for '
         f'{_MODE.value}.{remedy}'
       )
+
+
+def _find_paths() -> None:
+  """Makes flags that are paths local ones. Raises `ConfigError`."""
+  for name in ('config', 'workdir', 'hf_dir', 'source', 'tools', 'trace'):
+    if flags.FLAGS[name].value:
+      path = paths.local(flags.FLAGS[name].value, f'--{name}')
+      flags.FLAGS[name].value = path
+  images = flags.FLAGS['image']
+  images.value = [paths.local(path, '--image') for path in images.value]
 
 
 def _fail(message: str, code: int) -> int:

@@ -15,6 +15,7 @@ an estimate that nothing real has yet been compared with.
 from collections.abc import Callable
 import dataclasses
 import functools
+import importlib.metadata
 import importlib.resources
 import math
 import os
@@ -28,6 +29,7 @@ from jax.experimental import topologies
 from jax.interpreters import partial_eval
 import jax.numpy as jnp
 from jax.sharding import Mesh
+import packaging.requirements
 
 from diffusiongemma import config as configs
 from diffusiongemma import hlo
@@ -239,6 +241,7 @@ def _devices(topology: str) -> tuple[str, list]:
         topology=f'{hosts}x{number // hosts}x1',
       )
     elif kind in CHIPS and re.fullmatch(r'\d+(x\d+)+', shape):
+      _check_libtpu()
       # There is no TPU here that could be asked about itself.
       os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
       description = topologies.get_topology_desc(
@@ -249,7 +252,7 @@ def _devices(topology: str) -> tuple[str, list]:
         f'There is no topology {topology!r}; there are v5e:4x4, v5p:4x4x4, '
         'v6e:8x8, tpu7x:4x4x4, h100, h200, h100x8, h100x16 and local.'
       )
-  except configs.ConfigError:
+  except (configs.ConfigError, PlanError):
     raise
   except Exception as error:  # Whatever a plugin that is not there may raise.
     raise PlanError(_why_not(error, topology)) from error
@@ -263,6 +266,30 @@ def _why_not(error: Exception, topology: str) -> str:
   return (
     f'{topology} cannot be compiled for here: {reason[:300]}\n'
     f"If the plugin is missing: pip install '.[{extra}]' where this project is."
+  )
+
+
+def _check_libtpu() -> None:
+  """Raises `PlanError` for a libtpu that is none of the versions that this jax
+  is made for: a newer one fails, or never ends, inside of the compiler."""
+  try:
+    installed = importlib.metadata.version('libtpu')
+  except importlib.metadata.PackageNotFoundError:
+    return
+  wanted = [
+    requirement
+    for requirement in map(
+      packaging.requirements.Requirement,
+      importlib.metadata.requires('jax') or (),
+    )
+    if requirement.name == 'libtpu'
+  ]
+  if all(installed in requirement.specifier for requirement in wanted):
+    return
+  raise PlanError(
+    f'libtpu {installed} is installed, and jax {jax.__version__} is made for '
+    f'libtpu{wanted[0].specifier}: '
+    f"pip install 'jax[tpu]=={jax.__version__}'."
   )
 
 

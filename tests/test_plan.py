@@ -315,3 +315,26 @@ def test_what_the_compiler_refuses_does_not_fit(one_layer, monkeypatch):
   with pytest.raises(plan.TooLarge, match='does not fit.*Used 20G of 16G'):
     plan.plan(one_layer, 'local')
   assert plan.nearest_fit(one_layer, 'local', 'train') is None
+
+
+def test_another_libtpu_is_named(monkeypatch):
+  """One that this jax is made for, one of another, none."""
+  versions = {'libtpu': '0.0.99'}
+  requires = ['numpy>=2.0', 'libtpu==0.0.42.*; extra == "tpu"']
+
+  def version(name):
+    if name not in versions:
+      raise plan.importlib.metadata.PackageNotFoundError(name)
+    return versions[name]
+
+  monkeypatch.setattr(plan.importlib.metadata, 'version', version)
+  monkeypatch.setattr(plan.importlib.metadata, 'requires', lambda _: requires)
+  with pytest.raises(plan.PlanError) as raised:
+    plan.plan(micro_config.get_config(), 'v5e:2x2', 'train')
+  told = str(raised.value)
+  assert 'libtpu 0.0.99 is installed' in told and '==0.0.42.*' in told
+  assert f"pip install 'jax[tpu]=={jax.__version__}'" in told
+  versions['libtpu'] = '0.0.42.1'
+  plan._check_libtpu()
+  versions.clear()
+  plan._check_libtpu()

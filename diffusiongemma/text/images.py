@@ -68,7 +68,8 @@ def load_image(source: Any) -> np.ndarray:
         f'{source.dtype} {list(source.shape)}.'
       )
   elif isinstance(source, (str, os.PathLike)):
-    name = repr(os.fspath(source))
+    source = os.path.expanduser(source)
+    name = repr(source)
     pixels = _read_file(source, name)
   elif isinstance(source, _pillow().Image):
     name = 'The Pillow image'

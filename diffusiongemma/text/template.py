@@ -11,6 +11,7 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import functools
+import itertools
 import json
 from typing import Any
 
@@ -43,8 +44,8 @@ def encode_chat(
   tools: Sequence[dict[str, Any]] = (),
   thinking: bool = False,
 ) -> list[int]:
-  """Token ids of a conversation up to where the model goes on, bos among them
-  where the template writes it.
+  """Token ids of a conversation up to where the model goes on. They begin with
+  one bos, whether the template writes it or not.
 
   Args:
     tokenizer: whose control tokens the template spells.
@@ -60,7 +61,9 @@ def encode_chat(
   """
   write, mark = make_writer(tokenizer, template, messages, tools)
   text = write(messages, generation_prompt=True, thinking=thinking)
-  return tokenizer.encode_template(text, mark)
+  ids = tokenizer.encode_template(text, mark)
+  is_bos = lambda token: token == tokenizer.bos_id
+  return [tokenizer.bos_id, *itertools.dropwhile(is_bos, ids)]
 
 
 def make_writer(

@@ -16,6 +16,8 @@ import re
 import sentencepiece
 import tokenizers as huggingface_tokenizers
 
+from diffusiongemma import paths
+
 ASSETS = pathlib.Path(__file__).parents[1] / 'assets'
 SHIPPED_MODEL = ASSETS / 'shakespeare.model'
 UNKNOWN = '\N{REPLACEMENT CHARACTER}'
@@ -206,7 +208,7 @@ class JsonTokenizer(Tokenizer):
 def load_tokenizer(path: str = '') -> Tokenizer:
   """The tokenizer in the file `path`; empty is the shipped one. Raises
   `TokenizerError`."""
-  file = pathlib.Path(path) if path else SHIPPED_MODEL
+  file = pathlib.Path(paths.local(path)) if path else SHIPPED_MODEL
   if not os.path.isfile(file):
     raise TokenizerError(f'No tokenizer at {str(file)!r}.')
   return make_tokenizer(file.read_bytes(), str(file))

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from diffusiongemma import paths
 from diffusiongemma.config import DataConfig
 from diffusiongemma.text import exchanges
 from diffusiongemma.text import template as templates
@@ -80,6 +81,7 @@ class Corpus(NamedTuple):
 
 def find_files(path: str) -> list[pathlib.Path]:
   """The text files of a file name, a folder (searched in depth) or a glob."""
+  path = paths.local(path)
   given = pathlib.Path(path)
   if given.is_file():
     if not given.name.endswith(SUFFIXES):

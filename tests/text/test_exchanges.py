@@ -260,7 +260,8 @@ def test_targets_inside_one_turn(chat_tokenizer, targets, expected):
       r'Message 1 \(tool\): it answers no call',
     ),
     (
-      "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}",
+      "{{ messages | rejectattr('role', 'equalto', 'system')"
+      " | map(attribute='content') | join }}",
       [user(), {'role': 'system', 'content': 'lost'}, assistant('a')],
       "leaves out message 2, of role 'system'",
     ),

@@ -1,0 +1,28 @@
+"""Names of files and folders as people write them: `~/runs/tiny`."""
+
+import os
+import re
+
+from diffusiongemma.fields import ConfigError
+
+# `pathlib` makes `gs:/bucket` of `gs://bucket`.
+_SCHEME = re.compile(r'[A-Za-z][A-Za-z0-9+.-]+:/')
+
+
+def local(path: str | os.PathLike, name: str = '') -> str:
+  """The path with `~` as the home folder.
+
+  Args:
+    path: a file, a folder or a pattern of them.
+    name: of the flag or field that has it, for the message.
+
+  Raises:
+    ConfigError: it is in a bucket or on the web.
+  """
+  path = os.fspath(path)
+  if _SCHEME.match(path):
+    raise ConfigError(
+      f'{f"{name}: " if name else ""}{path!r} is no local path, and no others '
+      'are supported: copy what is there to a disk, or mount it.'
+    )
+  return os.path.expanduser(path)
