@@ -275,7 +275,7 @@ def start_or_resume(
       donate_argnums=() if config.lora.rank else 0,
     )
     return init(params), iterator
-  iterator.set_state(_own_place(restored, share))
+  iterator.set_state(_own_place(config, restored, share))
   native.set_aside_after(manager, restored.step)
   state = train_state.from_items(
     restored.step, restored.params, restored.opt_state
@@ -284,18 +284,22 @@ def start_or_resume(
   return jax.device_put(state, where), iterator
 
 
-def _own_place(restored: native.Restored, share: sharding.Share) -> dict:
+def _own_place(
+  config: Config, restored: native.Restored, share: sharding.Share
+) -> dict:
   """The place in the data of this share of the batch.
 
   Raises:
-    CheckpointError: there were as many places as shares, and now there is
-      another number of them.
+    CheckpointError: each share packs its own rows, and there is another number
+      of them now.
   """
   places = restored.data['shares']
+  if not config.data.packing:
+    return places[0]  # That of every share, however many there are.
   if len(places) == share.count:
     return places[share.index]
   raise CheckpointError(
-    f'Step {restored.step} was saved by a job whose batches were read in '
+    f'Step {restored.step} was saved by a job whose batches were packed in '
     f'{len(places)} shares, each with its own place in the data; now there are '
     f'{share.count}. Go on with as many processes, or with a config.mesh that '
     'divides the batch among as many.'
