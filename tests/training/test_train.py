@@ -15,6 +15,7 @@ import disk
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from diffusiongemma import config as configs
@@ -668,6 +669,89 @@ def test_gradients_are_clipped_all_together():
   clipped = second_step((0.6, 0.8))
   np.testing.assert_allclose(second_step((60.0, 80.0)), clipped, rtol=1e-5)
   assert abs(second_step((0.3, 0.4))[0] / clipped[0] - 1) > 0.05
+
+
+HALF = functools.partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.bfloat16))
+
+
+@KINDS
+def test_steps_of_bfloat16_parameters_are_those_of_float32(kind):
+  """Also long after the gradients became a hundred times smaller, which a
+  second moment in bfloat16 never notices: it is changed by less than a half of
+  its last bit."""
+  rng = np.random.default_rng(0)
+  params = HALF({'w': rng.normal(size=(4, 6)), 'scale': rng.normal(size=3)})
+  rule = configs.OptimizerConfig(
+    kind=kind, b2=0.999, warmup_steps=0, schedule='constant', clip_norm=1e9
+  )
+  optimizer = optimizers.make_optimizer(configs.Config(optimizer=rule))
+  update = jax.jit(optimizer.update)
+
+  gradients = HALF(jax.tree.map(lambda x: 1 + x, params))
+  small = HALF(jax.tree.map(lambda x: 0.01 * (1 + x), params))
+
+  def run(params):
+    state = optimizer.init(params)
+    as_parameters = lambda tree: optax.tree.cast_like(tree, params)
+    for these, count in ((gradients, 100), (small, 300)):
+      for _ in range(count):
+        updates, state = update(as_parameters(these), state, params)
+    return updates, state
+
+  got, wanted = run(params), run(optimizers.to_float32(params))
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+    assert a.dtype == b.dtype != jnp.bfloat16
+    np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_a_norm_grows_over_many_leaves_in_bfloat16():
+  """That which is told and that by which gradients are clipped: a sum of
+  squares in bfloat16 stops at 256 times the smallest."""
+  params = {f'leaf_{i}': jnp.ones(1, jnp.bfloat16) for i in range(300)}
+  config = configs.Config(optimizer=configs.OptimizerConfig(b1=0.5))
+  optimizer = optimizers.make_optimizer(config)
+  state = train_state.TrainState(
+    params,
+    optimizer.init(params),
+    train_state.Health(*(jnp.zeros(()) for _ in range(3))),
+    jnp.zeros((), jnp.int32),
+  )
+  step = jax.jit(train_state.apply_gradients, static_argnums=(0, 1))
+  state, norm = step(config, optimizer, state, params, jnp.zeros(()))
+  np.testing.assert_allclose(norm, 300**0.5, rtol=1e-6)
+  (mean, *_) = (x for x in jax.tree.leaves(state.opt_state) if x.shape == (1,))
+  np.testing.assert_allclose(mean, 0.5 * 300**-0.5, rtol=1e-6)
+  kept = {leaf.dtype for leaf in jax.tree.leaves(state.params)}
+  assert kept == {jnp.dtype('bfloat16')}
+
+
+def test_a_running_mean_of_bfloat16_parameters_is_exact():
+  """What is added at each step is not rounded to their type."""
+  params = {'w': jnp.full(3, 1 + 2**-7, jnp.bfloat16)}
+  config = changed(configs.Config(), ema_decay=0.99)
+  still = optax.set_to_zero()
+  state = train_state.TrainState(
+    params,
+    still.init(params),
+    train_state.Health(*(jnp.zeros(()) for _ in range(3))),
+    jnp.zeros((), jnp.int32),
+    {'w': jnp.zeros(3)},
+  )
+  step = jax.jit(train_state.apply_gradients, static_argnums=(0, 1))
+  for _ in range(100):
+    state, _ = step(config, still, state, params, jnp.zeros(()))
+  wanted = (1 + 2**-7) * (1 - 0.99**100)
+  np.testing.assert_allclose(state.ema['w'], wanted, rtol=1e-5)
+
+
+def test_gradients_of_bfloat16_parameters_add_up_in_float32(config, rows):
+  """Those of the parts of a batch: a sum in bfloat16 loses the later ones."""
+  half = fields.override(config, 'model.param_dtype', 'bfloat16')
+  whole, _ = gradients(half, rows)
+  parts, _ = gradients(changed(half, accumulate_steps=8), rows)
+  for leaf in jax.tree.leaves(parts):
+    assert leaf.dtype == jnp.float32
+  assert_close(parts, optimizers.to_float32(whole), 0.02)
 
 
 def test_metrics_without_room_cost_no_run(tmp_path, caplog):
