@@ -7,9 +7,11 @@ With `config.lora`, what is learnt are adapters, and `base` what they adapt.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterator
 import contextlib
 import dataclasses
 import functools
+import itertools
 import signal
 
 import grain
@@ -54,6 +56,7 @@ class Job:
     manager: of the checkpoints.
     writer, progress, watch: where its numbers go, and its time.
     received: the signals to stop, as they come.
+    questions: counts how often `must_stop` was asked.
   """
 
   config: Config
@@ -68,6 +71,11 @@ class Job:
   progress: metrics_lib.Progress
   watch: metrics_lib.Stopwatch
   received: list[int]
+  questions: Iterator[int]
+
+
+class _StoppedError(Exception):
+  """A signal has come while a network was evaluated."""
 
 
 @contextlib.contextmanager
@@ -205,6 +213,7 @@ def _train_on(mesh, share, config, workdir, load_base, until_done) -> int:
         progress=progress,
         watch=watch,
         received=received,
+        questions=itertools.count(1),
       )
       saved = run_steps(job, state)
   if received:
@@ -370,8 +379,7 @@ def run_steps(job: Job, state: train_state.TrainState) -> bool:
     state, metrics = job.train_step(state, batch, job.base)
     step += 1
     saved = False
-    if processes.is_preempted(step):
-      job.received.append(signal.SIGTERM)
+    must_stop(job)
     if pending is not None:
       record(pending)
     pending = (step, metrics)
@@ -382,9 +390,8 @@ def run_steps(job: Job, state: train_state.TrainState) -> bool:
       with job.watch.spent_on('checkpoints'):
         saved = save(job, state, step)
       unsaved = schedule.stops_when_unsaved and not saved
-    # There may be little time left to save.
-    if job.received and step < schedule.steps:
-      break
+    if job.received:
+      break  # There may be little time left to save.
     learnt = state.params if state.ema is None else state.ema
     with job.watch.spent_on('evaluation'):
       params = train_state.network_params(config, learnt, job.base)
@@ -425,12 +432,36 @@ def save(job: Job, state: train_state.TrainState, step: int) -> bool:
   return True
 
 
+def must_stop(job: Job) -> bool:
+  """Whether a signal has come. All processes ask this at the same places."""
+  if processes.is_preempted(next(job.questions)):
+    job.received.append(signal.SIGTERM)
+  return bool(job.received)
+
+
 def report_quality(job: Job, step: int, params: dict) -> None:
-  """Held-out losses and a sample, at the steps at which they are due."""
+  """Held-out losses and a sample, at the steps at which they are due; ends
+  early when a signal has come."""
+
+  def stop_if_asked(*unused):
+    if must_stop(job):
+      raise _StoppedError
+
+  with contextlib.suppress(_StoppedError):
+    _report_quality(job, step, params, stop_if_asked)
+
+
+def _report_quality(job, step, params, stop_if_asked) -> None:
+  """`report_quality`, which `stop_if_asked` may end."""
   config, train, progress = job.config, job.config.train, job.progress
   if step % train.evaluate_every == 0 or step == train.steps:
     numbers = evaluate.quick(
-      config, params, job.corpus, train.evaluate_batches, EVALUATION_NOISE
+      config,
+      params,
+      job.corpus,
+      train.evaluate_batches,
+      EVALUATION_NOISE,
+      stop_if_asked,
     )
     job.writer.write(step, numbers)
     line = f'held out: AR {numbers["heldout_loss_ar"]:.3f} nats a token'
@@ -449,6 +480,8 @@ def report_quality(job: Job, step: int, params: dict) -> None:
       [_sample_prompt(config, job.tokenizer)],
       jax.random.key(train.seed),
       config.diffusion.canvas_length,
+      # Several processes write the canvas, which is short, in one program.
+      on_step=stop_if_asked if jax.process_count() == 1 else None,
     )
     text = train.sample_prompt + job.tokenizer.decode(written.tokens)
     job.writer.write_text(step, text)

@@ -153,7 +153,13 @@ def test_killed_and_gone_on_with_ends_bit_equal(straight, tmp_path):
 
 
 def test_sigterm_to_one_stops_both_after_a_save(tmp_path):
-  started = start_two(tmp_path, '--config.train.steps=100000')
+  """At a step, or at a batch of an evaluation."""
+  started = start_two(
+    tmp_path,
+    '--config.train.steps=100000',
+    '--config.train.evaluate_every=1',
+    '--config.train.evaluate_batches=9',
+  )
   wait_for_step(tmp_path, 2, started)
   started[1].send_signal(signal.SIGTERM)
   first, _ = finish(started, 143, 143)

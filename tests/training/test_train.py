@@ -24,9 +24,11 @@ from diffusiongemma.checkpoints import digest as digest_lib
 from diffusiongemma.checkpoints import native
 from diffusiongemma.diffusion import loss
 from diffusiongemma.text import generate
+from diffusiongemma.training import evaluate
 from diffusiongemma.training import metrics
 from diffusiongemma.training import optimizer as optimizers
 from diffusiongemma.training import step as steps
+from diffusiongemma.training import train
 from diffusiongemma.training import train_state
 from diffusiongemma.training import workdir as workdirs
 
@@ -129,6 +131,38 @@ def test_signals_save_first(straight, tmp_path, number):
   assert 10 <= stopped_at < 60
   finish(start(tmp_path))
   assert_bit_equal(straight[0], tmp_path)
+
+
+@pytest.mark.parametrize(
+  ('module', 'slow', 'calls'),
+  [
+    (evaluate, '_ar_nats', 2),
+    (evaluate, '_denoise_sums', 3),
+    (generate, 'write_step', 2),
+  ],
+)
+def test_a_signal_ends_an_evaluation_at_once(
+  config, tmp_path, monkeypatch, module, slow, calls
+):
+  """Of many batches or denoising steps, none is begun after it, and what is
+  learnt is saved."""
+  count, compute = 0, getattr(module, slow)
+
+  def stop_here(*arguments):
+    nonlocal count
+    count += 1
+    if count == calls:
+      signal.raise_signal(signal.SIGTERM)
+    return compute(*arguments)
+
+  monkeypatch.setattr(module, slow, stop_here)
+  train_config = dataclasses.replace(
+    config.train, steps=4, evaluate_every=2, evaluate_batches=9, sample_every=2
+  )
+  config = dataclasses.replace(config, train=train_config)
+  assert train.train(config, str(tmp_path)) == 128 + signal.SIGTERM
+  assert count == calls
+  assert workdirs.load(str(tmp_path)).step == 2
 
 
 def test_damaged_newest_checkpoint_is_not_resumed_from(straight, tmp_path):
