@@ -10,6 +10,7 @@ from `DataConfig.seed` and the position in the order, so the iterator's state is
 small and a resumed run reads on where it stopped.
 """
 
+import hashlib
 import itertools
 from typing import NamedTuple
 
@@ -183,6 +184,34 @@ def make_dataset(
     seed=data.seed,
   )
   return packed.map(row).batch(size)
+
+
+class Description(NamedTuple):
+  """What tells examples, in their order, from others.
+
+  Attributes:
+    examples, tokens: how many there are.
+    digest: of their tokens and of what of them is learnt.
+  """
+
+  examples: int
+  tokens: int
+  digest: str
+
+  def __str__(self) -> str:
+    examples = 'example' if self.examples == 1 else 'examples'
+    return f'{self.examples:,} {examples} of {self.tokens:,} tokens'
+
+
+def describe(examples: list[Example]) -> Description:
+  """See `Description`."""
+  digest = hashlib.blake2b(digest_size=16)
+  for example in examples:
+    size, prompt_length = len(example.tokens), example.prompt_length
+    digest.update(f'{size} {prompt_length} {example.num_targets} '.encode())
+    digest.update(np.ascontiguousarray(example.tokens, np.int32))
+  size = sum(len(example.tokens) for example in examples)
+  return Description(len(examples), size, digest.hexdigest())
 
 
 def abstract_batch(data: DataConfig, canvas_length: int) -> dict:

@@ -33,6 +33,7 @@ from diffusiongemma.training import corpus as corpora
 from diffusiongemma.training import data
 from diffusiongemma.training import evaluate
 from diffusiongemma.training import metrics as metrics_lib
+from diffusiongemma.training import optimizer as optimizers
 from diffusiongemma.training import step as steps
 from diffusiongemma.training import train_state
 from diffusiongemma.training import workdir as workdirs
@@ -50,6 +51,7 @@ class Job:
 
   Attributes:
     config, tokenizer, corpus: what is learnt, and from what.
+    text: describes the corpus.
     train_step: (state, batch, base) -> (state, metrics).
     base: the parameters that adapters adapt, None without.
     iterator: of batches, `share` of each.
@@ -62,6 +64,7 @@ class Job:
   config: Config
   tokenizer: Tokenizer
   corpus: corpora.Corpus
+  text: dict[str, data.Description]
   train_step: Callable
   base: dict | None
   iterator: grain.DatasetIterator
@@ -123,7 +126,8 @@ def train(
     signal n stopped the run after a save.
 
   Raises:
-    ConfigError, DataError, WorkdirError: nothing was written.
+    ConfigError, DataError, WorkdirError: nothing was written. One of them is
+      that the run can't go on with another value, or with other examples.
     CheckpointError: there are checkpoints, and all of them are damaged, or
       what the run starts from is.
     TrainingError: too many bad steps in a row; the last good state is saved.
@@ -184,10 +188,17 @@ def _train_on(mesh, share, config, workdir, load_base, until_done) -> int:
         workdirs.check_base(workdir, base, note=is_fresh)
         base = train_state.with_configured_types(config, base)
         load_base = lambda: base
-      state, iterator = start_or_resume(
-        config, manager, corpus, tokenizer, abstract, share, load_base
+      text = {
+        'train': data.describe(corpus.train),
+        'heldout': data.describe(corpus.heldout),
+      }
+      state, iterator, text_before = start_or_resume(
+        config, manager, corpus, text, tokenizer, abstract, share, load_base
       )
       step = int(state.step)
+      before = config
+      if processes.is_first():
+        before = workdirs.go_on(workdir, config, step)
     with (
       contextlib.closing(
         metrics_lib.MetricsWriter(workdir, step, processes.is_first())
@@ -198,12 +209,17 @@ def _train_on(mesh, share, config, workdir, load_base, until_done) -> int:
     ):
       if step:
         progress.print(f'Going on from step {step}.')
-      for line in told_at_start(config):
+      for line in (
+        *told_of_changes(before, config, step),
+        *told_of_text(before, config, text_before, text),
+        *told_at_start(config),
+      ):
         progress.print(line)
       job = Job(
         config=config,
         tokenizer=tokenizer,
         corpus=corpus,
+        text=text,
         train_step=train_step,
         base=base,
         iterator=iterator,
@@ -256,16 +272,70 @@ def told_at_start(config: Config) -> list[str]:
   return lines
 
 
+def told_of_changes(before: Config, config: Config, step: int) -> list[str]:
+  """What a run goes on with other values of, and what follows from them."""
+  lines = [
+    f'{name}: {old!r} before, {new!r} from here on.'
+    for name, old, new in workdirs.differences(before, config)
+  ]
+  was, now = (
+    float(optimizers.make_schedule(c.optimizer, c.train.steps)(step))
+    for c in (before, config)
+  )
+  if was != now:
+    lines.append(
+      f'The learning rate goes on at {now:.3g}, where it would have been '
+      f'{was:.3g}.'
+    )
+  return lines
+
+
+def told_of_text(
+  before: Config,
+  config: Config,
+  text_before: dict[str, data.Description] | None,
+  text: dict[str, data.Description],
+) -> list[str]:
+  """What is to be known of the text that a run goes on with, if its last
+  checkpoint describes (or might describe) another one."""
+  changed = [name for name, *_ in workdirs.differences(before, config)]
+  if text_before is None:
+    if any(name.startswith('config.data.') for name in changed):
+      return [
+        'The checkpoints do not say what examples they have learnt from: see '
+        'to it that these are the same, in the same order.'
+      ]
+    return []
+  was, now = text_before['heldout'], text['heldout']
+  if was == now:
+    return []
+  return [
+    f'The held-out text is another one: {was} before, {now} now. Losses on it '
+    'do not compare with those before.'
+  ]
+
+
 def start_or_resume(
   config: Config,
   manager: ocp.CheckpointManager,
   corpus: corpora.Corpus,
+  text: dict[str, data.Description],
   tokenizer: Tokenizer,
   abstract: train_state.TrainState,
   share: sharding.Share,
   load_base: Callable[[], dict],
-) -> tuple[train_state.TrainState, grain.DatasetIterator]:
-  """The first state and iterator, or those of the newest whole checkpoint."""
+) -> tuple[
+  train_state.TrainState,
+  grain.DatasetIterator,
+  dict[str, data.Description] | None,
+]:
+  """The first state and iterator, or those of the newest whole checkpoint, and
+  the text that it describes, if it does.
+
+  Raises:
+    DataError: the run has learnt from other examples than there are now.
+    ConfigError: it has done more steps than it is to do.
+  """
   dataset = data.make_dataset(
     corpus.train,
     config.data,
@@ -283,14 +353,42 @@ def start_or_resume(
       # A base is needed later on.
       donate_argnums=() if config.lora.rank else 0,
     )
-    return init(params), iterator
+    return init(params), iterator, None
+  text_before = _check_goes_on(config, restored, text)
   iterator.set_state(_own_place(config, restored, share))
   native.set_aside_after(manager, restored.step)
   state = train_state.from_items(
     restored.step, restored.params, restored.opt_state
   )
   where = jax.tree.map(lambda x: x.sharding, abstract)
-  return jax.device_put(state, where), iterator
+  return jax.device_put(state, where), iterator, text_before
+
+
+def _check_goes_on(
+  config: Config, restored: native.Restored, text: dict[str, data.Description]
+) -> dict[str, data.Description] | None:
+  """The text that a checkpoint describes, if it does. Raises as
+  `start_or_resume`."""
+  step, steps = restored.step, config.train.steps
+  if step > steps:
+    raise configs.ConfigError(
+      f'config.train.steps = {steps}, but the run has done {step} steps '
+      'already. Give more to go on.'
+    )
+  if 'text' not in restored.data:
+    return None
+  described = restored.data['text']
+  before = {name: data.Description(*x) for name, x in described.items()}
+  was, now = before['train'], text['train']
+  if was != now:
+    others = '' if str(was) != str(now) else ', not the same ones'
+    raise corpora.DataError(
+      f'Up to step {step} the run has learnt from {was}; config.data now has '
+      f'{now}{others}. Its place in the order of the data means nothing here. '
+      'Give it the text that it had, or learn from this one in another '
+      '--workdir, where config.train.init_from names this run.'
+    )
+  return before
 
 
 def _own_place(
@@ -419,9 +517,10 @@ def save(job: Job, state: train_state.TrainState, step: int) -> bool:
   try:
     own = (share.index, job.iterator.get_state())
     places = dict(processes.gather_json(own))
-    places = {'shares': [places[i] for i in range(share.count)]}
+    place = {'shares': [places[i] for i in range(share.count)]}
+    place['text'] = {name: list(x) for name, x in job.text.items()}
     items = train_state.to_items(state)
-    native.save(manager, step, *items, places, job.config)
+    native.save(manager, step, *items, place, job.config)
   except LeftAloneError:
     raise
   except CheckpointError as error:

@@ -175,6 +175,26 @@ def test_heldout_windows_predict_every_token_once(length):
     assert at_start or first >= length // 2 - 1, 'too little context'
 
 
+def test_a_description_tells_examples_from_others():
+  """Of other tokens, in another order, divided otherwise, or of which another
+  part is learnt."""
+  a, b = corpus.Example(np.arange(9)), corpus.Example(np.arange(5), 2, 3)
+  described = data.describe([a, b])
+  assert described == data.describe([a, b]) and described[:2] == (2, 14)
+  assert str(described) == '2 examples of 14 tokens'
+  for others in (
+    [b, a],
+    [a],
+    [a._replace(tokens=np.arange(8)), b],
+    [a._replace(tokens=a.tokens + (a.tokens == 4)), b],
+    [a, b._replace(prompt_length=3)],
+    [a, b._replace(prompt_length=None)],
+    [a, b._replace(num_targets=2)],
+    [corpus.Example(x) for x in (np.arange(5), np.arange(9))],
+  ):
+    assert data.describe(others) != described
+
+
 RESPONSES = [
   corpus.fill_canvases([50, 51], [60 + i] * i + [1], 32, C, 1)
   for i in (3, 8, 40)

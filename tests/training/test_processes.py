@@ -150,6 +150,8 @@ def test_killed_and_gone_on_with_ends_bit_equal(straight, tmp_path):
   assert started[0].returncode in (1, -signal.SIGABRT)
   finish(start_two(tmp_path, '--config.train.steps=8'), 0, 0)
   assert digests(tmp_path, 8) == digests(straight, 8)
+  (line,) = (tmp_path / 'history.jsonl').read_text().splitlines()
+  assert json.loads(line)['field'] == 'config.train.log_every'
 
 
 def test_sigterm_to_one_stops_both_after_a_save(tmp_path):
