@@ -98,10 +98,11 @@ def gather_json(value: Any) -> list[Any]:
   return [json.loads(bytes(text[:length])) for text, length in pairs]
 
 
-def is_preempted(step: int) -> bool:
-  """Whether all are to stop after this step, because one got SIGTERM. To be
-  asked at every step."""
-  return multihost_utils.reached_preemption_sync_point(step)
+def is_preempted(count: int) -> bool:
+  """Whether all are to stop here, because one got SIGTERM. To be asked often,
+  and by all at the same places: `count` is 1 for the first question, 2 for the
+  second and so on."""
+  return multihost_utils.reached_preemption_sync_point(count)
 
 
 def leave(code: int) -> None:

@@ -8,6 +8,7 @@ with appearing('runs/new') as folder, progress('convert', size) as advance:
 from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
+import glob
 import os
 import shutil
 import tempfile
@@ -42,6 +43,16 @@ def replace_file(path: str | os.PathLike, content: bytes) -> None:
     with contextlib.suppress(OSError):
       os.remove(temporary)
     raise
+
+
+def remove_unfinished(path: str) -> None:
+  """Removes what `replace_file` has left beside `path` in processes that were
+  killed. To be called where no other process is replacing it."""
+  for left in glob.glob(f'{glob.escape(path)}.*.tmp'):
+    process = left.removeprefix(f'{path}.').removesuffix('.tmp')
+    if process.isdecimal():
+      with contextlib.suppress(OSError):
+        os.remove(left)
 
 
 @contextlib.contextmanager

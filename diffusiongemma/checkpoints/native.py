@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import pathlib
 import re
 import shutil
 import tempfile
@@ -64,6 +65,8 @@ def open_checkpoints(
   With `keep`, to write: the newest `keep` steps stay, and what an unfinished
   save has left is removed. Without, to read, also beside a run that writes.
   """
+  if keep is not None and processes.is_first():
+    _remove_claimed_room(directory)
   options = ocp.CheckpointManagerOptions(
     max_to_keep=keep,
     create=keep is not None,
@@ -229,12 +232,19 @@ def _check_room(directory: str, num_bytes: int) -> None:
   """
   if not os.path.isdir(directory):
     return  # Not a local folder.
-  descriptor, path = tempfile.mkstemp(prefix='room-', dir=directory)
-  try:
-    files.claim_room(descriptor, num_bytes)
-  finally:
-    os.close(descriptor)
-    os.remove(path)
+  # It has no name, so that it is gone with the process, however that ends.
+  with tempfile.TemporaryFile(dir=directory) as file:
+    files.claim_room(file.fileno(), num_bytes)
+
+
+def _remove_claimed_room(directory: str) -> None:
+  """Removes the files by which older versions claimed room: a process that was
+  killed meanwhile has left them, each as large as a checkpoint."""
+  for path in pathlib.Path(directory).glob('room-*'):
+    made_here = re.fullmatch('room-[a-z0-9_]{8}', path.name)
+    if made_here and path.is_file() and not path.is_symlink():
+      with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def restore_newest(

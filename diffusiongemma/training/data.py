@@ -2,14 +2,15 @@
 
   documents -> windows, each with a random split into prompt and canvases
   prompts with a response -> one piece each
-  pieces -> global shuffle -> this process's share of it -> rows -> batches
+  pieces -> global shuffle -> rows -> batches -> this process's share of each
 
 A row is a piece, or, with `packing`, as many pieces as fit, which don't see
-each other. Everything random follows from `DataConfig.seed` and the place in
-the order, so the iterator's state is small and a resumed run reads on where it
-stopped.
+each other; then the share is taken of the pieces. Everything random follows
+from `DataConfig.seed` and the position in the order, so the iterator's state is
+small and a resumed run reads on where it stopped.
 """
 
+import hashlib
 import itertools
 from typing import NamedTuple
 
@@ -113,6 +114,21 @@ class _Row(grain.transforms.Map):
     return {**row, 'length_B': np.int32(length)}
 
 
+def shuffle_for_ever(records: list, seed: int) -> grain.MapDataset:
+  """Epoch after epoch of the records, each in its own order."""
+  count = len(records)
+  shuffled = grain.MapDataset.source(records).seed(seed).shuffle()
+  endless = shuffled.repeat()
+  # Of 4^n + 1 records, n > 7, Grain 0.2.18 shows the first of an epoch again
+  # at its end, and never the last record. It takes its place there.
+  if count == 1 or shuffled[count - 1] != shuffled[0]:
+    return endless
+  last = records[-1]
+  return endless.map_with_index(
+    lambda index, record: last if (index + 1) % count == 0 else record
+  )
+
+
 def make_dataset(
   examples: list[Example],
   data: DataConfig,
@@ -125,7 +141,9 @@ def make_dataset(
   Every epoch visits each of the equal parts of a document once, as many as rows
   would hold, with its own window around it and its own split into prompt and
   canvases, and each prompt with a response once; in its own order. The shares
-  take turns over one global order.
+  of a batch, one after the other, are the batch that one process reads, and the
+  state of the iterator is the same for each; with packing, they take turns over
+  the global order of pieces, and each packs its own.
 
   Args:
     examples: what to learn from.
@@ -148,28 +166,52 @@ def make_dataset(
       parts = -(-size // (length - 1))
     bounds = [size * part // parts for part in range(parts + 1)]
     places += [(index, part) for part in itertools.pairwise(bounds)]
-  pieces = (
-    grain.MapDataset.source(places)
-    .seed(data.seed)
-    .shuffle()
-    .repeat()
-    .random_map(_Pieces(examples, length, canvas_length, tokenizer.bos_id))
-  )[share.index :: share.count]
+  pieces = shuffle_for_ever(places, data.seed).random_map(
+    _Pieces(examples, length, canvas_length, tokenizer.bos_id)
+  )
   row = _Row(length, canvas_length, tokenizer.pad_id)
   options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
   size = data.batch_size // share.count
   if not data.packing:
     # There is no remainder: rows are endless. Rounded up, their number, the
     # largest there is, would be larger still.
-    batches = pieces.map(row).batch(size, drop_remainder=True)
-    return batches.to_iter_dataset(options)
+    blocks = pieces.map(row).batch(size, drop_remainder=True)
+    return blocks[share.index :: share.count].to_iter_dataset(options)
   packed = grain.experimental.FirstFitPackIterDataset(
-    pieces.to_iter_dataset(options),
+    pieces[share.index :: share.count].to_iter_dataset(options),
     length_struct=dict.fromkeys(('tokens', 'targets', 'canvas'), length),
     num_packing_bins=PACKING_BINS,
     seed=data.seed,
   )
   return packed.map(row).batch(size)
+
+
+class Description(NamedTuple):
+  """What tells examples, in their order, from others.
+
+  Attributes:
+    examples, tokens: how many there are.
+    digest: of their tokens and of what of them is learnt.
+  """
+
+  examples: int
+  tokens: int
+  digest: str
+
+  def __str__(self) -> str:
+    examples = 'example' if self.examples == 1 else 'examples'
+    return f'{self.examples:,} {examples} of {self.tokens:,} tokens'
+
+
+def describe(examples: list[Example]) -> Description:
+  """See `Description`."""
+  digest = hashlib.blake2b(digest_size=16)
+  for example in examples:
+    size, prompt_length = len(example.tokens), example.prompt_length
+    digest.update(f'{size} {prompt_length} {example.num_targets} '.encode())
+    digest.update(np.ascontiguousarray(example.tokens, np.int32))
+  size = sum(len(example.tokens) for example in examples)
+  return Description(len(examples), size, digest.hexdigest())
 
 
 def abstract_batch(data: DataConfig, canvas_length: int) -> dict:

@@ -55,11 +55,15 @@ def _ar_nats(config, params, tokens_BS, length_B, mask_BS):
 
 
 def ar_nats_per_token(
-  config: Config, params: dict, windows: data.Windows
+  config: Config,
+  params: dict,
+  windows: data.Windows,
+  before_batch: Callable[[], None] = lambda: None,
 ) -> float:
   """Exact autoregressive loss over all targets of the windows."""
   total = 0.0
   for batch in _batches(windows, config.data.batch_size):
+    before_batch()
     total += float(_ar_nats(config, params, *batch))
   return total / windows.target_mask_MS.sum()
 
@@ -91,7 +95,11 @@ def _denoise_sums(config, params, tokens_BS, length_B, key, t):
 
 
 def denoise_nats_per_token(
-  config: Config, params: dict, windows: data.Windows, t: float
+  config: Config,
+  params: dict,
+  windows: data.Windows,
+  t: float,
+  before_batch: Callable[[], None] = lambda: None,
 ) -> DenoiseLoss:
   """Loss at noise level t in the last canvas of every window, first pass.
 
@@ -100,6 +108,7 @@ def denoise_nats_per_token(
   """
   totals = np.zeros((2, 2))
   for index, batch in enumerate(_batches(windows, config.data.batch_size)):
+    before_batch()
     key = jax.random.fold_in(jax.random.key(0), index)
     totals += np.array(_denoise_sums(config, params, *batch[:2], key, t))
   sums, counts = totals.T
@@ -173,15 +182,18 @@ def quick(
   corpus: corpora.Corpus,
   batches: int,
   t: float,
+  before_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-  """Losses in nats a token on a few windows spread over the held-out text."""
+  """Losses in nats a token on a few windows spread over the held-out text.
+  `before_batch` is called before each batch, and may raise to end it there."""
   windows = heldout_windows(config, corpus)
   count, size = len(windows.length_M), batches * config.data.batch_size
   chosen = np.unique(np.linspace(0, count - 1, size).astype(int))
   windows = windows.take(chosen)
-  numbers = {'heldout_loss_ar': ar_nats_per_token(config, params, windows)}
+  nats = ar_nats_per_token(config, params, windows, before_batch)
+  numbers = {'heldout_loss_ar': nats}
   if config.train.objective != 'ar':
-    denoise = denoise_nats_per_token(config, params, windows, t)
+    denoise = denoise_nats_per_token(config, params, windows, t, before_batch)
     numbers['heldout_loss_corrupted'] = denoise.corrupted
     numbers['heldout_loss_kept'] = denoise.kept
   return _known(numbers)

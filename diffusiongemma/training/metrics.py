@@ -18,7 +18,9 @@ from rich import progress as rich_progress
 
 from diffusiongemma.checkpoints import folder as folders
 
+METRICS = 'metrics.jsonl'
 BAD_STEPS = 'bad_steps.jsonl'  # Steps that were left out, and their data.
+FILES = (METRICS, BAD_STEPS)
 
 
 class MetricsWriter:
@@ -33,7 +35,7 @@ class MetricsWriter:
       return
     import tensorboardX  # Slow where there is torch, which it imports then.
 
-    self._path = pathlib.Path(workdir) / 'metrics.jsonl'
+    self._path = pathlib.Path(workdir) / METRICS
     self._bad_steps = pathlib.Path(workdir) / BAD_STEPS
     self._failed, self._events = False, None
     with self._telling_once():

@@ -176,6 +176,7 @@ def compute_gradients(
 
   def add_part(total, part):
     new = gradient_fn(params, *part)
+    new = optimizers.to_float32(new)
     return jax.tree.map(lambda a, b: a + b / parts, total, new), None
 
   split = jax.tree.map(
@@ -183,6 +184,6 @@ def compute_gradients(
   )
   first = jax.tree.map(lambda x: x[0], split)
   shapes = jax.eval_shape(gradient_fn, params, *first)
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)
   total, _ = jax.lax.scan(add_part, zeros, split)
   return total

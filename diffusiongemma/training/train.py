@@ -7,9 +7,11 @@ With `config.lora`, what is learnt are adapters, and `base` what they adapt.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterator
 import contextlib
 import dataclasses
 import functools
+import itertools
 import signal
 
 import grain
@@ -17,6 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from diffusiongemma import config as configs
+from diffusiongemma import paths
 from diffusiongemma import processes
 from diffusiongemma import sharding
 from diffusiongemma.checkpoints import CheckpointError
@@ -31,6 +34,7 @@ from diffusiongemma.training import corpus as corpora
 from diffusiongemma.training import data
 from diffusiongemma.training import evaluate
 from diffusiongemma.training import metrics as metrics_lib
+from diffusiongemma.training import optimizer as optimizers
 from diffusiongemma.training import step as steps
 from diffusiongemma.training import train_state
 from diffusiongemma.training import workdir as workdirs
@@ -48,17 +52,20 @@ class Job:
 
   Attributes:
     config, tokenizer, corpus: what is learnt, and from what.
+    text: describes the corpus.
     train_step: (state, batch, base) -> (state, metrics).
     base: the parameters that adapters adapt, None without.
     iterator: of batches, `share` of each.
     manager: of the checkpoints.
     writer, progress, watch: where its numbers go, and its time.
     received: the signals to stop, as they come.
+    questions: counts how often `must_stop` was asked.
   """
 
   config: Config
   tokenizer: Tokenizer
   corpus: corpora.Corpus
+  text: dict[str, data.Description]
   train_step: Callable
   base: dict | None
   iterator: grain.DatasetIterator
@@ -68,6 +75,11 @@ class Job:
   progress: metrics_lib.Progress
   watch: metrics_lib.Stopwatch
   received: list[int]
+  questions: Iterator[int]
+
+
+class _StoppedError(Exception):
+  """A signal has come while a network was evaluated."""
 
 
 @contextlib.contextmanager
@@ -115,12 +127,14 @@ def train(
     signal n stopped the run after a save.
 
   Raises:
-    ConfigError, DataError, WorkdirError: nothing was written.
+    ConfigError, DataError, WorkdirError: nothing was written. One of them is
+      that the run can't go on with another value, or with other examples.
     CheckpointError: there are checkpoints, and all of them are damaged, or
       what the run starts from is.
     TrainingError: too many bad steps in a row; the last good state is saved.
     LeftAloneError: this process could not save, and the others wait for it.
   """
+  workdir = paths.local(workdir)
   mesh = sharding.make_mesh(config.mesh)
   sharding.validate(config, tuple(mesh.shape.values()))
   share = sharding.share_of_batch(mesh)
@@ -176,10 +190,17 @@ def _train_on(mesh, share, config, workdir, load_base, until_done) -> int:
         workdirs.check_base(workdir, base, note=is_fresh)
         base = train_state.with_configured_types(config, base)
         load_base = lambda: base
-      state, iterator = start_or_resume(
-        config, manager, corpus, tokenizer, abstract, share, load_base
+      text = {
+        'train': data.describe(corpus.train),
+        'heldout': data.describe(corpus.heldout),
+      }
+      state, iterator, text_before = start_or_resume(
+        config, manager, corpus, text, tokenizer, abstract, share, load_base
       )
       step = int(state.step)
+      before = config
+      if processes.is_first():
+        before = workdirs.go_on(workdir, config, step)
     with (
       contextlib.closing(
         metrics_lib.MetricsWriter(workdir, step, processes.is_first())
@@ -190,12 +211,18 @@ def _train_on(mesh, share, config, workdir, load_base, until_done) -> int:
     ):
       if step:
         progress.print(f'Going on from step {step}.')
-      for line in (*told_at_start(config), *corpus.notes):
+      for line in (
+        *told_of_changes(before, config, step),
+        *told_of_text(before, config, text_before, text),
+        *told_at_start(config),
+        *corpus.notes,
+      ):
         progress.print(line)
       job = Job(
         config=config,
         tokenizer=tokenizer,
         corpus=corpus,
+        text=text,
         train_step=train_step,
         base=base,
         iterator=iterator,
@@ -205,6 +232,7 @@ def _train_on(mesh, share, config, workdir, load_base, until_done) -> int:
         progress=progress,
         watch=watch,
         received=received,
+        questions=itertools.count(1),
       )
       saved = run_steps(job, state)
   if received:
@@ -247,16 +275,70 @@ def told_at_start(config: Config) -> list[str]:
   return lines
 
 
+def told_of_changes(before: Config, config: Config, step: int) -> list[str]:
+  """What a run goes on with other values of, and what follows from them."""
+  lines = [
+    f'{name}: {old!r} before, {new!r} from here on.'
+    for name, old, new in workdirs.differences(before, config)
+  ]
+  was, now = (
+    float(optimizers.make_schedule(c.optimizer, c.train.steps)(step))
+    for c in (before, config)
+  )
+  if was != now:
+    lines.append(
+      f'The learning rate goes on at {now:.3g}, where it would have been '
+      f'{was:.3g}.'
+    )
+  return lines
+
+
+def told_of_text(
+  before: Config,
+  config: Config,
+  text_before: dict[str, data.Description] | None,
+  text: dict[str, data.Description],
+) -> list[str]:
+  """What is to be known of the text that a run goes on with, if its last
+  checkpoint describes (or might describe) another one."""
+  changed = [name for name, *_ in workdirs.differences(before, config)]
+  if text_before is None:
+    if any(name.startswith('config.data.') for name in changed):
+      return [
+        'The checkpoints do not say what examples they have learnt from: see '
+        'to it that these are the same, in the same order.'
+      ]
+    return []
+  was, now = text_before['heldout'], text['heldout']
+  if was == now:
+    return []
+  return [
+    f'The held-out text is another one: {was} before, {now} now. Losses on it '
+    'do not compare with those before.'
+  ]
+
+
 def start_or_resume(
   config: Config,
   manager: ocp.CheckpointManager,
   corpus: corpora.Corpus,
+  text: dict[str, data.Description],
   tokenizer: Tokenizer,
   abstract: train_state.TrainState,
   share: sharding.Share,
   load_base: Callable[[], dict],
-) -> tuple[train_state.TrainState, grain.DatasetIterator]:
-  """The first state and iterator, or those of the newest whole checkpoint."""
+) -> tuple[
+  train_state.TrainState,
+  grain.DatasetIterator,
+  dict[str, data.Description] | None,
+]:
+  """The first state and iterator, or those of the newest whole checkpoint, and
+  the text that it describes, if it does.
+
+  Raises:
+    DataError: the run has learnt from other examples than there are now.
+    ConfigError: it has done more steps than it is to do.
+  """
   dataset = data.make_dataset(
     corpus.train,
     config.data,
@@ -274,28 +356,60 @@ def start_or_resume(
       # A base is needed later on.
       donate_argnums=() if config.lora.rank else 0,
     )
-    return init(params), iterator
-  iterator.set_state(_own_place(restored, share))
+    return init(params), iterator, None
+  text_before = _check_goes_on(config, restored, text)
+  iterator.set_state(_own_place(config, restored, share))
   native.set_aside_after(manager, restored.step)
   state = train_state.from_items(
     restored.step, restored.params, restored.opt_state
   )
   where = jax.tree.map(lambda x: x.sharding, abstract)
-  return jax.device_put(state, where), iterator
+  return jax.device_put(state, where), iterator, text_before
 
 
-def _own_place(restored: native.Restored, share: sharding.Share) -> dict:
+def _check_goes_on(
+  config: Config, restored: native.Restored, text: dict[str, data.Description]
+) -> dict[str, data.Description] | None:
+  """The text that a checkpoint describes, if it does. Raises as
+  `start_or_resume`."""
+  step, steps = restored.step, config.train.steps
+  if step > steps:
+    raise configs.ConfigError(
+      f'config.train.steps = {steps}, but the run has done {step} steps '
+      'already. Give more to go on.'
+    )
+  if 'text' not in restored.data:
+    return None
+  described = restored.data['text']
+  before = {name: data.Description(*x) for name, x in described.items()}
+  was, now = before['train'], text['train']
+  if was != now:
+    others = '' if str(was) != str(now) else ', not the same ones'
+    raise corpora.DataError(
+      f'Up to step {step} the run has learnt from {was}; config.data now has '
+      f'{now}{others}. Its place in the order of the data means nothing here. '
+      'Give it the text that it had, or learn from this one in another '
+      '--workdir, where config.train.init_from names this run.'
+    )
+  return before
+
+
+def _own_place(
+  config: Config, restored: native.Restored, share: sharding.Share
+) -> dict:
   """The place in the data of this share of the batch.
 
   Raises:
-    CheckpointError: there were as many places as shares, and now there is
-      another number of them.
+    CheckpointError: each share packs its own rows, and there is another number
+      of them now.
   """
   places = restored.data['shares']
+  if not config.data.packing:
+    return places[0]  # That of every share, however many there are.
   if len(places) == share.count:
     return places[share.index]
   raise CheckpointError(
-    f'Step {restored.step} was saved by a job whose batches were read in '
+    f'Step {restored.step} was saved by a job whose batches were packed in '
     f'{len(places)} shares, each with its own place in the data; now there are '
     f'{share.count}. Go on with as many processes, or with a config.mesh that '
     'divides the batch among as many.'
@@ -366,8 +480,7 @@ def run_steps(job: Job, state: train_state.TrainState) -> bool:
     state, metrics = job.train_step(state, batch, job.base)
     step += 1
     saved = False
-    if processes.is_preempted(step):
-      job.received.append(signal.SIGTERM)
+    must_stop(job)
     if pending is not None:
       record(pending)
     pending = (step, metrics)
@@ -378,9 +491,8 @@ def run_steps(job: Job, state: train_state.TrainState) -> bool:
       with job.watch.spent_on('checkpoints'):
         saved = save(job, state, step)
       unsaved = schedule.stops_when_unsaved and not saved
-    # There may be little time left to save.
-    if job.received and step < schedule.steps:
-      break
+    if job.received:
+      break  # There may be little time left to save.
     learnt = state.params if state.ema is None else state.ema
     with job.watch.spent_on('evaluation'):
       params = train_state.network_params(config, learnt, job.base)
@@ -408,9 +520,10 @@ def save(job: Job, state: train_state.TrainState, step: int) -> bool:
   try:
     own = (share.index, job.iterator.get_state())
     places = dict(processes.gather_json(own))
-    places = {'shares': [places[i] for i in range(share.count)]}
+    place = {'shares': [places[i] for i in range(share.count)]}
+    place['text'] = {name: list(x) for name, x in job.text.items()}
     items = train_state.to_items(state)
-    native.save(manager, step, *items, places, job.config)
+    native.save(manager, step, *items, place, job.config)
   except LeftAloneError:
     raise
   except CheckpointError as error:
@@ -421,12 +534,36 @@ def save(job: Job, state: train_state.TrainState, step: int) -> bool:
   return True
 
 
+def must_stop(job: Job) -> bool:
+  """Whether a signal has come. All processes ask this at the same places."""
+  if processes.is_preempted(next(job.questions)):
+    job.received.append(signal.SIGTERM)
+  return bool(job.received)
+
+
 def report_quality(job: Job, step: int, params: dict) -> None:
-  """Held-out losses and a sample, at the steps at which they are due."""
+  """Held-out losses and a sample, at the steps at which they are due; ends
+  early when a signal has come."""
+
+  def stop_if_asked(*unused):
+    if must_stop(job):
+      raise _StoppedError
+
+  with contextlib.suppress(_StoppedError):
+    _report_quality(job, step, params, stop_if_asked)
+
+
+def _report_quality(job, step, params, stop_if_asked) -> None:
+  """`report_quality`, which `stop_if_asked` may end."""
   config, train, progress = job.config, job.config.train, job.progress
   if step % train.evaluate_every == 0 or step == train.steps:
     numbers = evaluate.quick(
-      config, params, job.corpus, train.evaluate_batches, EVALUATION_NOISE
+      config,
+      params,
+      job.corpus,
+      train.evaluate_batches,
+      EVALUATION_NOISE,
+      stop_if_asked,
     )
     job.writer.write(step, numbers)
     line = f'held out: AR {numbers["heldout_loss_ar"]:.3f} nats a token'
@@ -445,6 +582,8 @@ def report_quality(job: Job, step: int, params: dict) -> None:
       [_sample_prompt(config, job.tokenizer)],
       jax.random.key(train.seed),
       config.diffusion.canvas_length,
+      # Several processes write the canvas, which is short, in one program.
+      on_step=stop_if_asked if jax.process_count() == 1 else None,
     )
     text = train.sample_prompt + job.tokenizer.decode(written.tokens)
     job.writer.write_text(step, text)

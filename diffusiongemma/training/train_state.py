@@ -130,7 +130,7 @@ def apply_gradients(
   changes but the counts.
   """
   train, health = config.train, state.health
-  norm = optax.global_norm(gradients)
+  norm = optax.global_norm(optimizers.to_float32(gradients))
   good = jnp.isfinite(norm) & jnp.isfinite(loss)
   if train.spike_factor:
     known = health.mean_norm > 0
@@ -141,7 +141,9 @@ def apply_gradients(
   params = optax.apply_updates(state.params, updates)
   ema = state.ema
   if ema is not None:
-    ema = optax.incremental_update(params, ema, 1 - train.ema_decay)
+    ema = optax.incremental_update(
+      optimizers.to_float32(params), ema, 1 - train.ema_decay
+    )
   mean_norm = jnp.where(
     health.mean_norm > 0, 0.99 * health.mean_norm + 0.01 * norm, norm
   )

@@ -2,23 +2,27 @@
 
   WORKDIR/config.json  tokenizer.model  checkpoints/  metrics.jsonl  events...
   WORKDIR/config.json  huggingface/     checkpoints/           when converted
+  WORKDIR/history.jsonl  what the run has gone on with other values of
   WORKDIR/lock         held by the process that trains there
 
 `huggingface` has what came with a converted checkpoint: configs, tokenizer,
 chat template; what is trained from one takes it along. A folder belongs to one
-config: another is refused, field by field, and what is in it is enough to
-sample from it anywhere; of adapters, together with the weights they are for.
+run, which may go on with other values of `FREE_FIELDS` alone: others are
+refused, field by field. What is in it is enough to sample from it anywhere; of
+adapters, together with the weights they are for.
 """
 
 from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
 import dataclasses
+import datetime
 import fcntl
 import hashlib
 import json
 import os
 import pathlib
+from typing import Any
 from typing import NamedTuple
 
 from absl import logging
@@ -37,10 +41,22 @@ from diffusiongemma.checkpoints import native
 from diffusiongemma.config import Config
 from diffusiongemma.model import quantize
 from diffusiongemma.text import tokenizer as tokenizers
+from diffusiongemma.training import metrics
 from diffusiongemma.training import train_state
 
-# Fields that don't change what is learnt: a run may go on with other values.
+# What a run may go on with other values of.
 FREE_FIELDS = (
+  # How far it goes and how fast it learns: what was learnt stays as it is.
+  'config.train.steps',
+  'config.train.max_bad_steps',
+  'config.train.spike_factor',
+  'config.optimizer.peak_learning_rate',
+  'config.optimizer.schedule',
+  'config.optimizer.warmup_steps',
+  'config.optimizer.final_rate_fraction',
+  'config.optimizer.weight_decay',
+  'config.optimizer.clip_norm',
+  # What is told and kept of it.
   'config.train.log_every',
   'config.train.evaluate_every',
   'config.train.evaluate_batches',
@@ -49,14 +65,42 @@ FREE_FIELDS = (
   'config.train.checkpoint_every',
   'config.train.keep_checkpoints',
   'config.train.stops_when_unsaved',
+  # How its samples are written.
+  'config.diffusion.max_denoising_steps',
+  'config.diffusion.t_min',
+  'config.diffusion.t_max',
+  'config.diffusion.strategy',
+  'config.diffusion.entropy_bound',
+  'config.diffusion.accept_confidence',
+  'config.diffusion.stability_threshold',
+  'config.diffusion.confidence_threshold',
+  # Where and in what pieces it is computed: the same, but for rounding.
+  'config.train.accumulate_steps',
+  'config.train.remat',
   'config.mesh.data',
   'config.mesh.fsdp',
   'config.mesh.tensor',
   'config.mesh.expert',
+  # Where its text lies: the examples are compared (`train.start_or_resume`),
+  # and the tokenizers (`claim`).
+  'config.data.path',
+  'config.data.heldout_path',
+  'config.data.heldout_every',
+  'config.data.tokenizer',
 )
+# Why the others stay, by how their names begin.
+FIXED_FIELDS = {
+  'config.model.': 'the parameters are those of this network',
+  'config.lora.': 'the adapters are of this form',
+  'config.quantization.': 'the parameters are stored so',
+  'config.diffusion.': 'the network has learnt with it',
+  'config.data.': 'the order of the data follows from it',
+  'config.optimizer.': "the optimiser's state follows from it",
+  'config.train.': 'it says what is learnt, or from what on',
+}
 
-
-CONFIG, LOCK = 'config.json', 'lock'
+CONFIG, LOCK, HISTORY = 'config.json', 'lock', 'history.jsonl'
+BASE = 'base.txt'  # The digest of the weights that adapters are for.
 COMPANIONS_DIR = 'huggingface'
 # What lies beside the weights of Hugging Face and goes with them.
 COMPANIONS = (
@@ -80,6 +124,11 @@ CHAT_TEMPLATES = (
   'chat_template.json',
   'tokenizer_config.json',
 )
+# What is replaced while a run is made or goes on; see `folder.replace_file`.
+REPLACED = (
+  *(CONFIG, HISTORY, BASE, *metrics.FILES, *TOKENIZERS, *CHAT_TEMPLATES),
+  *(os.path.join(COMPANIONS_DIR, name) for name in COMPANIONS),
+)
 MAX_TEXT_BYTES = 100_000_000  # Of a file beside the weights.
 
 
@@ -100,7 +149,7 @@ def claim(
   """Makes `workdir` this run's, or checks that it already is.
 
   What a run starts from is copied once: tokenizer, template and so on. The run
-  goes on with its own.
+  goes on with its own. Other values of `FREE_FIELDS` are left to `go_on`.
 
   Args:
     workdir: the folder.
@@ -130,26 +179,74 @@ def claim(
     raise WorkdirError(
       f'{workdir} cannot be used: {error.strerror}. Give another --workdir.'
     ) from error
-  there, here = fields.flatten(there), fields.flatten(config)
-  differences = [
-    f'  {name}: {there.get(name)!r} there, {here.get(name)!r} here'
-    for name in {**here, **there}
-    if name not in FREE_FIELDS and here.get(name) != there.get(name)
-  ]
+  refused = []
+  for name, old, new in differences(there, config):
+    if name not in FREE_FIELDS:
+      (reason,) = (v for k, v in FIXED_FIELDS.items() if name.startswith(k))
+      refused.append(f'  {name}: {old!r} there, {new!r} here ({reason})')
   if of_run is None or of_run.model != tokenizer.model:
-    differences.append('  the contents of the tokenizer file')
-  if differences:
+    refused.append('  the contents of the tokenizer file')
+  if refused:
     raise WorkdirError(
       f'{workdir} holds a run of another config:\n'
-      + '\n'.join(differences)
-      + '\nGive another --workdir, or the same values to go on with that run.'
+      + '\n'.join(refused)
+      + '\nGive the same values to go on with that run, or another --workdir; '
+      f'there, --config.train.init_from={workdir} starts from its weights.'
     )
+
+
+def differences(there: Config, here: Config) -> list[tuple[str, Any, Any]]:
+  """(dotted name, value there, value here) of the fields that differ."""
+  there, here = fields.flatten(there), fields.flatten(here)
+  return [
+    (name, there.get(name), here.get(name))
+    for name in {**here, **there}
+    if there.get(name) != here.get(name)
+  ]
+
+
+def go_on(workdir: str, config: Config, step: int) -> Config:
+  """Writes what a run goes on with other values of into its history, and then
+  into its config. It is claimed, and held.
+
+  Returns:
+    The config before.
+
+  Raises:
+    WorkdirError: they can't be written; the config is as before.
+  """
+  before = read_config(workdir)
+  changes = differences(before, config)
+  if not changes:
+    return before
+  now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
+  lines = [
+    json.dumps(
+      {'step': step, 'time': now, 'field': name, 'old': old, 'new': new}
+    )
+    for name, old, new in changes
+  ]
+  history = b''
+  if os.path.lexists(os.path.join(workdir, HISTORY)):
+    history = files.read_file(workdir, HISTORY, MAX_TEXT_BYTES)
+  added = ''.join(line + '\n' for line in lines).encode()
+  folder = pathlib.Path(workdir)
+  try:
+    folders.replace_file(folder / HISTORY, bytes(history) + added)
+    folders.replace_file(folder / CONFIG, encode_config(config))
+  except OSError as error:
+    raise WorkdirError(
+      f'{workdir} cannot be written, where the settings that have changed '
+      f'would be noted: {error.strerror}.'
+    ) from error
+  return before
 
 
 @contextlib.contextmanager
 def held(workdir: str) -> Iterator[None]:
   """No other process trains in the folder meanwhile, on this host and on others
-  where the file system knows of locks; where it does not, as if alone.
+  where the file system knows of locks; where it does not, as if alone. What
+  killed processes have left half-written is removed by who has the lock.
 
   Raises:
     WorkdirError: another one does.
@@ -177,6 +274,8 @@ def held(workdir: str) -> Iterator[None]:
       with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f'process {os.getpid()}'.encode())
+      for name in REPLACED:
+        folders.remove_unfinished(os.path.join(workdir, name))
     yield
 
 
@@ -273,7 +372,7 @@ def check_base(workdir: str, params: dict, note: bool = False) -> None:
   """
   names = json.dumps(digest_lib.digests(params), sort_keys=True)
   digest = hashlib.blake2b(names.encode(), digest_size=16).hexdigest()
-  path = pathlib.Path(workdir) / 'base.txt'
+  path = pathlib.Path(workdir) / BASE
   try:
     if note and processes.is_first():
       folders.replace_file(path, digest.encode())

@@ -2,6 +2,9 @@
 
 import contextlib
 import pathlib
+import signal
+import subprocess
+import sys
 
 import disk
 import jax
@@ -166,6 +169,34 @@ def test_half_a_save_is_ignored(manager, tmp_path):
     assert native.restore_newest(again, *make(0)).step == 1
     save(again, 2)
     assert native.restore_newest(again, *make(0)).step == 2
+
+
+def test_room_that_a_killed_save_has_claimed_is_free_again(tmp_path):
+  """What claims it has no name; what older versions have left goes when the run
+  goes on, and nothing else."""
+  script = """
+import os, signal, sys
+from diffusiongemma.checkpoints import files
+from diffusiongemma.checkpoints import native
+claim = files.claim_room
+files.claim_room = lambda *room: (claim(*room), os.kill(os.getpid(), 9))
+native._check_room(sys.argv[1], 10**6)
+"""
+  folder = tmp_path / 'checkpoints'
+  folder.mkdir()
+  done = subprocess.run([sys.executable, '-c', script, folder], check=False)
+  assert done.returncode == -signal.SIGKILL
+  assert not list(folder.iterdir())
+  ours, theirs = folder / 'room-a1_b2c3d', folder / 'room-temperature'
+  ours.touch()
+  theirs.touch()
+  (folder / 'room-12345678').mkdir()
+  (folder / 'room-abcdefgh').symlink_to(theirs)
+  kept = {'room-temperature', 'room-12345678', 'room-abcdefgh'}
+  native.open_checkpoints(str(folder)).close()
+  assert ours.exists(), 'one who reads removes nothing'
+  native.open_checkpoints(str(folder), keep=2).close()
+  assert {path.name for path in folder.iterdir()} == kept
 
 
 def test_damaged_steps_are_set_aside(manager, tmp_path):

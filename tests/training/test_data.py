@@ -5,6 +5,8 @@ import itertools
 import json
 import lzma
 
+import grain
+import jax
 import numpy as np
 import pytest
 
@@ -93,12 +95,65 @@ def test_order_follows_the_seed():
   assert not same(one[0], one[5]), 'epochs differ'
 
 
-def test_processes_share_out_one_global_order():
-  shares = [batches(6, share=sharding.Share(i, 2)) for i in (0, 1)]
-  for whole, left, right in zip(batches(6), *shares, strict=True):
-    merged = np.empty_like(whole['tokens_BS'])
-    merged[0::2], merged[1::2] = left['tokens_BS'], right['tokens_BS']
-    np.testing.assert_array_equal(merged, whole['tokens_BS'])
+def read_in_shares(count, batches, state=None):
+  """(the next batches, put together from so many shares, and the state of each
+  share after them)."""
+  iterators = [
+    iter(data.make_dataset(DOCUMENTS, CONFIG, C, TOKENIZER, share))
+    for share in (sharding.Share(i, count) for i in range(count))
+  ]
+  for iterator in iterators:
+    if state is not None:
+      iterator.set_state(state)
+  read = []
+  for _ in range(batches):
+    shares = [next(iterator) for iterator in iterators]
+    read.append(jax.tree.map(lambda *x: np.concatenate(x), *shares))
+  return read, [json.loads(json.dumps(i.get_state())) for i in iterators]
+
+
+def test_any_number_of_shares_reads_the_same_batches():
+  """Row by row, also when their number changes on the way: the state of one is
+  that of all."""
+  read, state = [], None
+  for count in (1, 2, 4, 1):
+    new, states = read_in_shares(count, 3, state)
+    assert states == [states[0]] * count
+    read, state = read + new, states[0]
+  assert len(read) == 12 and all(map(same, read, batches(12)))
+
+
+@pytest.mark.parametrize(
+  ('counts', 'epochs'),
+  [(range(1, 40), 2), ((255, 256, 257, 1025), 2), ((65537,), 1)],
+)
+def test_an_epoch_has_every_record_once(counts, epochs):
+  """Whatever their number; of 4^n + 1 too, where Grain's shuffle alone leaves
+  out the last."""
+  for count in counts:
+    order = data.shuffle_for_ever(range(count), 7)
+    shown = np.array([order[i] for i in range(epochs * count)])
+    for epoch in shown.reshape(epochs, count):
+      assert (np.sort(epoch) == np.arange(count)).all(), count
+
+
+@pytest.mark.parametrize('exponent', range(8, 13))
+def test_the_last_of_very_many_records_ends_every_epoch(exponent):
+  """Where Grain's shuffle would show the first again."""
+  count = 4**exponent + 1
+  order = data.shuffle_for_ever(range(count), 7)
+  for epoch in range(3):
+    assert order[(epoch + 1) * count - 1] == count - 1
+    assert order[epoch * count] < count - 1
+
+
+def test_orders_without_the_fault_are_those_of_grain():
+  """So that runs go on in them."""
+  for count in (7, 65538):
+    grains = grain.MapDataset.source(range(count)).seed(5).shuffle().repeat()
+    order = data.shuffle_for_ever(range(count), 5)
+    chosen = [*range(9), count - 1, count, 2 * count - 1]
+    assert [order[i] for i in chosen] == [grains[i] for i in chosen]
 
 
 def test_batch_that_cannot_be_shared_out():
@@ -118,6 +173,26 @@ def test_heldout_windows_predict_every_token_once(length):
     first = np.flatnonzero(mask)[0]
     at_start = tokens[1] in [d.tokens[0] for d in DOCUMENTS]
     assert at_start or first >= length // 2 - 1, 'too little context'
+
+
+def test_a_description_tells_examples_from_others():
+  """Of other tokens, in another order, divided otherwise, or of which another
+  part is learnt."""
+  a, b = corpus.Example(np.arange(9)), corpus.Example(np.arange(5), 2, 3)
+  described = data.describe([a, b])
+  assert described == data.describe([a, b]) and described[:2] == (2, 14)
+  assert str(described) == '2 examples of 14 tokens'
+  for others in (
+    [b, a],
+    [a],
+    [a._replace(tokens=np.arange(8)), b],
+    [a._replace(tokens=a.tokens + (a.tokens == 4)), b],
+    [a, b._replace(prompt_length=3)],
+    [a, b._replace(prompt_length=None)],
+    [a, b._replace(num_targets=2)],
+    [corpus.Example(x) for x in (np.arange(5), np.arange(9))],
+  ):
+    assert data.describe(others) != described
 
 
 RESPONSES = [

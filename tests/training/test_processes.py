@@ -15,7 +15,11 @@ import numpy as np
 import pytest
 
 from diffusiongemma import config as configs
+from diffusiongemma import fields
 from diffusiongemma import processes
+from diffusiongemma import sharding
+from diffusiongemma.checkpoints import native
+from diffusiongemma.training import train
 from diffusiongemma.training import workdir as workdirs
 
 MICRO = str(pathlib.Path(__file__).parents[1] / 'micro_config.py')
@@ -125,7 +129,10 @@ def digests(workdir, step):
 def straight(tmp_path_factory):
   """Eight steps in two processes."""
   workdir = tmp_path_factory.mktemp('straight')
-  first, second = finish(start_two(workdir, '--config.train.steps=8'), 0, 0)
+  first, second = finish(
+    start_two(workdir, '--config.train.steps=8', '--config.train.log_every=1'),
+    *(0, 0),
+  )
   assert 'Done' in first and 'Done' not in second
   return workdir
 
@@ -143,10 +150,18 @@ def test_killed_and_gone_on_with_ends_bit_equal(straight, tmp_path):
   assert started[0].returncode in (1, -signal.SIGABRT)
   finish(start_two(tmp_path, '--config.train.steps=8'), 0, 0)
   assert digests(tmp_path, 8) == digests(straight, 8)
+  (line,) = (tmp_path / 'history.jsonl').read_text().splitlines()
+  assert json.loads(line)['field'] == 'config.train.log_every'
 
 
 def test_sigterm_to_one_stops_both_after_a_save(tmp_path):
-  started = start_two(tmp_path, '--config.train.steps=100000')
+  """At a step, or at a batch of an evaluation."""
+  started = start_two(
+    tmp_path,
+    '--config.train.steps=100000',
+    '--config.train.evaluate_every=1',
+    '--config.train.evaluate_batches=9',
+  )
   wait_for_step(tmp_path, 2, started)
   started[1].send_signal(signal.SIGTERM)
   first, _ = finish(started, 143, 143)
@@ -168,10 +183,33 @@ def test_a_save_that_fails_in_one_process_ends_both(tmp_path):
   assert 'Done' in first
 
 
-def test_as_many_shares_as_there_were(straight):
-  """Each has its own place in the data."""
-  (output,) = finish([start(straight, 8, '--config.train.steps=8')], 1)
-  assert 'read in 2 shares' in output
+def test_a_run_goes_on_in_another_number_of_shares(straight, tmp_path):
+  """Six steps in two processes and two in one are eight."""
+  shutil.copytree(straight, tmp_path, dirs_exist_ok=True)
+  shutil.rmtree(tmp_path / 'checkpoints' / '8')
+  arguments = ('--config.train.steps=8', '--config.train.log_every=1')
+  (output,) = finish(
+    [start(tmp_path, 8, '--config.mesh.fsdp=4', *arguments)], 0
+  )
+  assert 'Going on from step 6' in output
+  losses, others = read_losses(tmp_path), read_losses(straight)
+  assert len(losses) == 8
+  np.testing.assert_allclose(losses, others, rtol=1e-5)
+  batches = abs(np.diff(others[-3:])) / others[-1]
+  assert (batches > 1e-4).all(), 'other batches have other losses'
+
+
+def test_packed_rows_are_read_on_in_as_many_shares():
+  """Each packs its own."""
+  config = fields.override(configs.load_config(MICRO), 'data.packing', 'true')
+  places = {'shares': [{'place': 0}, {'place': 1}]}
+  restored = native.Restored(10, {}, data=places)
+  for index in (0, 1):
+    share = sharding.Share(index, 2)
+    assert train._own_place(config, restored, share) == {'place': index}
+  for share in (sharding.WHOLE_BATCH, sharding.Share(1, 4)):
+    with pytest.raises(native.CheckpointError, match='packed in 2 shares'):
+      train._own_place(config, restored, share)
 
 
 # Heads, features and experts for eight devices.

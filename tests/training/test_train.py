@@ -15,6 +15,7 @@ import disk
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from diffusiongemma import config as configs
@@ -23,9 +24,12 @@ from diffusiongemma.checkpoints import digest as digest_lib
 from diffusiongemma.checkpoints import native
 from diffusiongemma.diffusion import loss
 from diffusiongemma.text import generate
+from diffusiongemma.training import corpus as corpora
+from diffusiongemma.training import evaluate
 from diffusiongemma.training import metrics
 from diffusiongemma.training import optimizer as optimizers
 from diffusiongemma.training import step as steps
+from diffusiongemma.training import train
 from diffusiongemma.training import train_state
 from diffusiongemma.training import workdir as workdirs
 
@@ -128,6 +132,38 @@ def test_signals_save_first(straight, tmp_path, number):
   assert 10 <= stopped_at < 60
   finish(start(tmp_path))
   assert_bit_equal(straight[0], tmp_path)
+
+
+@pytest.mark.parametrize(
+  ('module', 'slow', 'calls'),
+  [
+    (evaluate, '_ar_nats', 2),
+    (evaluate, '_denoise_sums', 3),
+    (generate, 'write_step', 2),
+  ],
+)
+def test_a_signal_ends_an_evaluation_at_once(
+  config, tmp_path, monkeypatch, module, slow, calls
+):
+  """Of many batches or denoising steps, none is begun after it, and what is
+  learnt is saved."""
+  count, compute = 0, getattr(module, slow)
+
+  def stop_here(*arguments):
+    nonlocal count
+    count += 1
+    if count == calls:
+      signal.raise_signal(signal.SIGTERM)
+    return compute(*arguments)
+
+  monkeypatch.setattr(module, slow, stop_here)
+  train_config = dataclasses.replace(
+    config.train, steps=4, evaluate_every=2, evaluate_batches=9, sample_every=2
+  )
+  config = dataclasses.replace(config, train=train_config)
+  assert train.train(config, str(tmp_path)) == 128 + signal.SIGTERM
+  assert count == calls
+  assert workdirs.load(str(tmp_path)).step == 2
 
 
 def test_damaged_newest_checkpoint_is_not_resumed_from(straight, tmp_path):
@@ -267,6 +303,203 @@ def test_workdir_of_another_config_is_refused(config, straight):
   other = dataclasses.replace(config, model=seeing)
   with pytest.raises(workdirs.WorkdirError, match='config.model.vision'):
     workdirs.claim(straight[0], other, tokenizer)
+
+
+def test_what_may_not_change_is_refused_with_its_reason(config, straight):
+  tokenizer = workdirs.load_tokenizer(config)
+  for name, value, reason in (
+    ('model.num_experts', '8', 'the parameters are those of this network'),
+    ('data.packing', 'true', 'the order of the data follows from it'),
+    ('optimizer.kind', 'muon', "the optimiser's state follows from it"),
+    ('train.objective', 'ar', 'it says what is learnt, or from what on'),
+    ('diffusion.canvas_length', '4', 'the network has learnt with it'),
+    ('lora.rank', '2', 'the adapters are of this form'),
+    ('quantization.experts', 'int8', 'the parameters are stored so'),
+  ):
+    with pytest.raises(workdirs.WorkdirError) as caught:
+      other = fields.override(config, name, value)
+      workdirs.claim(straight[0], other, tokenizer)
+    assert f'config.{name}: ' in str(caught.value)
+    assert f'here ({reason})' in str(caught.value)
+    assert f'config.train.init_from={straight[0]}' in str(caught.value)
+
+
+def test_every_field_may_change_or_not_for_one_reason():
+  names = fields.flatten(configs.Config())
+  assert set(workdirs.FREE_FIELDS) <= set(names)
+  for name in set(names) - set(workdirs.FREE_FIELDS):
+    begins = [k for k in workdirs.FIXED_FIELDS if name.startswith(k)]
+    assert len(begins) == 1, name
+
+
+@pytest.fixture
+def quickly(config, tmp_path, monkeypatch, capsys):
+  """Runs `steps` steps that learn nothing, in a folder of their own; gives what
+  is printed."""
+
+  def step(state, batch, base):
+    del batch, base
+    names = ('loss', 'loss_denoise', 'loss_ar', 'gradient_norm')
+    counts = {'bad_in_row': jnp.int32(0), 'bad_steps': jnp.int32(0)}
+    metrics = dict.fromkeys(names, jnp.float32(1.0))
+    return state.replace(step=state.step + 1), {**metrics, **counts}
+
+  monkeypatch.setattr(steps, 'compile_step', lambda *unused: step)
+  monkeypatch.setattr(train, 'report_quality', lambda *unused: None)
+
+  def run(**changes):
+    other = config
+    for name, value in changes.items():
+      other = fields.override(other, name.replace('__', '.'), str(value))
+    assert train.train(other, str(tmp_path / 'run')) == 0
+    return capsys.readouterr().out
+
+  return run
+
+
+def files_of(folder):
+  """{name: content} of what lies in a run's folder beside its checkpoints."""
+  return {
+    path.name: path.read_bytes()
+    for path in folder.iterdir()
+    if path.is_file() and path.name != 'lock'
+  }
+
+
+def read_history(folder):
+  lines = (folder / 'history.jsonl').read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def test_a_finished_run_goes_on(quickly, tmp_path):
+  """With more steps and another rate: told, and written into its folder."""
+  folder = tmp_path / 'run'
+  quickly(train__steps=20)
+  assert not (folder / 'history.jsonl').exists()
+  told = quickly(train__steps=30, optimizer__peak_learning_rate=0.5)
+  for line in (
+    'Going on from step 20.',
+    'config.train.steps: 20 before, 30 from here on.',
+    'config.optimizer.peak_learning_rate: 0.01 before, 0.5 from here on.',
+    'The learning rate goes on at 0.205, where it would have been 0.001.',
+  ):
+    assert line in told
+  assert workdirs.load(str(folder)).step == 30
+  told = quickly(
+    train__steps=30, optimizer__peak_learning_rate=0.5, train__log_every=1
+  )
+  assert 'learning rate' not in told
+  records = read_history(folder)
+  assert [(r['step'], r['field'], r['old'], r['new']) for r in records] == [
+    (20, 'config.optimizer.peak_learning_rate', 0.01, 0.5),
+    (20, 'config.train.steps', 20, 30),
+    (30, 'config.train.log_every', 5, 1),
+  ]
+  assert all('T' in record['time'] for record in records)
+  own = workdirs.read_config(str(folder))
+  assert own.train.steps == 30 and own.train.log_every == 1
+  assert own.optimizer.peak_learning_rate == 0.5
+  before = files_of(folder)
+  with pytest.raises(configs.ConfigError, match='has done 30 steps already'):
+    quickly(train__steps=20)
+  assert files_of(folder) == before
+
+
+def write_text(path, *numbers):
+  """So many words in the document of each line."""
+  texts = ['of it all ' * number for number in numbers]
+  path.write_text('\n'.join(json.dumps({'text': text}) for text in texts))
+  return path
+
+
+def test_a_run_goes_on_with_the_text_it_had_alone(quickly, tmp_path):
+  """Wherever it lies; another one is refused, and nothing is written."""
+  folder = tmp_path / 'run'
+  text = write_text(tmp_path / 'a.jsonl', 50, 70)
+  quickly(train__steps=4, data__path=text)
+  moved = text.rename(tmp_path / 'b.jsonl')
+  told = quickly(train__steps=6, data__path=moved)
+  assert f"config.data.path: '{text}' before, '{moved}' from here on." in told
+  assert 'another one' not in told
+  before = files_of(folder)
+  for numbers, message in (
+    ((50, 70, 90), 'step 6 the run has learnt from 2 examples of .* 3 exam'),
+    ((70, 50), 'tokens, not the same ones. Its place in the order'),
+  ):
+    write_text(moved, *numbers)
+    with pytest.raises(corpora.DataError, match=message):
+      quickly(train__steps=8, data__path=moved)
+    assert files_of(folder) == before
+  write_text(moved, 50, 70)
+  assert 'Going on from step 6' in quickly(train__steps=8, data__path=moved)
+
+
+def test_other_held_out_text_is_told(quickly, tmp_path):
+  text = write_text(tmp_path / 'text.jsonl', 50)
+  heldout = write_text(tmp_path / 'heldout.jsonl', 20)
+  quickly(train__steps=2, data__path=text, data__heldout_path=heldout)
+  write_text(heldout, 20, 20)
+  told = quickly(train__steps=4, data__path=text, data__heldout_path=heldout)
+  assert 'The held-out text is another one: 1 example of' in told
+
+
+def test_a_run_of_checkpoints_that_describe_no_text_goes_on(
+  quickly, tmp_path, monkeypatch
+):
+  """Those of older versions. What can't be known is told where it matters."""
+  text = write_text(tmp_path / 'a.jsonl', 50)
+  save = native.save
+
+  def without_text(*arguments):
+    *before, place, config = arguments
+    save(*before, {'shares': place['shares']}, config)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(native, 'save', without_text)
+    quickly(train__steps=2, data__path=text)
+    told = quickly(train__steps=4, data__path=text)
+  assert 'Going on from step 2' in told and 'do not say' not in told
+  moved = text.rename(tmp_path / 'b.jsonl')
+  told = quickly(train__steps=6, data__path=moved)
+  assert 'do not say what examples they have learnt from' in told
+
+
+def test_settings_that_can_not_be_noted_leave_all_as_it_was(quickly, tmp_path):
+  folder = tmp_path / 'run'
+  quickly(train__steps=2)
+  before = files_of(folder)
+  config = workdirs.read_config(str(folder))
+  other = fields.override(config, 'train.steps', '9')
+  failure = pytest.raises(workdirs.WorkdirError, match='that have changed')
+  with disk.full_disk(10), failure:
+    workdirs.go_on(str(folder), other, 2)
+  assert files_of(folder) == before
+
+
+def test_what_killed_processes_left_half_written_is_removed(tmp_path):
+  """By who holds the folder; what others have put there stays."""
+  (tmp_path / 'huggingface').mkdir()
+  left = [
+    'config.json.12.tmp',
+    'metrics.jsonl.7.tmp',
+    'huggingface/LICENSE.9.tmp',
+  ]
+  kept = [
+    'notes.12.tmp',
+    'config.json.tmp',
+    'config.json.old.tmp',
+    'config.json',
+  ]
+  for name in (*left, *kept):
+    (tmp_path / name).write_text('half')
+  with workdirs.held(str(tmp_path)):
+    there = lambda names: [name for name in names if (tmp_path / name).exists()]
+    assert not there(left) and there(kept) == kept
+    (tmp_path / left[0]).touch()
+    second = pytest.raises(workdirs.WorkdirError, match='Another run trains')
+    with second, workdirs.held(str(tmp_path)):
+      pass
+    assert there(left) == left[:1], 'it is being written'
 
 
 def test_tokenizer_must_fit_the_network(micro):
@@ -668,6 +901,89 @@ def test_gradients_are_clipped_all_together():
   clipped = second_step((0.6, 0.8))
   np.testing.assert_allclose(second_step((60.0, 80.0)), clipped, rtol=1e-5)
   assert abs(second_step((0.3, 0.4))[0] / clipped[0] - 1) > 0.05
+
+
+HALF = functools.partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.bfloat16))
+
+
+@KINDS
+def test_steps_of_bfloat16_parameters_are_those_of_float32(kind):
+  """Also long after the gradients became a hundred times smaller, which a
+  second moment in bfloat16 never notices: it is changed by less than a half of
+  its last bit."""
+  rng = np.random.default_rng(0)
+  params = HALF({'w': rng.normal(size=(4, 6)), 'scale': rng.normal(size=3)})
+  rule = configs.OptimizerConfig(
+    kind=kind, b2=0.999, warmup_steps=0, schedule='constant', clip_norm=1e9
+  )
+  optimizer = optimizers.make_optimizer(configs.Config(optimizer=rule))
+  update = jax.jit(optimizer.update)
+
+  gradients = HALF(jax.tree.map(lambda x: 1 + x, params))
+  small = HALF(jax.tree.map(lambda x: 0.01 * (1 + x), params))
+
+  def run(params):
+    state = optimizer.init(params)
+    as_parameters = lambda tree: optax.tree.cast_like(tree, params)
+    for these, count in ((gradients, 100), (small, 300)):
+      for _ in range(count):
+        updates, state = update(as_parameters(these), state, params)
+    return updates, state
+
+  got, wanted = run(params), run(optimizers.to_float32(params))
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+    assert a.dtype == b.dtype != jnp.bfloat16
+    np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_a_norm_grows_over_many_leaves_in_bfloat16():
+  """That which is told and that by which gradients are clipped: a sum of
+  squares in bfloat16 stops at 256 times the smallest."""
+  params = {f'leaf_{i}': jnp.ones(1, jnp.bfloat16) for i in range(300)}
+  config = configs.Config(optimizer=configs.OptimizerConfig(b1=0.5))
+  optimizer = optimizers.make_optimizer(config)
+  state = train_state.TrainState(
+    params,
+    optimizer.init(params),
+    train_state.Health(*(jnp.zeros(()) for _ in range(3))),
+    jnp.zeros((), jnp.int32),
+  )
+  step = jax.jit(train_state.apply_gradients, static_argnums=(0, 1))
+  state, norm = step(config, optimizer, state, params, jnp.zeros(()))
+  np.testing.assert_allclose(norm, 300**0.5, rtol=1e-6)
+  (mean, *_) = (x for x in jax.tree.leaves(state.opt_state) if x.shape == (1,))
+  np.testing.assert_allclose(mean, 0.5 * 300**-0.5, rtol=1e-6)
+  kept = {leaf.dtype for leaf in jax.tree.leaves(state.params)}
+  assert kept == {jnp.dtype('bfloat16')}
+
+
+def test_a_running_mean_of_bfloat16_parameters_is_exact():
+  """What is added at each step is not rounded to their type."""
+  params = {'w': jnp.full(3, 1 + 2**-7, jnp.bfloat16)}
+  config = changed(configs.Config(), ema_decay=0.99)
+  still = optax.set_to_zero()
+  state = train_state.TrainState(
+    params,
+    still.init(params),
+    train_state.Health(*(jnp.zeros(()) for _ in range(3))),
+    jnp.zeros((), jnp.int32),
+    {'w': jnp.zeros(3)},
+  )
+  step = jax.jit(train_state.apply_gradients, static_argnums=(0, 1))
+  for _ in range(100):
+    state, _ = step(config, still, state, params, jnp.zeros(()))
+  wanted = (1 + 2**-7) * (1 - 0.99**100)
+  np.testing.assert_allclose(state.ema['w'], wanted, rtol=1e-5)
+
+
+def test_gradients_of_bfloat16_parameters_add_up_in_float32(config, rows):
+  """Those of the parts of a batch: a sum in bfloat16 loses the later ones."""
+  half = fields.override(config, 'model.param_dtype', 'bfloat16')
+  whole, _ = gradients(half, rows)
+  parts, _ = gradients(changed(half, accumulate_steps=8), rows)
+  for leaf in jax.tree.leaves(parts):
+    assert leaf.dtype == jnp.float32
+  assert_close(parts, optimizers.to_float32(whole), 0.02)
 
 
 def test_metrics_without_room_cost_no_run(tmp_path, caplog):
