@@ -5,7 +5,7 @@ Every array's name ends in its axes:
   B batch   L canvas   P prompt   S keys or a whole sequence   D model width
   F hidden width of an MLP   N query heads   K kv heads   G = N / K   H head
   E experts   V vocabulary   M tokens in a row   R routed rows   T tile rows
-  k experts of a token   C canvas length
+  k experts of a token   C canvas length   U uniforms of a draw
 
 Public names: `Config` and its parts, `Denoiser` and `init_params` (the
 network), `init_cache`, `prefill`, `read_prompt` (long ones), `encode_images`

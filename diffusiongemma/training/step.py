@@ -184,6 +184,6 @@ def compute_gradients(
   )
   first = jax.tree.map(lambda x: x[0], split)
   shapes = jax.eval_shape(gradient_fn, params, *first)
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
   total, _ = jax.lax.scan(add_part, zeros, split)
   return total

@@ -86,6 +86,7 @@ FREE_FIELDS = (
   'config.data.path',
   'config.data.heldout_path',
   'config.data.heldout_every',
+  'config.data.on_error',
   'config.data.tokenizer',
 )
 # Why the others stay, by how their names begin.
