@@ -25,4 +25,9 @@ def local(path: str | os.PathLike, name: str = '') -> str:
       f'{f"{name}: " if name else ""}{path!r} is no local path, and no others '
       'are supported: copy what is there to a disk, or mount it.'
     )
-  return os.path.expanduser(path)
+  expanded = os.path.expanduser(path)
+  if expanded.startswith('~') and os.sep in expanded:
+    raise ConfigError(
+      f'{f"{name}: " if name else ""}there is no home folder for {path!r}.'
+    )
+  return expanded

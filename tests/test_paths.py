@@ -29,6 +29,11 @@ def test_what_is_local_stays(path):
   assert paths.local(path) == path
 
 
+def test_the_home_of_nobody_is_refused():
+  with pytest.raises(configs.ConfigError, match='--workdir: there is no home'):
+    paths.local('~nobody-of-this-name/x', '--workdir')
+
+
 @pytest.fixture
 def home(tmp_path, monkeypatch):
   """A home folder, which is the folder that one stands in too."""

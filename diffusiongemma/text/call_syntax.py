@@ -45,7 +45,7 @@ _QUOTED = (
   rf'|(?P<json>"(?:[^"\\{QUOTE}]|\\.)*")'
   rf"|'(?P<single>(?:[^'\\{QUOTE}]|\\')*)'"
 )
-_WORDS = rf'[^\s,:={{}}\[\]"\'{QUOTE}][^,:={{}}\[\]"\'{QUOTE}]*'
+_WORDS = rf'[^\s,:={{}}\[\]"\'{QUOTE}][^,:={{}}\[\]"\'{QUOTE}]*+'
 _KEY = re.compile(
   rf'(?:{_QUOTED}|{QUOTE}(?P<marked>[^{QUOTE}]*){QUOTE}|(?P<words>{_WORDS}))'
   r'\s*[:=]\s*',

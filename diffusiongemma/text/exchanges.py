@@ -1,4 +1,4 @@
-"""A chat to what is learnt from it: prompts, and what the model says to each.
+"""Splits a chat into prompts and the replies to learn.
 
 A chat template tells a whole conversation. What of its text the model says is
 found by comparing what the template writes with and without a message:
@@ -28,7 +28,12 @@ from diffusiongemma.text.template import TemplateError
 Message = dict[str, Any]
 
 # What a template writes around what is said, and nobody says.
-MARKERS = ('turn', 'channel', 'tool', 'tool_call', 'tool_response')
+MARKERS = (
+  *('<|turn>', '<turn|>', '<|channel>', '<channel|>', '<|think|>', '<|"|>'),
+  *('<|tool>', '<tool|>', '<|tool_call>', '<tool_call|>'),
+  *('<|tool_response>', '<tool_response|>'),
+  *('<|image>', '<|image|>', '<image|>', '<bos>', '<eos>'),
+)
 
 
 class Exchange(NamedTuple):
@@ -254,7 +259,7 @@ def drop_thinking(
         content = [
           {**part, 'text': _spoken(tokenizer, part['text'])} for part in content
         ]
-      _check_spelling(tokenizer, message.get('reasoning', ''))
+      check_spelling(tokenizer, message.get('reasoning', ''))
       message = {**message, 'content': content}
     kept.append(message)
   return kept
@@ -271,16 +276,16 @@ def _spoken(tokenizer: tokenizers.Tokenizer, text: str) -> str:
         'A content of the assistant is all thinking; give it as '
         '"reasoning" beside the content.'
       )
-  _check_spelling(tokenizer, spoken)
+  check_spelling(tokenizer, spoken)
   return spoken
 
 
-def _check_spelling(tokenizer: tokenizers.Tokenizer, text: str) -> None:
-  for name in MARKERS:
-    for marker in (f'<|{name}>', f'<{name}|>'):
-      if marker in text and marker in tokenizer.control_tokens:
-        raise TemplateError(
-          f'What the assistant says spells {marker}, which would be learnt as '
-          'text: leave marks of turns out, and give calls as "tool_calls" and '
-          'thoughts as "reasoning".'
-        )
+def check_spelling(tokenizer: tokenizers.Tokenizer, text: str) -> None:
+  """Raises `TemplateError` for what spells one of `MARKERS`."""
+  for marker in MARKERS:
+    if marker in text and marker in tokenizer.control_tokens:
+      raise TemplateError(
+        f'What is learnt spells {marker}, which would be learnt as text: leave '
+        'marks of turns out, and give a chat as "messages", calls as '
+        '"tool_calls" and thoughts as "reasoning".'
+      )

@@ -256,6 +256,11 @@ def generate(
     ValueError: `key` is no key, nor one for each row.
   """
   configs.check_kind(config, Config)
+  prompt_lib.check_params(params)
+  if type(max_new_tokens) is not int:
+    raise prompt_lib.PromptError(
+      f'max_new_tokens = {max_new_tokens!r} must be a whole number.'
+    )
   sharding.validate_here(config)
   C = config.diffusion.canvas_length
   if isinstance(prompts, (str, bytes)):

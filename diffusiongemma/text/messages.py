@@ -7,14 +7,19 @@ Templates pass over what they do not know; here it is refused by name, so that
 nothing that somebody says is lost.
 """
 
+from collections.abc import Collection
 from collections.abc import Sequence
 from typing import Any
 
 ROLES = ('system', 'developer', 'user', 'assistant', 'model', 'tool')
 
-_TEXT_PARTS = ('text', 'input_text', 'output_text')
+TEXT_PARTS = ('text', 'input_text', 'output_text')
 _PICTURE_PARTS = ('image', 'image_url')
 _REASONING = ('reasoning_content', 'thinking', 'reasoning')
+_KNOWN = frozenset(
+  ['role', 'content', 'name', 'tool_calls', 'tool_call_id', 'tool_responses']
+  + [*_REASONING]
+)
 # What templates do not look at, and where it belongs.
 _ELSEWHERE = {
   'function_call': 'calls of tools are in tool_calls',
@@ -74,6 +79,8 @@ def _check_message(message: dict[str, Any], is_first: bool) -> dict[str, Any]:
   for key, reason in _ELSEWHERE.items():
     if message.get(key):
       raise TemplateError(f'{key!r} would be left out; {reason}.')
+  if not message.keys() & {'content', 'tool_calls', 'tool_responses'}:
+    _check_nothing_else(message, _KNOWN, 'content')
   is_tool = message['role'] == 'tool'
   content = message.get('content', '')
   if isinstance(content, (list, tuple)):
@@ -94,6 +101,8 @@ def _check_message(message: dict[str, Any], is_first: bool) -> dict[str, Any]:
   said = [message[name] for name in _REASONING if name in message]
   if any(text and not isinstance(text, str) for text in said):
     raise TemplateError('its reasoning is no text.')
+  if len(set(filter(None, said))) > 1:
+    raise TemplateError(f'its {" and ".join(_REASONING)} say different things.')
   if said:
     message = {'thinking': said[0], **message, 'reasoning_content': said[0]}
   if calls := message.get('tool_calls'):
@@ -114,17 +123,35 @@ def _check_part(number: int, part: Any) -> dict[str, Any]:
   if type_ in _PICTURE_PARTS:
     # Templates look at the names alone; a value may be the picture itself.
     return {**dict.fromkeys(part, ''), 'type': type_}
-  if type_ not in _TEXT_PARTS:
+  if type_ not in TEXT_PARTS:
     raise TemplateError(
       f'part {number} of its content has the type {type_!r}; types are '
-      f'{", ".join((*_TEXT_PARTS, *_PICTURE_PARTS))}.'
+      f'{", ".join((*TEXT_PARTS, *_PICTURE_PARTS))}.'
     )
+  if 'text' not in part:
+    _check_nothing_else(part, {'type'}, 'text')
+  for key in (*_PICTURE_PARTS, *_ELSEWHERE):
+    if part.get(key):
+      raise TemplateError(
+        f'part {number} of its content is text, and {key!r} would be left out.'
+      )
   text = part.get('text', '')
   if not isinstance(text, str):
     raise TemplateError(
       f'the text of part {number} of its content is {_kind(text)}.'
     )
   return {**part, 'type': 'text', 'text': text}
+
+
+def _check_nothing_else(
+  given: dict[str, Any], known: Collection[str], missing: str
+) -> None:
+  """Raises `TemplateError` where it may be said under another name."""
+  others = [key for key in given if key not in known and given[key]]
+  if others:
+    raise TemplateError(
+      f'there is no {missing!r}, and {others[0]!r} would be left out.'
+    )
 
 
 def _kind(value: Any) -> str:

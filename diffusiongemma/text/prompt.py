@@ -84,6 +84,12 @@ def prefill(
     PromptError: the cache has no room for the tokens.
   """
   configs.check_kind(config, ModelConfig)
+  check_params(params)
+  if not len(tokens_BP) == len(length_B) == len(cache.length_B):
+    raise PromptError(
+      f'{len(tokens_BP)} rows of tokens with {len(length_B)} lengths, for a '
+      f'cache of {len(cache.length_B)} rows.'
+    )
   lengths = (cache.length_B, length_B)
   if not any(isinstance(x, jax.core.Tracer) for x in lengths):
     _check_room(config, cache, np.asarray(length_B))
@@ -176,6 +182,16 @@ def read_prompt(
     cache = read_tokens(config, params, tokens, taken_B, cache, images)
     start_B += taken_B
   return cache
+
+
+def check_params(params: dict) -> None:
+  """Raises `PromptError` for what is no parameters of a network."""
+  if not isinstance(params, dict) or 'embedding' not in params:
+    raise PromptError(
+      'params must be the parameters of a network, a dict of arrays, as in '
+      f'run.params; it is {"another dict" if isinstance(params, dict) else ""}'
+      f'{"" if isinstance(params, dict) else f"a {type(params).__name__}"}.'
+    )
 
 
 def _check_room(

@@ -62,8 +62,14 @@ def encode_chat(
   write, mark = make_writer(tokenizer, template, messages, tools)
   text = write(messages, generation_prompt=True, thinking=thinking)
   ids = tokenizer.encode_template(text, mark)
-  is_bos = lambda token: token == tokenizer.bos_id
-  return [tokenizer.bos_id, *itertools.dropwhile(is_bos, ids)]
+  return [tokenizer.bos_id, *without_bos(tokenizer, ids)]
+
+
+def without_bos(
+  tokenizer: tokenizers.Tokenizer, ids: Sequence[int]
+) -> list[int]:
+  """`ids` after any bos that they begin with."""
+  return list(itertools.dropwhile(lambda i: i == tokenizer.bos_id, ids))
 
 
 def make_writer(
@@ -97,15 +103,24 @@ def make_writer(
 
 
 def unused_characters(*values: Any) -> Iterator[str]:
-  """Characters of private use that are nowhere in some values, which must be
-  what JSON can be: else `TemplateError`."""
+  """Two or more characters of private use that are nowhere in some values.
+
+  Raises:
+    TemplateError: there are no two, or the values are not what JSON can be.
+  """
   try:
     text = json.dumps(values, ensure_ascii=False)
   except (TypeError, ValueError, RecursionError) as error:
     raise TemplateError(
       f'The messages or tools are not what JSON can be: {error}.'
     ) from error
-  return (c for c in map(chr, range(0xE000, 0xF900)) if c not in text)
+  unused = sorted(set(map(chr, range(0xE000, 0xF900))) - set(text))
+  if len(unused) < 2:
+    raise TemplateError(
+      'The messages use all characters of the private use area, of which one '
+      'is needed to mark what they spell.'
+    )
+  return iter(unused)
 
 
 def render(template: str, **variables) -> str:

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import glob
-import itertools
 import lzma
 import pathlib
 from typing import Any
@@ -147,11 +146,12 @@ def _read_file(file: pathlib.Path) -> Iterator[Document | DataError]:
       elif file.suffix == '.json' and _is_array(stream.peek()):
         text = _decode(stream.read(), str(file))
         for number, record in enumerate(_parse(text, str(file)), 1):
-          yield _read_record(record, f'{file}, element {number}')
+          origin = f'{file}, element {number}'
+          yield from _attempt(lines.read_record, record, origin)
       else:
         for number, line in enumerate(stream, 1):
-          if line.removeprefix(BYTE_ORDER_MARK).strip():
-            yield _read_line(line, f'{file}, line {number}')
+          origin = f'{file}, line {number}'
+          yield from _attempt(_read_line, line, origin)
   except (lzma.LZMAError, EOFError) as error:
     raise DataError(f'{file} is not an xz file: {error}.') from error
   except OSError as error:
@@ -162,18 +162,25 @@ def _is_array(start: bytes) -> bool:
   return start.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b'[')
 
 
-def _read_line(line: bytes, origin: str) -> Document | DataError:
+def _attempt(
+  read: Callable[..., Document | None], *given: Any
+) -> Iterator[Document | DataError]:
+  """What is read, if anything, or the error."""
   try:
-    return lines.read_record(_parse(_decode(line, origin), origin), origin)
+    document = read(*given)
   except DataError as error:
-    return error
+    yield error
+  else:
+    if document is not None:
+      yield document
 
 
-def _read_record(record: Any, origin: str) -> Document | DataError:
-  try:
-    return lines.read_record(record, origin)
-  except DataError as error:
-    return error
+def _read_line(line: bytes, origin: str) -> Document | None:
+  """None for an empty one."""
+  text = _decode(line, origin)
+  return (
+    lines.read_record(_parse(text, origin), origin) if text.strip() else None
+  )
 
 
 def _parse(text: str, origin: str) -> Any:
@@ -377,6 +384,9 @@ def _encode(
 ) -> list[tuple[list[int], list[int]]]:
   """(prompt without bos, what is written after it) of all there is to learn."""
   if not document.messages:
+    if document.prompt is not None:
+      for text in (document.prompt, document.text):
+        exchanges.check_spelling(tokenizer, text)
     prompt = tokenizer.encode(document.prompt or '')
     return [(prompt, [*tokenizer.encode(document.text), tokenizer.eos_id])]
   if not chat_template:
@@ -391,8 +401,9 @@ def _encode(
     document.tools,
   )
   # Every row begins with one bos, whether the template writes it or not.
-  is_bos = lambda token: token == tokenizer.bos_id
-  return [(list(itertools.dropwhile(is_bos, p)), reply) for p, reply in pairs]
+  return [
+    (templates.without_bos(tokenizer, prompt), reply) for prompt, reply in pairs
+  ]
 
 
 def fill_canvases(

@@ -80,6 +80,8 @@ def read_record(record: Any, origin: str) -> Document:
   if split not in ('', 'train', 'heldout'):
     raise DataError(f'{origin}: split {split!r} is neither train nor heldout.')
   found = [key for key in record if key in SIGNS]
+  if set(found) == {'instruction', 'output', 'text'}:
+    found.remove('text')  # Both in one, as Alpaca was published.
   kinds = {SIGNS[key] for key in found}
   if len(kinds) > 1:
     raise DataError(
@@ -109,7 +111,11 @@ def _read_prompt(record, origin):
     raise DataError(f'{origin} has both a response and a completion.')
   name = 'completion' if 'completion' in record else 'response'
   prompt, response = record.get('prompt'), record.get(name)
-  if isinstance(prompt, list) and isinstance(response, list):
+  if isinstance(prompt, list) != isinstance(response, list):
+    raise DataError(
+      f'{origin}: prompt and {name} are both text, or both lists of messages.'
+    )
+  if isinstance(prompt, list):
     return _read_chat(record, prompt + response, origin, len(prompt))
   prompt, response = (_string(record, n, origin) for n in ('prompt', name))
   if not response:
@@ -159,7 +165,7 @@ def _read_chat(record, given, origin, num_before=0):
       raise DataError(f'{origin} has two system messages.')
     read.insert(0, chats.Message(system, is_learnt=False))
     num_before += 1
-  messages = _pair_results([m.message for m in read])
+  messages = _pair_results([m.message for m in read], origin)
   tools = [record[key] for key in ('tools', 'functions') if record.get(key)]
   if len(tools) > 1:
     raise DataError(f'{origin} has both tools and functions.')
@@ -178,7 +184,7 @@ def _read_chat(record, given, origin, num_before=0):
   )
 
 
-def _pair_results(messages):
+def _pair_results(messages, origin):
   """The messages, in which a result that doesn't say which call it answers
   answers the first that waits for one, of its name if it has one.
 
@@ -191,6 +197,11 @@ def _pair_results(messages):
       fitting = waiting
       if key in message:
         fitting = [call for call in waiting if call[key] == message[key]]
+      if waiting and key in message and not fitting:
+        raise DataError(
+          f'{origin}: the tool result {message[key]!r} ({key}) answers no call '
+          'before it.'
+        )
       if fitting:
         call_id = fitting[0]['tool_call_id']
         waiting = [call for call in waiting if call is not fitting[0]]

@@ -12,10 +12,13 @@ What has no value (null) is as absent. What is not read is refused where it may
 change what is learnt, and otherwise returned by name.
 """
 
+import collections
 import difflib
 import json
 from typing import Any
 from typing import NamedTuple
+
+from diffusiongemma.text import messages
 
 
 class DataError(ValueError):
@@ -30,6 +33,8 @@ ROLES = {
   'assistant': 'assistant',
   'model': 'assistant',
   'gpt': 'assistant',
+  'chatgpt': 'assistant',
+  'bing': 'assistant',
   'function_call': 'assistant',
   'tool': 'tool',
   'function': 'tool',
@@ -56,7 +61,6 @@ REFUSED_KEYS = (
   *KEYS['assistant'],
   *KEYS['tool'],
 )
-TEXT_PARTS = ('text', 'input_text', 'output_text')
 # Whatever these hold, the text that is learnt stays the same.
 NOTES = frozenset(
   ['id', 'idx', 'index', 'uid', 'uuid', 'name', 'title', 'model', 'dataset']
@@ -95,8 +99,8 @@ def parse_json(text: str) -> Any:
 def _to_object(pairs):
   made = dict(pairs)
   if len(made) < len(pairs):
-    keys = [key for key, _ in pairs]
-    twice = next(key for key in keys if keys.count(key) > 1)
+    counts = collections.Counter(key for key, _ in pairs)
+    ((twice, _),) = counts.most_common(1)
     raise ValueError(f'the key {twice!r} stands twice in an object')
   return made
 
@@ -226,7 +230,7 @@ def _read_content(content, origin):
       )
     if any(name in kind for name in (*MEDIA, 'file')):
       raise DataError(f'{origin}: there is a part {kind!r}, and {NO_MEDIA}.')
-    if kind not in TEXT_PARTS:
+    if kind not in messages.TEXT_PARTS:
       raise DataError(
         f'{origin}: a part {kind!r} is not read; thoughts belong in '
         "'reasoning', calls in 'tool_calls', text in parts of type 'text'."
@@ -314,6 +318,11 @@ def read_tools(given: Any, origin: str) -> list[dict[str, Any]]:
     function = tool
     if isinstance(tool, dict) and 'function' in tool:
       function = tool['function']
+    kind = tool.get('type') if isinstance(tool, dict) else None
+    if kind not in (None, 'function'):
+      raise DataError(
+        f"{origin}: a tool of type {kind!r} is not read, only 'function' is."
+      )
     if not (
       isinstance(function, dict) and isinstance(function.get('name'), str)
     ):
@@ -327,6 +336,11 @@ def read_tools(given: Any, origin: str) -> list[dict[str, Any]]:
       function['parameters'] = _from_text(
         function['parameters'], f'parameters of {function["name"]!r}', origin
       )
+      if not isinstance(function['parameters'], dict):
+        raise DataError(
+          f'{origin}: parameters of {function["name"]!r} are not a JSON schema '
+          'of an object.'
+        )
     tools.append({'type': 'function', 'function': function})
   return tools
 

@@ -549,8 +549,13 @@ def report_quality(job: Job, step: int, params: dict) -> None:
     if must_stop(job):
       raise _StoppedError
 
-  with contextlib.suppress(_StoppedError):
+  try:
     _report_quality(job, step, params, stop_if_asked)
+  except _StoppedError:
+    job.progress.print(
+      f'Step {step} is not evaluated to its end; --mode=evaluate measures the '
+      'run.'
+    )
 
 
 def _report_quality(job, step, params, stop_if_asked) -> None:

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import time
 import types
 
 import jax
 import numpy as np
 import pytest
 
+from diffusiongemma.text import call_syntax
 from diffusiongemma.text import chat
 from diffusiongemma.text import generate
 from diffusiongemma.text import prompt as prompt_lib
@@ -419,3 +421,11 @@ def test_tools_that_cannot_be(text, message):
   bare = json.dumps([WEATHER])
   wrapped = json.dumps([{'type': 'function', 'function': WEATHER}])
   assert chat.read_tools(bare) == chat.read_tools(wrapped)
+
+
+@pytest.mark.parametrize('start', ['call:f{a', 'call:f{a:[]b', 'call:f{a:1,b'])
+def test_calls_are_read_in_time_that_grows_with_them(start):
+  """Not with the square, which would be minutes here."""
+  begin = time.process_time()
+  assert call_syntax.read(start + ' ' * 200_000 + '}') is None
+  assert time.process_time() - begin < 5

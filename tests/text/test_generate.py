@@ -171,6 +171,23 @@ def test_a_config_of_another_kind_is_refused(config, params):
     generate.generate(config.model, params, [PROMPT], key, C)
 
 
+def test_what_is_no_parameters_or_number_is_refused(config, params):
+  def write(params, count):
+    generate.generate(config, params, [PROMPT], jax.random.key(0), count)
+
+  with pytest.raises(prompt_lib.PromptError, match='run.params; it is a tuple'):
+    write((params,), C)
+  with pytest.raises(
+    prompt_lib.PromptError, match="'8' must be a whole number"
+  ):
+    write(params, '8')
+  cache = kv_cache.init_cache(config.model, 2, 8)
+  with pytest.raises(prompt_lib.PromptError, match='cache of 2 rows'):
+    prompt_lib.prefill(
+      config.model, params, jnp.array([PROMPT]), jnp.array([4]), cache
+    )
+
+
 @pytest.mark.parametrize('window', [4, 64])
 def test_a_cache_without_room_is_an_error_or_poison(config, params, window):
   """Global layers, and local ones with fewer slots than their window. Inside

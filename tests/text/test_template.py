@@ -445,3 +445,45 @@ def test_what_templates_of_others_may_use():
   source = "{{ m.strip() | trim }}{{ '{} %s'.format(m) }}{{ '%s' | format(m) }}"
   got = templates.render(source, m=numbers)
   assert got == numbers + f'{numbers} %s' + numbers
+
+
+@pytest.mark.parametrize(
+  'message, expected',
+  [
+    ({'role': 'user', 'text': 'lost'}, "no 'content', and 'text' would be"),
+    (
+      {'role': 'user', 'content': [{'type': 'text', 'content': 'lost'}]},
+      "no 'text', and 'content' would be",
+    ),
+    (
+      {'role': 'user', 'content': [{'text': 'q', 'image': 'cat.png'}]},
+      "is text, and 'image' would be left out",
+    ),
+    (
+      {'role': 'assistant', 'content': 'a', 'thinking': 't', 'reasoning': 'r'},
+      'say different things',
+    ),
+  ],
+)
+def test_nothing_that_is_said_is_lost(chat_tokenizer, message, expected):
+  with pytest.raises(templates.TemplateError, match=expected):
+    templates.encode_chat(
+      chat_tokenizer, templates.default_template(), [message]
+    )
+
+
+def test_one_bos_whatever_the_template_writes(chat_tokenizer):
+  bos = chat_tokenizer.bos_id
+  for start in ('', '{{ bos_token }}', '{{ bos_token }}{{ bos_token }}'):
+    template = start + '{{ messages[0].content }}'
+    message = {'role': 'user', 'content': 'a'}
+    ids = templates.encode_chat(chat_tokenizer, template, [message])
+    assert ids == [bos, *chat_tokenizer.encode('a')]
+
+
+def test_a_message_of_all_private_characters_is_refused(chat_tokenizer):
+  text = ''.join(map(chr, range(0xE000, 0xF8FF)))
+  with pytest.raises(templates.TemplateError, match='private use area'):
+    templates.encode_chat(
+      chat_tokenizer, '{{ 1 }}', [{'role': 'user', 'content': text}]
+    )

@@ -223,12 +223,32 @@ def test_a_file_may_be_an_array(tmp_path, chat_tokenizer):
       "of 2 formats; keep one of 'text', 'messages'",
     ),
     (
-      {'instruction': 'q', 'output': 'a', 'text': 'x'},
-      "keep one of 'instruction', 'output', 'text'",
+      {'instruction': 'q', 'output': 'a', 'prompt': 'x'},
+      "keep one of 'instruction', 'output', 'prompt'",
     ),
     ({'prompt': 'q', 'response': 'a', 'completion': 'b'}, 'both a response'),
     ({'prompt': 'q', 'chosen': 'a', 'rejected': 'b'}, "'chosen' is not read"),
-    ({'prompt': [QUESTION], 'completion': 'a'}, "no 'prompt' that is text"),
+    ({'prompt': [QUESTION], 'completion': 'a'}, 'are both text, or both'),
+    (
+      chat(QUESTION, ANSWER, tools=[{'type': 'web_search', 'name': 'x'}]),
+      "a tool of type 'web_search' is not read",
+    ),
+    (
+      chat(QUESTION, ANSWER, tools=[{'name': 'x', 'parameters': '3'}]),
+      "parameters of 'x' are not a JSON schema",
+    ),
+    (
+      chat(
+        QUESTION,
+        {**openai_call('{}'), 'content': 'a'},
+        {'role': 'tool', 'tool_call_id': 'other', 'content': 'r'},
+        ANSWER,
+      ),
+      "tool result 'other'",
+    ),
+    ({'prompt': 'q', 'response': '<|channel>t<channel|>a'}, r'spells <\|chann'),
+    ({'prompt': '<|turn>user', 'completion': 'a'}, r'spells <\|turn>'),
+    (chat(QUESTION, {**ANSWER, 'content': 'a<eos>'}), 'spells <eos>'),
     ({'prompt': 'q', 'completion': 'a', 'tools': [TOOL]}, "'tools' is for cha"),
     (shares(('robot', 'q'), ('gpt', 'a')), "1: role 'robot' is none of"),
     (chat({**QUESTION, 'value': 'p'}, ANSWER), 'say different things'),
@@ -561,3 +581,20 @@ def test_nothing_but_bad_lines_is_an_error(tmp_path, chat_tokenizer):
     corpus.DataError, match='nothing to train on.*line 1: messages are a list'
   ):
     load(tmp_path, chat_tokenizer, lines, on_error='skip')
+
+
+def test_alpaca_as_it_was_published(tmp_path, chat_tokenizer):
+  """With the whole text beside its parts."""
+  record = {'instruction': 'q', 'input': '', 'output': 'a', 'text': 'all'}
+  path = tmp_path / 'a.jsonl'
+  path.write_text(json.dumps(record))
+  (document,) = corpus.read_documents(str(path))
+  assert [m['content'] for m in document.messages] == ['q', 'a']
+  assert "the key 'text'" in document.unread
+
+
+def test_lines_of_blanks_are_empty(tmp_path):
+  path = tmp_path / 'a.jsonl'
+  path.write_text('\u00a0\n{"text": "x"}\n \u2003\n', 'utf-8')
+  (document,) = corpus.read_documents(str(path))
+  assert document.text == 'x'
