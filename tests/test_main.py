@@ -239,11 +239,17 @@ def test_bad_data_leaves_nothing_behind(tmp_path):
 
 
 def test_another_config_is_refused_and_nothing_changes(workdir):
+  path = pathlib.Path(workdir) / 'config.json'
+  before = path.read_bytes()
   code, _, errors = run(
-    f'--config={MICRO}', f'--workdir={workdir}', '--config.train.steps=11'
+    f'--config={MICRO}',
+    f'--workdir={workdir}',
+    '--config.train.steps=11',
+    '--config.train.seed=3',
   )
   assert code == 1
-  assert 'config.train.steps: 10 there, 11 here' in errors
+  assert 'config.train.seed: 0 there, 3 here (it says what is' in errors
+  assert path.read_bytes() == before
 
 
 def test_own_text(tmp_path):

@@ -310,8 +310,9 @@ def restore_step(
     wrong = sorted(k for k in found if expected.get(k) != found[k])
     if wrong:
       raise CheckpointError(
-        f'Checkpoint {step} is damaged: {name} {", ".join(wrong[:4])} '
-        f'{"and more " if len(wrong) > 4 else ""}differ from what was saved.'
+        f'Checkpoint {step} is damaged, or of an older version: {name} '
+        f'{", ".join(wrong[:4])} {"and more " if len(wrong) > 4 else ""}differ '
+        'from what was saved.'
       )
   if verify and 'data' in items:
     if items.digests.get('data') != _json_digest(items.data):
