@@ -18,7 +18,15 @@ BELOW = {
   'text': {'model', 'diffusion', 'sharding', 'checkpoints'},
   'training': {'text', 'model', 'diffusion', 'sharding', 'checkpoints'},
 }
-GROUND = {'config', 'fields', 'memory', 'powers', 'processes', 'assets'}
+GROUND = {
+  'config',
+  'fields',
+  'memory',
+  'paths',
+  'powers',
+  'processes',
+  'assets',
+}
 
 
 def imported(path: pathlib.Path) -> set[str]:
