@@ -36,6 +36,11 @@ class TemplateError(ValueError):
   """A chat template that can't be used, or a conversation it refuses."""
 
 
+def without_nulls(given: dict[str, Any]) -> dict[str, Any]:
+  """What has a value: null is as absent, as it is for `transformers`."""
+  return {key: value for key, value in given.items() if value is not None}
+
+
 def check_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
   """The messages with nothing in them that templates stumble over.
 
@@ -75,7 +80,7 @@ def check_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _check_message(message: dict[str, Any], is_first: bool) -> dict[str, Any]:
   """Of `check_messages`; its errors do not say which message it is."""
-  message = {k: v for k, v in message.items() if v is not None}
+  message = without_nulls(message)
   for key, reason in _ELSEWHERE.items():
     if message.get(key):
       raise TemplateError(f'{key!r} would be left out; {reason}.')
@@ -118,7 +123,7 @@ def _check_part(number: int, part: Any) -> dict[str, Any]:
       f'part {number} of its content is {_kind(part)}; a part is '
       '{"type": "text", "text": ...} or {"type": "image"}.'
     )
-  part = {k: v for k, v in part.items() if v is not None}
+  part = without_nulls(part)
   type_ = part.get('type', 'text' if 'text' in part else None)
   if type_ in _PICTURE_PARTS:
     # Templates look at the names alone; a value may be the picture itself.

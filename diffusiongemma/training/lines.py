@@ -16,6 +16,7 @@ and, if it likes, a "split" of "train" or "heldout". A chat may have its
 from typing import Any
 from typing import NamedTuple
 
+from diffusiongemma.text.messages import without_nulls
 from diffusiongemma.training import messages as chats
 from diffusiongemma.training.messages import DataError
 
@@ -75,7 +76,7 @@ def read_record(record: Any, origin: str) -> Document:
   """What a line has to teach; see the top of this file. Raises `DataError`."""
   if not isinstance(record, dict):
     raise DataError(f'{origin} is not an object: {{"text": ...}}.')
-  record = chats.without_nulls(record)
+  record = without_nulls(record)
   split = record.pop('split', '')
   if split not in ('', 'train', 'heldout'):
     raise DataError(f'{origin}: split {split!r} is neither train nor heldout.')

@@ -109,11 +109,6 @@ def _refuse_constant(name):
   raise ValueError(f'{name} is no number of JSON')
 
 
-def without_nulls(record: dict[str, Any]) -> dict[str, Any]:
-  """What has a value."""
-  return {key: value for key, value in record.items() if value is not None}
-
-
 def unread_keys(
   record: dict[str, Any],
   known: tuple[str, ...],
@@ -153,7 +148,7 @@ def read_message(given: Any, origin: str) -> Message:
     raise DataError(
       f'{origin} is not {{"role": ..., "content": ...}} but {_show(given)}.'
     )
-  given = _with_one_name(without_nulls(given), origin)
+  given = _with_one_name(messages.without_nulls(given), origin)
   name = given.get('role')
   role = ROLES.get(name) if isinstance(name, str) else None
   if role is None:
@@ -235,7 +230,7 @@ def _read_content(content, origin):
         f'{origin}: a part {kind!r} is not read; thoughts belong in '
         "'reasoning', calls in 'tool_calls', text in parts of type 'text'."
       )
-    part = without_nulls(part)
+    part = messages.without_nulls(part)
     if not isinstance(part.get('text'), str):
       raise DataError(f'{origin}: a part {kind!r} has no text.')
     parts.append({'type': 'text', 'text': part['text']})
@@ -281,9 +276,11 @@ def _read_call(given, origin):
   """(a call with arguments as an object, unread keys)."""
   if not isinstance(given, dict):
     raise DataError(f'{origin}: {_show(given)} is no tool call.')
-  given = without_nulls(given)
+  given = messages.without_nulls(given)
   function = given.get('function', given)
-  function = without_nulls(function) if isinstance(function, dict) else {}
+  function = (
+    messages.without_nulls(function) if isinstance(function, dict) else {}
+  )
   name, arguments = function.get('name'), function.get('arguments')
   if not (name and isinstance(name, str)):
     raise DataError(
@@ -330,7 +327,7 @@ def read_tools(given: Any, origin: str) -> list[dict[str, Any]]:
         f'{origin}: tools are a list of functions, {{"type": "function", '
         '"function": {"name": ..., ...}}.'
       )
-    function = without_nulls(function)
+    function = messages.without_nulls(function)
     function.pop('type', None)
     if 'parameters' in function:
       function['parameters'] = _from_text(
