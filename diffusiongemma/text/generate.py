@@ -220,11 +220,12 @@ def generate(
 ) -> Generated:
   """Continues a batch of prompts of any lengths, canvas after canvas.
 
-  A row is written as it would be alone: its noise follows from its own key,
-  and no row sees another or its padding. In float32 its tokens are the same; in
-  bfloat16 a product of more rows may round otherwise, and a draw between two
-  tokens that are nearly as probable fall on the other one. Prompts are padded
-  to a power of two, so that similar lengths share a compilation.
+  A row is written as it would be alone, but for rounding: its noise follows
+  from its own key, and no row sees another or its padding. A product of more
+  rows may round otherwise, in bfloat16 much more than in float32, and a draw
+  between two tokens that are nearly as probable then falls on the other one
+  (`experiments/parity/rows.py`). Prompts are padded to a power of two, so that
+  similar lengths share a compilation.
 
   Args:
     config: network and sampler.
