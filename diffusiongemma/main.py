@@ -32,23 +32,23 @@ from absl import logging
 import jax
 from rich import console as rich_console
 
-from diffusiongemma import benchmark
 from diffusiongemma import checkpoints
 from diffusiongemma import config as configs
-from diffusiongemma import conversion
-from diffusiongemma import overrides as overrides_lib
 from diffusiongemma import paths
-from diffusiongemma import plan
-from diffusiongemma import processes
-from diffusiongemma import runtime
-from diffusiongemma.text import chat
-from diffusiongemma.text import prompt as prompt_lib
-from diffusiongemma.text import sample
-from diffusiongemma.text import terminal
+from diffusiongemma.commands import sample
+from diffusiongemma.commands import terminal
+from diffusiongemma.devices import processes
+from diffusiongemma.devices import runtime
+from diffusiongemma.generation import chat
+from diffusiongemma.generation import prompt as prompt_lib
+from diffusiongemma.runs import convert as conversion
+from diffusiongemma.runs import folder as workdirs
+from diffusiongemma.runs import overrides as overrides_lib
+from diffusiongemma.tools import benchmark
+from diffusiongemma.tools import plan
 from diffusiongemma.training import corpus as corpora
 from diffusiongemma.training import evaluate as evaluation
 from diffusiongemma.training import train
-from diffusiongemma.training import workdir as workdirs
 
 _CONFIG = flags.DEFINE_string(
   'config', None, 'Python file with get_config(); see configs/.'

@@ -20,8 +20,8 @@ import sentencepiece
 
 from diffusiongemma import config as configs
 from diffusiongemma.model import denoiser
+from diffusiongemma.runs import folder as workdir
 from diffusiongemma.text import tokenizer as tokenizers
-from diffusiongemma.training import workdir
 
 # Tests compile much and compute little: XLA need not optimise. Its older
 # emitters of fused operations compile twice as fast; jax 0.12 is without them,

@@ -27,12 +27,12 @@ from transformers.models.diffusion_gemma import DiffusionGemmaConfig
 from transformers.models.diffusion_gemma import modeling_diffusion_gemma
 
 from diffusiongemma import config as configs
-from diffusiongemma import conversion
 from diffusiongemma.checkpoints import huggingface
 from diffusiongemma.checkpoints import huggingface_config
 from diffusiongemma.diffusion import loss as losses
 from diffusiongemma.model import denoiser
 from diffusiongemma.model import masks
+from diffusiongemma.runs import convert as conversion
 from diffusiongemma.training import network as network_lib
 
 VISION = configs.VisionConfig(

@@ -8,25 +8,21 @@ import pytest
 import diffusiongemma
 
 PACKAGE = pathlib.Path(diffusiongemma.__file__).parent
-# What each part may import beside itself and the ground floor.
-BELOW = {
-  'kernels': set(),
-  'checkpoints': set(),
-  'sharding': set(),
-  'model': {'kernels'},
-  'diffusion': {'kernels'},
-  'text': {'model', 'diffusion', 'sharding', 'checkpoints'},
-  'training': {'text', 'model', 'diffusion', 'sharding', 'checkpoints'},
-}
-GROUND = {
-  'config',
-  'fields',
-  'memory',
-  'paths',
-  'powers',
-  'processes',
-  'assets',
-}
+# From the ground up: a part imports those before it, and itself.
+ORDER = (
+  'config fields paths powers assets version',
+  'ops',
+  'model diffusion',
+  'devices',
+  'text',
+  'generation',
+  'checkpoints',
+  'runs',
+  'training',
+  'tools',
+  'commands',
+  'main',
+)
 
 
 def imported(path: pathlib.Path) -> set[str]:
@@ -42,15 +38,27 @@ def imported(path: pathlib.Path) -> set[str]:
   return parts
 
 
-@pytest.mark.parametrize('part', BELOW)
-def test_a_part_knows_nothing_above_it(part):
-  paths = sorted(PACKAGE.glob(f'{part}/**/*.py')) or [PACKAGE / f'{part}.py']
-  for path in paths:
-    above = imported(path) - BELOW[part] - GROUND - {part}
-    assert not above, f'{path.relative_to(PACKAGE)} imports {sorted(above)}'
+def parts() -> set[str]:
+  """All there are: files and folders at the top of the package."""
+  return {
+    path.stem
+    for path in PACKAGE.iterdir()
+    if path.name != '__init__.py' and not path.name.startswith('_')
+  }
 
 
-def test_the_ground_floor_stands_alone():
-  for part in GROUND - {'assets'}:
-    above = imported(PACKAGE / f'{part}.py') - GROUND
-    assert not above, f'{part}.py imports {sorted(above)}'
+def test_every_part_has_a_place():
+  assert parts() == {part for level in ORDER for part in level.split()}
+
+
+@pytest.mark.parametrize('level', range(len(ORDER)))
+def test_imports_point_down(level):
+  """Two parts of one level know nothing of each other."""
+  below = {part for lower in ORDER[:level] for part in lower.split()}
+  ground = set(ORDER[0].split())
+  for part in ORDER[level].split():
+    paths = sorted(PACKAGE.glob(f'{part}/**/*.py')) or [PACKAGE / f'{part}.py']
+    for path in paths:
+      allowed = below | {part} | (ground if part in ground else set())
+      above = imported(path) - allowed
+      assert not above, f'{path.relative_to(PACKAGE)} imports {sorted(above)}'

@@ -10,7 +10,7 @@ from absl.testing import flagsaver
 import pytest
 
 from diffusiongemma import main
-from diffusiongemma import memory
+from diffusiongemma.devices import memory
 
 MICRO = str(pathlib.Path(__file__).parent / 'micro_config.py')
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from diffusiongemma import config as configs
-from diffusiongemma.text import generate
+from diffusiongemma.generation import generate
 from diffusiongemma.training import train
 
 SETTINGS = {

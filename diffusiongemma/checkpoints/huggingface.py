@@ -23,6 +23,7 @@ from diffusiongemma.checkpoints import CheckpointError
 from diffusiongemma.checkpoints import files
 from diffusiongemma.checkpoints import foreign
 from diffusiongemma.checkpoints import safetensors
+from diffusiongemma.model import parameters
 
 # (our path, their name, whether it is transposed); * is the layer's number.
 _TEXT_LAYER = (
@@ -167,9 +168,8 @@ def tensor_table(abstract_params: Any) -> dict[str, Entry]:
     name, shape = name.replace('*', number), tuple(leaf.shape)
     their_shape = shape
     if transposed:
-      # Heads are merged; only the output projection has them on the input.
-      inputs = 2 if path[-1] == 'o_proj' else 1
-      their_shape = (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
+      inputs, outputs = parameters.find(path).sizes(shape)
+      their_shape = (math.prod(outputs), math.prod(inputs))  # Heads merged.
     table[name] = Entry(
       name, _copies(name), path, shape, their_shape, transposed
     )

@@ -31,11 +31,11 @@ from orbax.checkpoint.experimental.v1 import partial as ocp_partial
 import tensorstore
 
 from diffusiongemma import config as configs
-from diffusiongemma import processes
 from diffusiongemma.checkpoints import CheckpointError
 from diffusiongemma.checkpoints import LeftAloneError
 from diffusiongemma.checkpoints import digest as digest_lib
 from diffusiongemma.checkpoints import files
+from diffusiongemma.devices import processes
 
 # Where an array is to live: (path in the parameters, shape) -> sharding.
 ShardingOf = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]

@@ -24,10 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusiongemma import config as configs
+from diffusiongemma import ops
 from diffusiongemma.config import DiffusionConfig
 from diffusiongemma.diffusion import noise
 from diffusiongemma.diffusion import strategies
-from diffusiongemma.kernels import vocabulary
 
 # A canvas takes about so many, says DeepMind's report: what estimates and
 # benchmarks count with.
@@ -458,7 +458,7 @@ def draw_step_noise(
       jax.random.fold_in(key, step), 3
     )
     L = config.canvas_length
-    U = vocabulary.num_halvings(vocab_size)
+    U = ops.vocabulary.num_halvings(vocab_size)
     uniforms_LU = noise.uniform_from_nearer_end(uniform_key, (L, U))
     tokens_L = noise.prior_canvas(token_key, (L,), vocab_size)
     choice_L = jax.random.uniform(choice_key, (L,), jnp.float32)
@@ -487,7 +487,7 @@ def predict(
   # A forbidden token has log p = -inf, and adds nothing, nor to gradients.
   terms_BLV = p_BLV * jnp.where(p_BLV > 0, log_p_BLV, 0.0)
   return Prediction(
-    sample_BL=vocabulary.sample(p_BLV, uniforms_BLU),
+    sample_BL=ops.vocabulary.sample(p_BLV, uniforms_BLU),
     argmax_BL=jnp.argmax(scaled_BLV, axis=-1).astype(jnp.int32),
     entropy_BL=-jnp.sum(terms_BLV, axis=-1),
     confidence_BL=jnp.max(p_BLV, axis=-1),

@@ -18,16 +18,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from diffusiongemma import ops
 from diffusiongemma.config import ModelConfig
-from diffusiongemma.kernels import vocabulary
-from diffusiongemma.model import attention
 from diffusiongemma.model import cache as kv_cache
 from diffusiongemma.model import heads
 from diffusiongemma.model import layers
 from diffusiongemma.model import masks
-from diffusiongemma.model import matrices
 from diffusiongemma.model import moe
-from diffusiongemma.model import parallel
+from diffusiongemma.model import parameters
 from diffusiongemma.model import vision
 
 # What a backward pass keeps of a layer, by what it computes again; the more,
@@ -65,9 +63,8 @@ class Layer(nn.Module):
     self.experts = moe.Experts(cfg)
     self.norm_post_ffw_2 = norm()
     self.norm_post_ffw = norm()
-    ones = nn.initializers.ones
-    self.prefill_scalar = self.param('prefill_scalar', ones, (1,), jnp.float32)
-    self.denoise_scalar = self.param('denoise_scalar', ones, (1,), jnp.float32)
+    self.prefill_scalar = parameters.declare(self, 'prefill_scalar', (1,))
+    self.denoise_scalar = parameters.declare(self, 'denoise_scalar', (1,))
 
   def prefill(self, x_BPD, positions_BP, mask, cached):
     """One layer over new tokens: (x, their (k, v), routing).
@@ -89,7 +86,7 @@ class Layer(nn.Module):
     q, k, v = self.attention.project(self.norm_in(x_BLD), positions_BL)
     old_k, old_v = cached[0].astype(k.dtype), cached[1].astype(v.dtype)
     parts = ((old_k, old_v), (k, v))
-    out_BLNH = attention.attend(
+    out_BLNH = ops.attention.attend(
       *(q, parts, mask.seen_BLS), window=mask.window, filled_B=mask.filled_B
     )
     return out_BLNH, (k, v)
@@ -98,7 +95,7 @@ class Layer(nn.Module):
     """Residuals and both feed-forward branches."""
     attended_BLD = self.attention.output(attended_BLNH)
     dtype = attended_BLD.dtype
-    h_BLD, (for_router, for_shared, for_experts) = layers.add_and_norm(
+    h_BLD, (for_router, for_shared, for_experts) = ops.norms.add_and_norm(
       *(x_BLD, attended_BLD, self.norm_post_attn.scale),
       (self.router.scale, self.norm_pre_ffw.scale, self.norm_pre_ffw_2.scale),
       (jnp.float32, dtype, dtype),
@@ -109,7 +106,7 @@ class Layer(nn.Module):
     routed = self.norm_post_ffw_2(self.experts(for_experts, routing))
     h_BLD = h_BLD + self.norm_post_ffw(shared + routed)
     h_BLD = h_BLD * scalar.astype(h_BLD.dtype).reshape(1, 1, 1)
-    return parallel.constrain(h_BLD, 'batch', 'length', None), routing
+    return ops.parallel.constrain(h_BLD, 'batch', 'length', None), routing
 
 
 LayerLoweredOnce = nn.jit(Layer, methods=['prefill', 'denoise'])
@@ -129,7 +126,7 @@ class SelfConditioning(nn.Module):
     """None is "off", and so is `sc_BLD` = 0, to the bit: bare_RMSNorm(x)."""
     if sc_BLD is not None:
       x_BLD = x_BLD + self.mlp(self.norm(sc_BLD.astype(x_BLD.dtype)))
-    return layers.rms_norm(x_BLD, self.config.norm_epsilon)
+    return ops.norms.rms_norm(x_BLD, self.config.norm_epsilon)
 
 
 @flax.struct.dataclass
@@ -167,10 +164,9 @@ class Denoiser(nn.Module):
 
   def setup(self):
     cfg = self.config
-    init = nn.initializers.normal(cfg.embed_dim**-0.5)
     shape = (cfg.vocab_size, cfg.embed_dim)
-    self.embedding = self.param(
-      'embedding', init, shape, jnp.dtype(cfg.param_dtype)
+    self.embedding = parameters.declare(
+      self, 'embedding', shape, cfg.param_dtype
     )
     layer = LayerLoweredOnce if self.lower_once else Layer
     rules = tuple(nn.get_logical_axis_rules())
@@ -321,21 +317,21 @@ class Denoiser(nn.Module):
     """Embeddings times sqrt(D), the factor rounded to their type."""
     dtype = jnp.dtype(self.config.dtype)
     factor = jnp.asarray(self.config.embed_dim**0.5, dtype)
-    x = parallel.look_up(self.embedding, tokens_BL, dtype) * factor
-    return parallel.constrain(x, 'batch', 'length', None)
+    x = ops.parallel.look_up(self.embedding, tokens_BL, dtype) * factor
+    return ops.parallel.constrain(x, 'batch', 'length', None)
 
   def logits(self, h: jax.Array) -> jax.Array:
     """Softcapped logits of hidden states, [..., V] in float32."""
     rest = (None,) * (h.ndim - 2)
     # From where it was computed to where the vocabulary is; back, its gradient.
-    h = parallel.constrain(h, 'batch', *rest, None)
-    logits = matrices.multiply(
-      parallel.constrain(h, 'rows', *rest, None),
+    h = ops.parallel.constrain(h, 'batch', *rest, None)
+    logits = ops.linear.multiply(
+      ops.parallel.constrain(h, 'rows', *rest, None),
       self.embedding.astype(h.dtype),
       axis=1,
       dtype=jnp.float32,
     )
-    logits = parallel.constrain(logits, 'rows', *rest, 'vocab')
+    logits = ops.parallel.constrain(logits, 'rows', *rest, 'vocab')
     cap = self.config.logit_softcap
     return cap * jnp.tanh(logits / cap) if cap else logits
 
@@ -347,16 +343,16 @@ class Denoiser(nn.Module):
     soft = (probabilities.astype(dtype) @ table_VD) * factor
     rest = (None,) * (soft.ndim - 1)
     # First as the rows of the probabilities lie, which else were gathered.
-    soft = parallel.constrain(soft, 'rows', *rest)
-    return parallel.constrain(soft, 'batch', *rest)
+    soft = ops.parallel.constrain(soft, 'rows', *rest)
+    return ops.parallel.constrain(soft, 'batch', *rest)
 
   def mean_embedding(self, h_BLD: jax.Array) -> jax.Array:
     """The soft embedding of what hidden states predict: [B, L, D]."""
-    if parallel.is_active():  # Every device has its part of the logits.
+    if ops.parallel.is_active():  # Every device has its part of the logits.
       return self.soft_embedding(jax.nn.softmax(self.logits(h_BLD), axis=-1))
     B, L, D = h_BLD.shape
     table_VD = self.embedding.astype(h_BLD.dtype)
-    U = vocabulary.num_halvings(self.config.vocab_size)
+    U = ops.vocabulary.num_halvings(self.config.vocab_size)
     no_draw_RU = jnp.zeros((B * L, U), jnp.float32)
     found = self._summarize(h_BLD.reshape(-1, D), table_VD, 1.0, no_draw_RU)
     return found.mean_RD.reshape(B, L, D)
@@ -367,7 +363,7 @@ class Denoiser(nn.Module):
     temperature: jax.Array,
     uniforms_RU: jax.Array,
     with_mean: jax.Array | None = None,
-  ) -> vocabulary.Summary:
+  ) -> ops.vocabulary.Summary:
     """What the sampler needs of the logits, which never exist as a whole: see
     `vocabulary.summarize`; the mean is the soft embedding."""
     return self._summarize(
@@ -377,7 +373,7 @@ class Denoiser(nn.Module):
   def _summarize(
     self, h_RD, table_VD, temperature, uniforms_RU, with_mean=None
   ):
-    found = vocabulary.summarize(
+    found = ops.vocabulary.summarize(
       *(h_RD, table_VD, temperature, uniforms_RU),
       softcap=self.config.logit_softcap,
       with_mean=with_mean,

@@ -16,9 +16,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from diffusiongemma import ops
 from diffusiongemma.config import ModelConfig
-from diffusiongemma.model import attention
 from diffusiongemma.model import layers
+from diffusiongemma.model import parameters
 
 
 def num_soft_tokens(positions_IM2: jax.Array, kernel: int) -> jax.Array:
@@ -65,8 +66,8 @@ def axial_rotary(
   """Turns the first half of each head by x, the second by y."""
   halves = jnp.split(x_IMNH, 2, axis=-1)
   turned = [
-    layers.rotary(
-      half, layers.rotary_cos_sin(positions_IM2[..., axis], frequencies)
+    ops.heads.rotary(
+      half, ops.heads.rotary_cos_sin(positions_IM2[..., axis], frequencies)
     )
     for axis, half in enumerate(halves)
   ]
@@ -81,17 +82,19 @@ class Attention(nn.Module):
   def setup(self):
     cfg = self.config.vision
     W, N, K, H = cfg.embed_dim, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-    dtype = jnp.dtype(self.config.param_dtype)
-    into, out = layers.linear_init(0, (1, 2)), layers.linear_init((0, 1), 2)
-    self.q_proj = self.param('q_proj', into, (W, N, H), dtype)
-    self.k_proj = self.param('k_proj', into, (W, K, H), dtype)
-    self.v_proj = self.param('v_proj', into, (W, K, H), dtype)
-    self.o_proj = self.param('o_proj', out, (N, H, W), dtype)
-    # Scores of variance one in a fresh network, as in the text layers.
-    start = H**-0.25
-    self.q_norm = layers.RMSNorm(H, cfg.norm_epsilon, start)
-    self.k_norm = layers.RMSNorm(H, cfg.norm_epsilon, start)
-    self.frequencies = layers.rotary_frequencies(H // 2, cfg.rope_theta)
+
+    def declare(name, *shape):
+      return parameters.declare(
+        self, f'attention/{name}', shape, self.config.param_dtype
+      )
+
+    self.q_proj = declare('q_proj', W, N, H)
+    self.k_proj = declare('k_proj', W, K, H)
+    self.v_proj = declare('v_proj', W, K, H)
+    self.o_proj = declare('o_proj', N, H, W)
+    self.q_norm = layers.RMSNorm(H, cfg.norm_epsilon, 'attention/q_norm')
+    self.k_norm = layers.RMSNorm(H, cfg.norm_epsilon, 'attention/k_norm')
+    self.frequencies = ops.heads.rotary_frequencies(H // 2, cfg.rope_theta)
 
   def __call__(self, x_IMW: jax.Array, positions_IM2: jax.Array) -> jax.Array:
     dtype = x_IMW.dtype
@@ -100,9 +103,9 @@ class Attention(nn.Module):
     v = jnp.einsum('imw,wkh->imkh', x_IMW, self.v_proj.astype(dtype))
     q = axial_rotary(self.q_norm(q), positions_IM2, self.frequencies)
     k = axial_rotary(self.k_norm(k), positions_IM2, self.frequencies)
-    v = layers.rms_norm(v, self.config.vision.norm_epsilon)
+    v = ops.norms.rms_norm(v, self.config.vision.norm_epsilon)
     seen_I1M = is_patch(positions_IM2)[:, None, :]
-    out_IMNH = attention.attend(q, [(k, v)], seen_I1M)
+    out_IMNH = ops.attention.attend(q, [(k, v)], seen_I1M)
     return jnp.einsum('imnh,nhw->imw', out_IMNH, self.o_proj.astype(dtype))
 
 
@@ -147,18 +150,17 @@ class VisionEncoder(nn.Module):
   lower_once: bool = False
 
   def setup(self):
-    cfg, dtype = self.config.vision, jnp.dtype(self.config.param_dtype)
+    cfg = self.config.vision
     W, D = cfg.embed_dim, self.config.embed_dim
-    linear = layers.linear_init(0, 1)
-    self.input_proj = self.param(
-      'input_proj', linear, (3 * cfg.patch_size**2, W), dtype
-    )
-    # Variance one half for each axis: as loud as the pixels' projection.
-    self.position_table = self.param(
-      'position_table',
-      nn.initializers.normal(0.5**0.5),
-      (2, cfg.position_table_size, W),
-      dtype,
+
+    def declare(name, *shape):
+      return parameters.declare(
+        self, f'vision/{name}', shape, self.config.param_dtype
+      )
+
+    self.input_proj = declare('input_proj', 3 * cfg.patch_size**2, W)
+    self.position_table = declare(
+      'position_table', 2, cfg.position_table_size, W
     )
     layer = LayerLoweredOnce if self.lower_once else Layer
     rules = tuple(nn.get_logical_axis_rules())
@@ -167,10 +169,9 @@ class VisionEncoder(nn.Module):
       for index in range(cfg.num_layers)
     ]
     if cfg.standardize:
-      zeros, ones = nn.initializers.zeros, nn.initializers.ones
-      self.std_bias = self.param('std_bias', zeros, (W,), jnp.float32)
-      self.std_scale = self.param('std_scale', ones, (W,), jnp.float32)
-    self.projection = self.param('projection', linear, (W, D), dtype)
+      self.std_bias = declare('std_bias', W)
+      self.std_scale = declare('std_scale', W)
+    self.projection = declare('projection', W, D)
 
   def __call__(
     self, patches_IMX: jax.Array, positions_IM2: jax.Array
@@ -234,6 +235,6 @@ class VisionEncoder(nn.Module):
 
   def project(self, x_ITW: jax.Array) -> jax.Array:
     """Into the width of the text, [I, T, D]."""
-    x_ITW = layers.rms_norm(x_ITW, self.config.vision.norm_epsilon)
+    x_ITW = ops.norms.rms_norm(x_ITW, self.config.vision.norm_epsilon)
     projection = self.projection.astype(x_ITW.dtype)
     return jnp.einsum('itw,wd->itd', x_ITW, projection)

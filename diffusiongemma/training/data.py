@@ -18,8 +18,8 @@ import grain
 import jax
 import numpy as np
 
-from diffusiongemma import sharding
 from diffusiongemma.config import DataConfig
+from diffusiongemma.devices import sharding
 from diffusiongemma.text import tokenizer as tokenizers
 from diffusiongemma.training.corpus import DataError
 from diffusiongemma.training.corpus import Example

@@ -6,13 +6,13 @@ bound, which run on the mesh around a call.
 
 import jax
 
+from diffusiongemma import ops
 from diffusiongemma import powers
-from diffusiongemma import sharding
 from diffusiongemma.config import Config
+from diffusiongemma.devices import sharding
 from diffusiongemma.diffusion import chunks
 from diffusiongemma.diffusion import loss
 from diffusiongemma.model import denoiser
-from diffusiongemma.model import parallel
 
 
 def bind(config: Config, params: dict, remat: str = 'none') -> loss.Network:
@@ -37,7 +37,9 @@ def bind(config: Config, params: dict, remat: str = 'none') -> loss.Network:
     def soft_embedding(h_BLD):
       B, L, _ = h_BLD.shape
       with sharding.activate(config.model, B):
-        if parallel.is_active():  # Every device makes its part of the logits.
+        if (
+          ops.parallel.is_active()
+        ):  # Every device makes its part of the logits.
           size = chunks.chunk_size(logits, h_BLD)
         else:  # A power of two, as kernels want it.
           most = max(1, chunks.PASS_ROWS // B)

@@ -18,7 +18,8 @@ import optax.contrib
 from diffusiongemma import config as configs
 from diffusiongemma.config import Config
 from diffusiongemma.config import OptimizerConfig
-from diffusiongemma.model import matrices
+from diffusiongemma.model import lora
+from diffusiongemma.model import parameters
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -168,10 +169,12 @@ def _matrix_axes(params: dict) -> dict:
 
   def axes(keys, x):
     path = tuple(key.key for key in keys)
-    if path[-1] == 'embedding' or 'router' in path or jnp.ndim(x) < 2:
+    of_adapter = lora.matrix_axes(path, jnp.ndim(x))
+    if of_adapter:
+      return optax.contrib.MuonDimensionNumbers(*of_adapter)
+    row = parameters.find(path)
+    if row is None or not row.is_orthogonal:
       return None
-    return optax.contrib.MuonDimensionNumbers(
-      *matrices.axes_of(path, jnp.ndim(x))
-    )
+    return optax.contrib.MuonDimensionNumbers(row.inputs, row.outputs)
 
   return jax.tree_util.tree_map_with_path(axes, params)

@@ -17,13 +17,13 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 from jax.sharding import Mesh
 
-from diffusiongemma import memory
-from diffusiongemma import sharding
+from diffusiongemma import ops
 from diffusiongemma.config import Config
+from diffusiongemma.devices import memory
+from diffusiongemma.devices import sharding
 from diffusiongemma.diffusion import loss
 from diffusiongemma.model import denoiser
 from diffusiongemma.model import moe
-from diffusiongemma.model import parallel
 from diffusiongemma.training import data
 from diffusiongemma.training import network as network_lib
 from diffusiongemma.training import optimizer as optimizers
@@ -113,7 +113,7 @@ def _rows_at_once(config: Config, batch_size: int) -> int:
   """Rows of a batch that each device of the mesh works through at once."""
   rows = batch_size // config.train.accumulate_steps
   with sharding.activate(config.model, rows):
-    return rows // parallel.parts('batch')
+    return rows // ops.parallel.parts('batch')
 
 
 def compile_step(

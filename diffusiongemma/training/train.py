@@ -20,14 +20,15 @@ import orbax.checkpoint as ocp
 
 from diffusiongemma import config as configs
 from diffusiongemma import paths
-from diffusiongemma import processes
-from diffusiongemma import sharding
 from diffusiongemma.checkpoints import CheckpointError
 from diffusiongemma.checkpoints import LeftAloneError
 from diffusiongemma.checkpoints import native
 from diffusiongemma.config import Config
-from diffusiongemma.text import generate
-from diffusiongemma.text import prompt as prompt_lib
+from diffusiongemma.devices import processes
+from diffusiongemma.devices import sharding
+from diffusiongemma.generation import generate
+from diffusiongemma.generation import prompt as prompt_lib
+from diffusiongemma.runs import folder as workdirs
 from diffusiongemma.text.tokenizer import Tokenizer
 from diffusiongemma.text.tokenizer import TokenizerError
 from diffusiongemma.training import corpus as corpora
@@ -37,7 +38,6 @@ from diffusiongemma.training import metrics as metrics_lib
 from diffusiongemma.training import optimizer as optimizers
 from diffusiongemma.training import step as steps
 from diffusiongemma.training import train_state
-from diffusiongemma.training import workdir as workdirs
 
 EVALUATION_NOISE = 0.3
 

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from diffusiongemma import sharding
 from diffusiongemma.checkpoints import native
 from diffusiongemma.config import Config
+from diffusiongemma.devices import sharding
 from diffusiongemma.model import denoiser
-from diffusiongemma.training import lora
+from diffusiongemma.model import lora
 from diffusiongemma.training import optimizer as optimizers
 
 

@@ -23,10 +23,10 @@ from typing import Any
 
 import jax
 
-from diffusiongemma import benchmark
 from diffusiongemma import config as configs
 from diffusiongemma import fields
 from diffusiongemma.diffusion import sampler
+from diffusiongemma.tools import benchmark
 from experiments import machine
 
 CONFIG = pathlib.Path(__file__).parents[2] / 'configs' / '26b_a4b.py'

@@ -30,19 +30,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusiongemma import benchmark
 from diffusiongemma import config as configs
-from diffusiongemma import plan
-from diffusiongemma.kernels import dispatch
-from diffusiongemma.kernels import grouped_matmul as grouped
-from diffusiongemma.kernels import quantized
-from diffusiongemma.kernels import vocabulary
-from diffusiongemma.model import attention
+from diffusiongemma import ops
 from diffusiongemma.model import cache as kv_cache
-from diffusiongemma.model import heads
-from diffusiongemma.model import layers
-from diffusiongemma.model import matrices
-from diffusiongemma.model import moe
+from diffusiongemma.tools import benchmark
+from diffusiongemma.tools import plan
 from experiments import machine
 
 CONFIG = pathlib.Path(__file__).parents[2] / 'configs' / '26b_a4b.py'
@@ -79,7 +71,7 @@ def make_cases(
 
   def few_bits(*shape, **how):
     axis = how['axis']
-    make = functools.partial(quantized.quantize, **how)
+    make = functools.partial(ops.weights.quantize, **how)
     return jax.jit(make)(normal(*shape) * shape[axis] ** -0.5)
 
   int4 = functools.partial(
@@ -90,49 +82,49 @@ def make_cases(
 
   def norms(x_BLD, y_BLD, scale_D):
     dtypes = (jnp.float32, x_BLD.dtype, x_BLD.dtype)
-    return layers.add_and_norm(
+    return ops.norms.add_and_norm(
       x_BLD, y_BLD, scale_D, [scale_D] * 3, dtypes, epsilon
     )
 
   x_BLD = normal(1, T, D)
   yield Case('norms', norms, (x_BLD, normal(1, T, D), ones_D))
   logits_BLE = normal(1, T, E, dtype='float32')
-  choose = functools.partial(moe.choose, k=k)
+  choose = functools.partial(ops.routing.choose, k=k)
   yield Case('choice of experts', choose, (logits_BLE, jnp.ones((E,))))
   expert_R = choose(logits_BLE, jnp.ones((E,)))[1].reshape(-1)
   weights = int4(E, 2 * F, D)
   make_groups = functools.partial(
-    grouped.make_groups,
+    ops.routing.make_groups,
     num_experts=E,
-    tile=grouped.default_tile(len(expert_R), E, weights),
+    tile=ops.routing.default_tile(len(expert_R), E, weights),
   )
   yield Case('layout of their rows', make_groups, (expert_R,))
   groups = jax.jit(make_groups)(expert_R)
-  gate = lambda x_MD, w, groups: grouped.gather_from_tiles(
-    grouped.gated_matmul(x_MD, w, groups, k), groups
+  gate = lambda x_MD, w, groups: ops.routing.gather_from_tiles(
+    ops.experts.gated_matmul(x_MD, w, groups, k), groups
   )
   yield Case('experts, gate', gate, (x_BLD[0], weights, groups))
   del weights
   hidden_TF = normal(len(groups.row_T), F)
-  down = lambda hidden_TF, w, groups: grouped.gather_from_tiles(
-    grouped.grouped_matmul(hidden_TF, w, groups), groups
+  down = lambda hidden_TF, w, groups: ops.routing.gather_from_tiles(
+    ops.experts.grouped_matmul(hidden_TF, w, groups), groups
   )
   yield Case('experts, down', down, (hidden_TF, int4(E, D, F), groups))
   del groups, hidden_TF
   gate_and_up = [int8(D, model.mlp_dim, axis=-2) for _ in range(2)]
-  yield Case('shared MLP, gate', layers.gated, (x_BLD, *gate_and_up))
+  yield Case('shared MLP, gate', ops.linear.gated, (x_BLD, *gate_and_up))
   matrix = int8(model.mlp_dim, D, axis=-2)
   hidden_BLF = normal(1, T, model.mlp_dim)
-  yield Case('shared MLP, down', matrices.linear, (hidden_BLF, matrix))
+  yield Case('shared MLP, down', ops.linear.apply, (hidden_BLF, matrix))
   for kind in ('local', 'global'):
     K, H = kv_cache.kv_shape(model, kind)
     N = model.num_heads
     counts = {'q': N, 'k': K} | ({'v': K} if kind == 'local' else {})
     weights = {name: int8(D, n, H, axis=-3) for name, n in counts.items()}
     scales = {'q': jnp.ones((H,)), 'k': jnp.ones((H,))}
-    frequencies = layers.rotary_frequencies(H, 1e4)
-    cos_sin = layers.rotary_cos_sin(jnp.arange(T)[None], frequencies)
-    project = functools.partial(heads.project, epsilon=epsilon)
+    frequencies = ops.heads.rotary_frequencies(H, 1e4)
+    cos_sin = ops.heads.rotary_cos_sin(jnp.arange(T)[None], frequencies)
+    project = functools.partial(ops.heads.project, epsilon=epsilon)
     yield Case(f'{kind} heads', project, (x_BLD, weights, scales, cos_sin))
     weights = {name: normal(D, n, H) * D**-0.5 for name, n in counts.items()}
     given = (x_BLD, weights, scales, cos_sin)
@@ -143,15 +135,17 @@ def make_cases(
       mask_BLS = jnp.ones((1, 1, context + T), jnp.bool_)
       yield Case(
         f'{kind} attention, context {context}',
-        lambda q_BLNH, cached, own, mask_BLS: attention.attend(
+        lambda q_BLNH, cached, own, mask_BLS: ops.attention.attend(
           q_BLNH, (cached, own), mask_BLS
         ),
         (q_BLNH, cached, own, mask_BLS),
       )
   summarize = functools.partial(
-    vocabulary.summarize, softcap=model.logit_softcap
+    ops.vocabulary.summarize, softcap=model.logit_softcap
   )
-  uniforms_RU = jnp.full((T, vocabulary.num_halvings(model.vocab_size)), 0.4)
+  uniforms_RU = jnp.full(
+    (T, ops.vocabulary.num_halvings(model.vocab_size)), 0.4
+  )
   table_VD = normal(model.vocab_size, D) * D**-0.5
   given = (x_BLD[0], table_VD, jnp.float32(0.6), uniforms_RU)
   yield Case('vocabulary', summarize, given)
@@ -209,7 +203,7 @@ def difference(ours: Any, theirs: Any) -> float:
 def compare(case: Case, chip: plan.Chip) -> dict:
   """The numbers of one case."""
   seconds, ours = measure(case.function, case.arguments)
-  with dispatch.switched_off():
+  with ops.dispatch.switched_off():
     flops = plan.count_flops(jax.make_jaxpr(case.function)(*case.arguments))
     seconds_by_xla, theirs = measure(case.function, case.arguments)
   moved = num_bytes((case.arguments, ours))
@@ -232,12 +226,12 @@ def fit_linears(T: int, D: int) -> dict:
   x_TD = jnp.ones((T, D), jnp.bfloat16)
   points = []
   for outputs in (2048, 4096, 8192, 16384, 32768, 65536):
-    w = quantized.Quantized(
+    w = ops.weights.Quantized(
       jnp.ones((D, outputs), jnp.int8),
       jnp.ones((1, outputs), jnp.bfloat16),
       -2,
     )
-    seconds, made = measure(matrices.linear, (x_TD, w))
+    seconds, made = measure(ops.linear.apply, (x_TD, w))
     points.append((num_bytes((x_TD, w, made)), seconds))
   slope, start = np.polyfit(*np.transpose(points), 1)
   return {

@@ -22,10 +22,10 @@ from absl import flags
 from absl import logging
 
 from diffusiongemma import config as configs
-from diffusiongemma import conversion
 from diffusiongemma.checkpoints import huggingface
 from diffusiongemma.checkpoints import huggingface_config
 from diffusiongemma.model import denoiser
+from diffusiongemma.runs import convert as conversion
 
 _CONFIG = flags.DEFINE_string('config', None, 'Config file.', required=True)
 _FOLDER = flags.DEFINE_string('folder', None, 'New folder.', required=True)

@@ -26,9 +26,9 @@ from absl import logging
 import numpy as np
 
 from diffusiongemma import config as configs
-from diffusiongemma import conversion
 from diffusiongemma.checkpoints import huggingface_config
 from diffusiongemma.checkpoints import safetensors
+from diffusiongemma.runs import convert as conversion
 
 _FIXTURES = flags.DEFINE_string('fixtures', None, 'Where configs are stored.')
 _OUTPUT = flags.DEFINE_string('output', None, 'JSON to write.')

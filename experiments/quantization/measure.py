@@ -16,14 +16,14 @@ import numpy as np
 
 from diffusiongemma import checkpoints
 from diffusiongemma import config as configs
-from diffusiongemma import conversion
+from diffusiongemma import ops
 from diffusiongemma.diffusion import noise
-from diffusiongemma.kernels import quantized
 from diffusiongemma.model import denoiser
-from diffusiongemma.model import quantize
+from diffusiongemma.model import parameters
+from diffusiongemma.runs import convert as conversion
+from diffusiongemma.runs import folder as workdirs
 from diffusiongemma.training import corpus as corpora
 from diffusiongemma.training import evaluate
-from diffusiongemma.training import workdir as workdirs
 from experiments import machine
 
 Q = configs.QuantizationConfig
@@ -51,7 +51,7 @@ def error(few: jax.Array, exact: jax.Array) -> float:
 
 def matrix_errors(params: dict, exact: dict) -> list[float]:
   """Of each quantised matrix."""
-  is_few = lambda w: isinstance(w, quantized.Quantized)
+  is_few = lambda w: isinstance(w, ops.weights.Quantized)
   few = jax.tree.leaves(params, is_leaf=is_few)
   pairs = zip(few, jax.tree.leaves(exact), strict=True)
   return [error(q.astype(jnp.float32), w) for q, w in pairs if is_few(q)]
@@ -117,7 +117,7 @@ def main() -> None:
     },
   }
   for name, kinds in KINDS.items():
-    params = quantize.quantize_params(kinds, run.params)
+    params = parameters.quantize(kinds, run.params)
     few_layers, few = look(config, params, tokens_BS, length_B, canvas_BL)
     pairs = matrix_errors(params, run.params)
     made[name] = {

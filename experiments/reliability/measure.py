@@ -22,12 +22,12 @@ import time
 
 import jax
 
-from diffusiongemma import sharding
 from diffusiongemma.checkpoints import digest
 from diffusiongemma.checkpoints import native
+from diffusiongemma.devices import sharding
+from diffusiongemma.runs import folder as workdirs
 from diffusiongemma.training import step as steps
 from diffusiongemma.training import train_state
-from diffusiongemma.training import workdir as workdirs
 from experiments import machine
 
 FOLDER = pathlib.Path(__file__).parent

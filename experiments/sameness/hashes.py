@@ -26,13 +26,13 @@ import jax.numpy as jnp
 
 from diffusiongemma import config as configs
 from diffusiongemma import fields
-from diffusiongemma import plan
-from diffusiongemma import sharding
+from diffusiongemma import ops
+from diffusiongemma.devices import sharding
+from diffusiongemma.generation import generate
+from diffusiongemma.generation import prompt
 from diffusiongemma.model import cache as kv_cache
 from diffusiongemma.model import denoiser
-from diffusiongemma.model import matrices
-from diffusiongemma.text import generate
-from diffusiongemma.text import prompt
+from diffusiongemma.tools import plan
 
 _OUT = flags.DEFINE_string('out', None, 'JSON file to write.', required=True)
 _AGAINST = flags.DEFINE_string('against', None, 'JSON file of earlier hashes.')
@@ -47,7 +47,7 @@ INT4 = {'quantization.experts': 'int4', 'quantization.linears': 'int8'}
 INT8 = {'quantization.experts': 'int8', 'quantization.linears': 'int8'}
 WHOLE = {'quantization.embedding': 'int8'}
 LORA = {'lora.rank': '4', 'lora.targets': '*/q_proj,*/experts/*'}
-MESH = {'mesh.data': '-1', 'mesh.fsdp': '2'}
+MESH = {'mesh.data': '-1', 'mesh.fsdp': '2', 'data.batch_size': '8'}
 # (program, variant, fields)
 PROGRAMS = (
   ('sample', 'plain', {}),
@@ -65,7 +65,7 @@ TOPOLOGIES = ('local', 'v5e:2x2', 'h100', 'h100x4')
 
 def lower(config, mesh, program):
   """The training step, or the loop over a canvas, lowered for a mesh."""
-  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+  with plan.lowering_for(mesh):
     if program == 'train':
       lowered, _ = plan._lower_training(config, mesh)
     else:
@@ -87,8 +87,9 @@ def hashes_of(network, config, topology):
     try:
       few = devices if on_mesh else devices[:1]
       mesh = sharding.make_mesh(changed.mesh, few[:4])
-      yield f'{network} {topology} {program} {variant}', lower(
-        changed, mesh, program
+      yield (
+        f'{network} {topology} {program} {variant}',
+        lower(changed, mesh, program),
       )
     except configs.ConfigError as error:
       print(f'left out: {network} {topology} {program} {variant}: {error}')
@@ -106,7 +107,7 @@ def research_programs(config):
   yield (
     'micro research canvas arranged',
     generate.write_canvas.lower(
-      config, matrices.arrange(params), cache, keys_B, done_B
+      config, ops.weights.arrange(params), cache, keys_B, done_B
     ).as_text(),
   )
   yield (
@@ -137,7 +138,9 @@ def main(_) -> None:
   jax.config.update('jax_num_cpu_devices', 4)
   jax.config.update('jax_include_full_tracebacks_in_locations', False)
   jax.config.update('jax_traceback_in_locations_limit', 0)
-  before = json.loads(open(_AGAINST.value).read()) if _AGAINST.value else {}
+  before = {}
+  if _AGAINST.value:
+    before = json.loads(pathlib.Path(_AGAINST.value).read_text())
   found, changed = {}, []
   for name, text in all_texts():
     found[name] = hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -24,10 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusiongemma import hlo
-from diffusiongemma.kernels import grouped_matmul as grouped
-from diffusiongemma.model import moe
-from diffusiongemma.model import parallel
+from diffusiongemma import ops
+from diffusiongemma.tools import hlo
 from experiments import machine
 
 DEVICES = 8
@@ -40,13 +38,13 @@ AXIS = 'expert'
 def gather(x_MD, weights_Mk, experts_Mk, gate_up_EFD, down_EDF):
   """As the network does it."""
   x_MD, weights_Mk, experts_Mk = (
-    parallel.gather(a, [AXIS], 0) for a in (x_MD, weights_Mk, experts_Mk)
+    ops.parallel.gather(a, [AXIS], 0) for a in (x_MD, weights_Mk, experts_Mk)
   )
   own = len(down_EDF)
   local_Mk = experts_Mk - jax.lax.axis_index(AXIS) * own
   local_Mk = jnp.where((local_Mk >= 0) & (local_Mk < own), local_Mk, own)
-  y_MD = moe.mix(x_MD, weights_Mk, local_Mk, gate_up_EFD, down_EDF, E)
-  return parallel.sum_and_scatter(y_MD, (AXIS,), [AXIS])
+  y_MD = ops.experts.mix(x_MD, weights_Mk, local_Mk, gate_up_EFD, down_EDF, E)
+  return ops.parallel.sum_and_scatter(y_MD, (AXIS,), [AXIS])
 
 
 def all_to_all(x_MD, weights_Mk, experts_Mk, gate_up_EFD, down_EDF):
@@ -69,7 +67,7 @@ def all_to_all(x_MD, weights_Mk, experts_Mk, gate_up_EFD, down_EDF):
   flat = functools.partial(jnp.reshape, shape=(devices * M, -1))
   rows = (x_MD[order_nM], weights_Mk[order_nM], local_nMk)
   rows = [send(flat(a)) for a in rows]
-  y_nMD = send(moe.mix(*rows, gate_up_EFD, down_EDF, E))
+  y_nMD = send(ops.experts.mix(*rows, gate_up_EFD, down_EDF, E))
   y_nMD = y_nMD.reshape(devices, M, -1)
   place_nM = jnp.argsort(order_nM, axis=1)
   return jnp.sum(jnp.take_along_axis(y_nMD, place_nM[:, :, None], axis=1), 0)
@@ -150,7 +148,7 @@ def main() -> None:
     'tokens': TOKENS,
     'experts': E,
     'choices': k,
-    'tile': grouped.default_tile(TOKENS * k, E),
+    'tile': ops.routing.default_tile(TOKENS * k, E),
     'rows': rows,
     **machine.describe(),
     'command': machine.command('experiments.scale.exchange'),

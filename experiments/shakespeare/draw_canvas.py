@@ -16,7 +16,7 @@ from rich import console as rich_console
 from rich import text as rich_text
 
 import diffusiongemma
-from diffusiongemma.text import terminal
+from diffusiongemma.commands import terminal
 
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/tiny', 'A trained run.')
 _PROMPT = flags.DEFINE_string('prompt', 'ROMEO.\n', 'What to go on from.')

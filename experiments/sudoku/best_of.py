@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import diffusiongemma as dg
-from diffusiongemma.training import workdir as workdirs
+from diffusiongemma.runs import folder as workdirs
 from experiments import machine
 from experiments import plots
 from experiments.sudoku import make_puzzles

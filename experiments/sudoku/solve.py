@@ -36,7 +36,7 @@ import numpy as np
 
 import diffusiongemma as dg
 from diffusiongemma.checkpoints import CheckpointError
-from diffusiongemma.training import workdir as workdirs
+from diffusiongemma.runs import folder as workdirs
 from experiments import machine
 from experiments import plots
 

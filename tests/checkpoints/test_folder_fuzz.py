@@ -19,10 +19,10 @@ import pytest
 import test_conversion
 
 import diffusiongemma
-from diffusiongemma import conversion
 from diffusiongemma.checkpoints import CheckpointError
 from diffusiongemma.checkpoints import huggingface_config
 from diffusiongemma.checkpoints import safetensors_writer
+from diffusiongemma.runs import convert as conversion
 
 parity = pytest.importorskip('parity', reason='needs torch, transformers')
 torch = pytest.importorskip('torch')

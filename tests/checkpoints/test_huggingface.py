@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from diffusiongemma import config as configs
-from diffusiongemma import conversion
 from diffusiongemma.checkpoints import CheckpointError
 from diffusiongemma.checkpoints import huggingface
 from diffusiongemma.checkpoints import huggingface_config
 from diffusiongemma.model import denoiser
+from diffusiongemma.runs import convert as conversion
 from experiments.conversion import transformers_versions
 
 REFERENCE = pathlib.Path(__file__).parents[1] / 'reference'

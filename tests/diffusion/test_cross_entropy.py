@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusiongemma import plan
 from diffusiongemma.diffusion import chunks
 from diffusiongemma.diffusion import cross_entropy
 from diffusiongemma.model import denoiser
+from diffusiongemma.tools import plan
 
 B, S = 2, 30
 

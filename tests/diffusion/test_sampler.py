@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusiongemma import ops
 from diffusiongemma.config import Config
 from diffusiongemma.config import ConfigError
 from diffusiongemma.config import DiffusionConfig
 from diffusiongemma.diffusion import sampler
 from diffusiongemma.diffusion import strategies
-from diffusiongemma.kernels import vocabulary
 
 B, L, V, D = 3, 16, 31, 5
 CONFIG = DiffusionConfig(
@@ -183,7 +183,7 @@ def test_a_forbidden_token_has_no_gradient():
   """That of the entropy is the one without the token."""
 
   def entropy(logits):
-    U = vocabulary.num_halvings(logits.shape[-1])
+    U = ops.vocabulary.num_halvings(logits.shape[-1])
     uniforms_BLU = jnp.full((1, 1, U), 0.3)
     predicted = sampler.predict(logits, 0.5, uniforms_BLU, lambda p: p)
     return jnp.sum(predicted.entropy_BL)

@@ -2,7 +2,7 @@
 
 import json
 
-import devices
+import many_devices
 
 MEASURE = """
 import json
@@ -20,7 +20,7 @@ print(json.dumps(exchange.measure(4, layer)))
 
 def test_ways_agree_and_are_counted():
   """`measure` compares the results itself."""
-  found = json.loads(devices.run(MEASURE, devices=4).splitlines()[-1])
+  found = json.loads(many_devices.run(MEASURE, devices=4).splitlines()[-1])
   assert set(found['bytes']['all_to_all']) == {'all-to-all'}
   assert set(found['bytes']['gather']) == {'all-gather', 'reduce-scatter'}
   # Of three choices, few fall on the same of four devices.

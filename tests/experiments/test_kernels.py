@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import micro_config
 import pytest
 
-from diffusiongemma import plan
-from diffusiongemma.kernels import dispatch
+from diffusiongemma import ops
+from diffusiongemma.tools import plan
 from experiments.benchmarks import kernels
 
 CASES = (
@@ -57,7 +57,7 @@ def test_every_kernel_has_a_case(cases):
   for case in cases:
     text = str(jax.make_jaxpr(case.function)(*case.arguments))
     assert 'pallas_call' in text, case.name
-    with dispatch.switched_off():
+    with ops.dispatch.switched_off():
       text = str(jax.make_jaxpr(case.function)(*case.arguments))
     assert 'pallas_call' not in text, case.name
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import diffusiongemma as dg
+from diffusiongemma.runs import folder as workdir
 from diffusiongemma.text import tokenizer as tokenizers
-from diffusiongemma.training import workdir
 from experiments.sudoku import make_puzzles
 from experiments.sudoku import solve
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusiongemma import ops
 from diffusiongemma.model import cache as kv_cache
 from diffusiongemma.model import denoiser
-from diffusiongemma.model import layers
 from diffusiongemma.model import masks
 
 P, L = 12, 6
@@ -68,13 +68,13 @@ def test_attention_is_told_what_the_cache_holds(
 ):
   """Kernels look at no slots beyond: at the tokens of each row, in a local
   layer at most at its window."""
-  told, attend = [], denoiser.attention.attend
+  told, attend = [], ops.attention.attend
 
   def listen(*given, filled_B, **rest):
     told.append(filled_B)
     return attend(*given, **rest)
 
-  monkeypatch.setattr(denoiser.attention, 'attend', listen)
+  monkeypatch.setattr(ops.attention, 'attend', listen)
   apply = functools.partial(
     denoiser.Denoiser(model_config).apply, {'params': params}
   )
@@ -191,7 +191,7 @@ def test_self_conditioning_off_is_the_network_without_it(
     {'params': params['self_conditioning']}, x_BLD, jnp.zeros_like(x_BLD)
   )
   none = module.apply({'params': params['self_conditioning']}, x_BLD, None)
-  bare = layers.rms_norm(x_BLD, model_config.norm_epsilon)
+  bare = ops.norms.rms_norm(x_BLD, model_config.norm_epsilon)
   np.testing.assert_array_equal(off, bare)
   np.testing.assert_array_equal(none, bare)
 
@@ -221,12 +221,12 @@ def test_roles_share_everything_but_one_scalar(
 
 def test_partial_rotary_leaves_the_rest_alone():
   """A quarter of the pairs turns; frequencies are those of the full head."""
-  frequencies = layers.rotary_frequencies(16, 1e6, 0.25)
+  frequencies = ops.heads.rotary_frequencies(16, 1e6, 0.25)
   expected = [1e6 ** (-2 * i / 16) if i < 2 else 0.0 for i in range(8)]
   np.testing.assert_allclose(frequencies, expected, rtol=1e-6)
   x = jax.random.normal(jax.random.key(0), (1, 3, 2, 16))
-  turned = layers.rotary(
-    x, layers.rotary_cos_sin(jnp.array([[0, 5, 900]]), frequencies)
+  turned = ops.heads.rotary(
+    x, ops.heads.rotary_cos_sin(jnp.array([[0, 5, 900]]), frequencies)
   )
   still = np.r_[2:8, 10:16]
   np.testing.assert_array_equal(turned[..., still], x[..., still])

@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusiongemma.kernels import dispatch
-from diffusiongemma.model import layers
+from diffusiongemma import ops
 from diffusiongemma.model import moe
+from diffusiongemma.ops.cpu import experts as cpu_experts
 
 
 def make(model_config, params):
@@ -17,7 +17,7 @@ def make(model_config, params):
 
 
 def route(model_config, router, h_BLD):
-  normed_BLD = layers.rms_norm(
+  normed_BLD = ops.norms.rms_norm(
     h_BLD, model_config.norm_epsilon, router['scale']
   )
   return moe.Router(model_config).apply({'params': router}, normed_BLD)
@@ -100,11 +100,11 @@ def test_a_cpu_has_a_way_of_its_own_without_a_gradient(
 
   gradient = jax.grad(run, argnums=(0, 1), has_aux=True)
   given = x_BLD, layer['experts']
-  with dispatch.switched_off():
+  with ops.dispatch.switched_off():
     in_tiles, wanted = run(*given)[1], gradient(*given)
-  calls, apply = [], moe.cpu.apply
+  calls, apply = [], cpu_experts.apply
   monkeypatch.setattr(
-    moe.cpu, 'apply', lambda *a, **k: calls.append(a) or apply(*a, **k)
+    cpu_experts, 'apply', lambda *a, **k: calls.append(a) or apply(*a, **k)
   )
   np.testing.assert_allclose(run(*given)[1], in_tiles, atol=1e-6)
   assert len(calls) == 1

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from diffusiongemma import config as configs
-from diffusiongemma.model import attention
+from diffusiongemma import ops
 from diffusiongemma.model import vision
 
 VISION = configs.VisionConfig(
@@ -344,7 +344,7 @@ def test_scores_of_the_largest_image_stay_bounded():
   for function in (layer.apply, jax.grad(total)):
     jaxpr = jax.make_jaxpr(function)(params, x_IMW, positions_IM2)
     largest = max(sizes(jaxpr.jaxpr))
-    assert attention.MAX_SCORES / 2 < largest <= attention.MAX_SCORES
+    assert ops.attention.MAX_SCORES / 2 < largest <= ops.attention.MAX_SCORES
 
 
 def sizes(jaxpr):

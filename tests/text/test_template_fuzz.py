@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from diffusiongemma.text import chat
+from diffusiongemma.generation import chat
 from diffusiongemma.text import template as templates
 from diffusiongemma.text import tokenizer as tokenizers
 from diffusiongemma.text.messages import check_messages

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from diffusiongemma import sharding
 from diffusiongemma.config import DataConfig
+from diffusiongemma.devices import sharding
 from diffusiongemma.text import tokenizer as tokenizers
 from diffusiongemma.training import corpus
 from diffusiongemma.training import data

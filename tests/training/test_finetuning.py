@@ -13,14 +13,14 @@ import pytest
 
 import diffusiongemma as dg
 from diffusiongemma import config as configs
-from diffusiongemma import conversion
 from diffusiongemma import fields
 from diffusiongemma.checkpoints import native
+from diffusiongemma.model import lora
+from diffusiongemma.runs import convert as conversion
+from diffusiongemma.runs import folder as workdirs
 from diffusiongemma.training import corpus as corpora
-from diffusiongemma.training import lora
 from diffusiongemma.training import train
 from diffusiongemma.training import train_state
-from diffusiongemma.training import workdir as workdirs
 
 MICRO = str(pathlib.Path(__file__).parents[1] / 'micro_config.py')
 LORA = configs.LoraConfig(rank=2)

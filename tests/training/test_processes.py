@@ -9,18 +9,18 @@ import subprocess
 import sys
 import time
 
-import devices
 import jax
+import many_devices
 import numpy as np
 import pytest
 
 from diffusiongemma import config as configs
 from diffusiongemma import fields
-from diffusiongemma import processes
-from diffusiongemma import sharding
 from diffusiongemma.checkpoints import native
+from diffusiongemma.devices import processes
+from diffusiongemma.devices import sharding
+from diffusiongemma.runs import folder as workdirs
 from diffusiongemma.training import train
-from diffusiongemma.training import workdir as workdirs
 
 MICRO = str(pathlib.Path(__file__).parents[1] / 'micro_config.py')
 
@@ -55,7 +55,7 @@ def start(workdir, num_devices, *arguments, limit=None):
       '--config.data.batch_size=8',
       *arguments,
     ],
-    env=devices.environment(num_devices),
+    env=many_devices.environment(num_devices),
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
@@ -280,7 +280,7 @@ assert on('moved', 1, 2, 2, 2) == 0
 def test_a_run_goes_on_on_another_mesh(tmp_path):
   """Ten steps here and ten there are twenty, but for rounding; and one device
   reads what eight have saved."""
-  devices.run(MOVE, tmp_path, MICRO, devices=8)
+  many_devices.run(MOVE, tmp_path, MICRO, devices=8)
   straight, moved = (
     workdirs.load(str(tmp_path / name)) for name in ('straight', 'moved')
   )

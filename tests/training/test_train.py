@@ -23,7 +23,8 @@ from diffusiongemma import fields
 from diffusiongemma.checkpoints import digest as digest_lib
 from diffusiongemma.checkpoints import native
 from diffusiongemma.diffusion import loss
-from diffusiongemma.text import generate
+from diffusiongemma.generation import generate
+from diffusiongemma.runs import folder as workdirs
 from diffusiongemma.training import corpus as corpora
 from diffusiongemma.training import evaluate
 from diffusiongemma.training import metrics
@@ -31,7 +32,6 @@ from diffusiongemma.training import optimizer as optimizers
 from diffusiongemma.training import step as steps
 from diffusiongemma.training import train
 from diffusiongemma.training import train_state
-from diffusiongemma.training import workdir as workdirs
 
 MICRO = str(pathlib.Path(__file__).parents[1] / 'micro_config.py')
 

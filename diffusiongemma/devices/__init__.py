@@ -1,0 +1,1 @@
+"""Meshes, processes, memory, and settings of a process."""

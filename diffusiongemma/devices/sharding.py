@@ -1,0 +1,314 @@
+"""Meshes, and along which of their axes each axis of an array lies.
+
+  data     copies of the network, each with its part of the batch
+  fsdp     the batch and, between uses, the parameters
+  tensor   heads, hidden features, experts and the vocabulary
+  expert   the batch and, in its mixtures, the experts
+
+`RULES` says which axes of the mesh a logical axis lies along; `activate` adds
+what follows from the sizes. Parameters get their logical axes from
+`model.parameters`; inside the network arrays name theirs, and what they become
+depends on the mesh around a call, `jax.set_mesh(mesh)`:
+
+  mesh = make_mesh(MeshConfig(tensor=8))
+  run = diffusiongemma.load(folder, sharding=parameter_sharding(mesh))
+  with jax.set_mesh(mesh):
+    diffusiongemma.generate(run.config, run.params, ...)
+
+The batch lies along three axes, so none of them is idle outside the experts.
+The table of the vocabulary is never put together: what is looked up in it, and
+what is multiplied with it, are sums over its parts.
+"""
+
+from collections.abc import Callable
+import math
+from typing import Any
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+
+from diffusiongemma import config as configs
+from diffusiongemma.config import MeshConfig
+from diffusiongemma.config import ModelConfig
+from diffusiongemma.model import parameters
+
+AXES = ('data', 'fsdp', 'tensor', 'expert')
+
+RULES = {
+  'batch': ('data', 'fsdp', 'expert'),
+  'embed': ('fsdp',),
+  'q_heads': ('tensor',),
+  'kv_heads': ('tensor',),
+  'mlp': ('tensor',),
+  'experts': ('expert', 'tensor'),
+  'vocab': ('tensor', 'fsdp'),
+  # Rows that meet the vocabulary, whose table takes the other axes.
+  'rows': ('data', 'expert'),
+}
+
+
+def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
+  """The mesh of a config over all devices, or those given.
+
+  Of several TPU slices, each has its part of the axis `data`, along which alone
+  they talk over the network of the data centre.
+
+  Raises:
+    ConfigError: its axes do not multiply to the number of devices, or `data` is
+      no multiple of the number of slices.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = mesh_shape(config, len(devices))
+  slices = len({getattr(d, 'slice_index', 0) for d in devices})
+  if sizes[0] % slices:
+    raise configs.ConfigError(
+      f'config.mesh.data = {sizes[0]} must be a multiple of the {slices} '
+      'slices.'
+    )
+  # `jax.make_mesh` would refuse axes that don't fall on whole axes of a torus.
+  if slices == 1:
+    placed = mesh_utils.create_device_mesh(
+      sizes, devices, allow_split_physical_axes=True
+    )
+  else:
+    placed = mesh_utils.create_hybrid_device_mesh(
+      (sizes[0] // slices, *sizes[1:]),
+      (slices, 1, 1, 1),
+      devices,
+      allow_split_physical_axes=True,
+    )
+  auto = (jax.sharding.AxisType.Auto,) * len(AXES)
+  return Mesh(placed, AXES, axis_types=auto)
+
+
+def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
+  """The sizes of `AXES`, the one that is -1 filled in. Raises `ConfigError`."""
+  sizes = [getattr(config, axis) for axis in AXES]
+  given = math.prod(size for size in sizes if size > 0)
+  if -1 in sizes and num_devices % given == 0:
+    sizes[sizes.index(-1)] = num_devices // given
+  if math.prod(sizes) != num_devices:
+    shape = ', '.join(f'{a} = {s}' for a, s in zip(AXES, sizes, strict=True))
+    raise configs.ConfigError(
+      f'config.mesh ({shape}) is for '
+      f'{"a multiple of " if -1 in sizes else ""}{given} devices; there are '
+      f'{num_devices}.'
+    )
+  return tuple(sizes)
+
+
+def validate(
+  config: configs.Config, shape: tuple[int, ...], batch: bool = True
+) -> None:
+  """Raises `ConfigError` where what is to be divided can't be: the message
+  names the sizes that would work. Without `batch`, only the network is."""
+  sizes = dict(zip(AXES, shape, strict=True))
+  model, data = config.model, config.data
+  for axis, field, size in (
+    ('batch', 'data.batch_size', data.batch_size),
+    ('embed', 'model.embed_dim', model.embed_dim),
+    ('q_heads', 'model.num_heads', model.num_heads),
+    ('mlp', 'model.mlp_dim', model.mlp_dim),
+    ('experts', 'model.num_experts', model.num_experts),
+    ('vocab', 'model.vocab_size', model.vocab_size),
+  ):
+    if axis == 'batch' and not batch:
+      continue
+    names = [name for name in RULES[axis] if sizes[name] > 1]
+    parts = math.prod(sizes[name] for name in names)
+    if size % parts:
+      raise configs.ConfigError(
+        f'config.{field} = {size} cannot be divided among the {parts} devices '
+        f'along {" x ".join(f"{name} = {sizes[name]}" for name in names)} of '
+        f'config.mesh: take a multiple of {parts}, or a mesh of which '
+        f'{" x ".join(names)} divides {size}'
+        f' ({", ".join(map(str, _divisors(size)))}).'
+      )
+  parts = math.prod(sizes[name] for name in RULES['batch'])
+  parts *= config.train.accumulate_steps
+  if batch and data.batch_size % parts:
+    raise configs.ConfigError(
+      f'config.data.batch_size = {data.batch_size} must be a multiple of '
+      f'{parts}: config.train.accumulate_steps times the devices of the batch.'
+    )
+
+
+def validate_here(config: configs.Config) -> None:
+  """`validate` of the network on the mesh around the call, if there is one."""
+  sizes = dict(jax.sharding.get_abstract_mesh().shape)
+  if set(sizes) == set(AXES):
+    validate(config, tuple(sizes[axis] for axis in AXES), batch=False)
+
+
+def _divisors(number: int) -> list[int]:
+  return [d for d in range(1, min(number, 512) + 1) if number % d == 0]
+
+
+def parameter_sharding(
+  mesh: Mesh,
+) -> Callable[[tuple[str, ...], tuple[int, ...]], NamedSharding]:
+  """(path, shape) of a parameter -> where it lies; for `diffusiongemma.load`.
+
+  Also for what has a parameter's path at its end, such as the optimiser's
+  moments; of another shape, it is on every device.
+  """
+  rules = _static_rules()
+
+  def spec_at(path, shape) -> PartitionSpec | None:
+    """By the row for this path, if there is one."""
+    row = parameters.find(path)
+    if row is None or len(row.axes) != len(shape):
+      return None
+    axes = row.axes
+    few = len(shape) == 3 and shape[1] % mesh.shape['tensor']
+    if few and axes[1] == 'kv_heads':
+      axes = (axes[0], None, None)  # A head is never cut.
+    return nn.logical_to_mesh_axes(axes, rules)
+
+  def place(path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
+    spec = spec_at(path, shape)
+    if path[-1] in ('values', 'scales'):
+      row = parameters.find(path[:-1])
+      if row and row.scales_transposed and path[-1] == 'scales':
+        experts, outputs, _ = row.axes
+        spec = nn.logical_to_mesh_axes((experts, None, outputs), rules)
+      spec = spec or spec_at(path[:-1], shape) or ()
+      # Groups may be too few to be divided.
+      parts = [
+        None if shape[i] % _parts(mesh, names) else names
+        for i, names in enumerate(spec)
+      ]
+      spec = PartitionSpec(*parts)
+    return NamedSharding(mesh, spec or PartitionSpec())
+
+  return place
+
+
+def _parts(mesh: Mesh, names: str | tuple[str, ...] | None) -> int:
+  """Into how many parts these axes of the mesh divide."""
+  names = names if isinstance(names, tuple) else (names,) if names else ()
+  return math.prod(mesh.shape[name] for name in names)
+
+
+class Share(NamedTuple):
+  """Which part of every batch a process reads, and of how many."""
+
+  index: int
+  count: int
+
+
+WHOLE_BATCH = Share(0, 1)
+
+
+def share_of_batch(mesh: Mesh) -> Share:
+  """The share of this process. Processes whose devices hold the same rows have
+  the same one, and each reads it for itself.
+
+  Raises:
+    ConfigError: some rows of a process, and not all, are another's too.
+  """
+  parts = math.prod(mesh.shape[axis] for axis in RULES['batch'])
+  places = batch_sharding(mesh).devices_indices_map((parts,))
+  of_process = {device.process_index: set() for device in places}
+  for device, (rows,) in places.items():
+    of_process[device.process_index].add(rows.indices(parts)[0])
+  shares = sorted({tuple(sorted(rows)) for rows in of_process.values()})
+  if len(set(map(len, shares))) > 1 or sum(map(len, shares)) != parts:
+    raise configs.ConfigError(
+      f'With this config.mesh, some of the {len(of_process)} processes hold '
+      'some of the same rows and not all, which is not supported: make '
+      'config.mesh.tensor x config.mesh.expert divide the devices of a process.'
+    )
+  own = tuple(sorted(of_process[jax.process_index()]))
+  return Share(shares.index(own), len(shares))
+
+
+def with_sharding(abstract: Any, mesh: Mesh) -> Any:
+  """Shapes of a tree of parameters, or of a training state, with shardings."""
+  return placed(abstract, parameter_sharding(mesh))
+
+
+def placed(abstract: Any, where: Callable) -> Any:
+  """Shapes with the shardings that `where` gives, from path and shape."""
+
+  def add(keys, leaf):
+    path = tuple(str(getattr(k, 'key', getattr(k, 'name', k))) for k in keys)
+    return leaf.update(sharding=where(path, leaf.shape))
+
+  return jax.tree_util.tree_map_with_path(add, abstract)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Rows of a batch over all devices that share it."""
+  return NamedSharding(mesh, PartitionSpec(RULES['batch']))
+
+
+def cache_with_sharding(cache: Any, model: ModelConfig, mesh: Mesh) -> Any:
+  """Shapes of a KV cache with shardings."""
+  abstract = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+  with abstract, activate(model, len(cache.length_B)):
+    rows = nn.logical_to_mesh_axes(('batch',))
+
+    def place(x, kind):
+      spec = nn.logical_to_mesh_axes(('batch', None, f'{kind}_kv_heads', None))
+      return x.update(sharding=NamedSharding(mesh, spec))
+
+    return cache.replace(
+      k=tuple(map(place, cache.k, model.attention_pattern)),
+      v=tuple(map(place, cache.v, model.attention_pattern)),
+      length_B=cache.length_B.update(sharding=NamedSharding(mesh, rows)),
+    )
+
+
+def on_every_device(x: jax.Array) -> jax.Array:
+  """`x`, whole on all devices of the mesh around the call, so that each process
+  can read it; without a mesh as it is."""
+  if jax.sharding.get_abstract_mesh().size <= 1:
+    return x
+  return jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
+def activate(model: ModelConfig, batch_size: int, length: int = 1):
+  """A context for tracing the network: its arrays lie as `RULES` says on the
+  mesh around the call; without one, or with one device, nothing happens.
+
+  Of the batch's axes, those that divide `batch_size` are used; the others
+  divide the `length` of what is read, where they can.
+  """
+  sizes = dict(jax.sharding.get_abstract_mesh().shape)
+  if math.prod(sizes.values()) == 1 or set(sizes) != set(AXES):
+    return nn.logical_axis_rules(())
+  batch, left = [], []
+  for axis in RULES['batch']:
+    parts = math.prod(sizes[name] for name in batch) * sizes[axis]
+    (left if batch_size % parts else batch).append(axis)
+  length_axes = []
+  for axis in left:
+    parts = math.prod(sizes[name] for name in length_axes) * sizes[axis]
+    if length % parts == 0:
+      length_axes.append(axis)
+  rules = {
+    'batch': batch,
+    'length': length_axes,
+    'rows': [axis for axis in batch if axis in RULES['rows']],
+  }
+  # Where there are fewer heads than devices, each has them all.
+  for kind, heads in (
+    ('local', model.num_kv_heads),
+    ('global', model.num_global_kv_heads),
+  ):
+    divides = heads % sizes['tensor'] == 0
+    rules[f'{kind}_kv_heads'] = RULES['kv_heads'] if divides else ()
+  return nn.logical_axis_rules(
+    _static_rules() + [(k, tuple(v) or None) for k, v in rules.items()]
+  )
+
+
+def _static_rules() -> list:
+  """Flax's form of the rules that do not depend on a batch."""
+  return [(k, v) for k, v in RULES.items() if k not in ('batch', 'rows')]

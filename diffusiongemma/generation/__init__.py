@@ -1,0 +1,1 @@
+"""From prompts to text: where the network and the sampler meet."""

@@ -1,1 +1,0 @@
-"""Compute kernels, each with a twin in plain JAX, here or in `model`."""

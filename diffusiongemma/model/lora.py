@@ -1,0 +1,132 @@
+"""Low-rank adapters: what is learnt of W + (alpha / rank) A B is A and B.
+
+  attach(params, adapters)   for training: W, A and B stay apart
+  merge(params, adapters)    for sampling: one matrix again, the same logits
+
+Adapters are a tree of their own, of the paths that they adapt, and are saved
+apart from what they adapt. Both roles of the network share them, as they share
+W. B starts at zero, so that the first step's network is the one given.
+
+Source: Hu et al., https://arxiv.org/abs/2106.09685.
+"""
+
+from collections.abc import Callable
+import fnmatch
+import math
+from typing import Any
+
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+
+from diffusiongemma import config as configs
+from diffusiongemma import ops
+from diffusiongemma.config import LoraConfig
+from diffusiongemma.model import parameters
+
+
+def init_adapters(config: LoraConfig, params: dict, key: jax.Array) -> dict:
+  """Adapters for the targets, float32.
+
+  Args:
+    config: rank and targets.
+    params: of the network to adapt; only shapes are read.
+    key: of the random A.
+
+  Raises:
+    ConfigError: a target names no matrix, or nothing that can be adapted.
+  """
+  adapters = {}
+  flat, rank = traverse_util.flatten_dict(params), config.rank
+  for index, path in enumerate(find_targets(config, params)):
+    shape, row = flat[path].shape, parameters.find(path)
+    inputs, outputs = row.sizes(shape)
+    if row.experts:
+      E = shape[0]
+      shape_a, shape_b = (E, rank, *inputs), (E, *outputs, rank)
+    else:
+      shape_a, shape_b = (*inputs, rank), (rank, *outputs)
+    fan_in = math.prod(inputs)
+    own_key = jax.random.fold_in(key, index)
+    a = jax.random.normal(own_key, shape_a, jnp.float32)
+    adapters[(*path, 'a')] = a * fan_in**-0.5
+    adapters[(*path, 'b')] = jnp.zeros(shape_b, jnp.float32)
+  return traverse_util.unflatten_dict(adapters)
+
+
+def find_targets(config: LoraConfig, params: dict) -> list[tuple[str, ...]]:
+  """Paths of the matrices that are adapted. Raises `ConfigError`."""
+  paths = {'/'.join(p): p for p in traverse_util.flatten_dict(params)}
+  able = {
+    name: path
+    for name, path in paths.items()
+    if parameters.find(path).is_adaptable
+  }
+  found = set()
+  for pattern in config.targets:
+    named = fnmatch.filter(able, pattern)
+    if not named:
+      reason = 'names no matrix'
+      if fnmatch.filter(paths, pattern):
+        reason = 'names nothing that can be adapted'
+      kinds = sorted({f'*/{p[-2]}/{p[-1]}' for p in able.values()})
+      raise configs.ConfigError(
+        f'config.lora.targets: {pattern!r} {reason}; there are '
+        f'{", ".join(kinds)}.'
+      )
+    found.update(named)
+  return [able[name] for name in sorted(found)]
+
+
+def attach(config: LoraConfig, params: dict, adapters: dict) -> dict:
+  """`params` in which `matrices.LowRank` stands for each adapted matrix."""
+  scale = config.alpha / config.rank
+  return _with_adapters(
+    params, adapters, lambda w, a, b: ops.weights.LowRank(w, a, b, scale)
+  )
+
+
+def merge(config: LoraConfig, params: dict, adapters: dict) -> dict:
+  """`params` with the adapters added in, in their types."""
+  return _with_adapters(
+    params, adapters, lambda w, a, b: merged(config, w, a, b)
+  )
+
+
+def merged(
+  config: LoraConfig, w: jax.Array, a: jax.Array, b: jax.Array
+) -> jax.Array:
+  """One matrix and its adapter as one, in the type of the matrix."""
+  if a.ndim == b.ndim == 3:  # Of experts.
+    update = jnp.einsum('erd,efr->efd', a, b)
+  else:
+    update = jnp.tensordot(a, b, axes=1)
+  total = w.astype(jnp.float32) + config.alpha / config.rank * update
+  return total.astype(w.dtype)
+
+
+def _with_adapters(
+  params: dict, adapters: dict, combine: Callable[..., Any]
+) -> dict:
+  flat = traverse_util.flatten_dict(params)
+  of_path = traverse_util.flatten_dict(adapters)
+  for *path, last in of_path:
+    if last == 'a':
+      path = tuple(path)
+      flat[path] = combine(
+        flat[path], of_path[(*path, 'a')], of_path[(*path, 'b')]
+      )
+  return traverse_util.unflatten_dict(flat)
+
+
+def matrix_axes(path: tuple[str, ...], ndim: int) -> tuple | None:
+  """(input axes, output axes) of the A or B at a path of adapters; None for any
+  other path."""
+  *owner, name = path
+  row = parameters.find(tuple(owner))
+  if row is None or name not in ('a', 'b'):
+    return None
+  if row.experts:
+    return (2,), (1,)
+  split = len(row.inputs) if name == 'a' else 1
+  return tuple(range(split)), tuple(range(split, ndim))

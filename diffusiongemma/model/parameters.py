@@ -1,0 +1,285 @@
+"""Every parameter of the network: one row has all that is known of it.
+
+  'attention/q_proj'  [D, N, H]  sums over D, lies along embed and q_heads, is
+                      quantised as one of the linears, adaptable, Muon's
+
+Modules declare their parameters from these rows; sharding, quantisation,
+adapters, optimiser, benchmark and the tensor table of Hugging Face read them.
+Quantised parameters (`ops.weights.Quantized`) stand in the places of the
+matrices; on disk each is several arrays, PATH/values and PATH/scales.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+import fnmatch
+import functools
+import math
+from typing import Any
+from typing import NamedTuple
+
+from flax import traverse_util
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from diffusiongemma import ops
+from diffusiongemma.config import ConfigError
+from diffusiongemma.config import QuantizationConfig
+
+Path = tuple[str, ...]
+
+
+class Parameter(NamedTuple):
+  """What is known of a parameter.
+
+  Attributes:
+    axes: the logical axis of each of its axes, None where every device has it
+      whole; see `sharding.RULES`.
+    start: (row, shape) -> the initializer.
+    inputs: the axes that a product sums over; () is no matrix.
+    part: the field of `QuantizationConfig` that it belongs to, None if it is
+      never quantised.
+    is_adaptable: whether it may have a low-rank adapter.
+    is_orthogonal: whether Muon makes its steps orthogonal; Adam has the rest.
+  """
+
+  axes: tuple[str | None, ...]
+  start: Callable[['Parameter', tuple[int, ...]], Callable]
+  inputs: tuple[int, ...] = ()
+  part: str | None = None
+  is_adaptable: bool = False
+  is_orthogonal: bool = False
+
+  @property
+  def experts(self) -> tuple[int, ...]:
+    """The axis of experts, each of which has a matrix."""
+    return (0,) if self.axes[0] == 'experts' else ()
+
+  @property
+  def outputs(self) -> tuple[int, ...]:
+    """The axes of a product that are the matrix's."""
+    others = (*self.experts, *self.inputs)
+    return tuple(axis for axis in range(len(self.axes)) if axis not in others)
+
+  def sizes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """(sizes of the inputs, sizes of the outputs)."""
+    return tuple(
+      tuple(shape[axis] for axis in axes)
+      for axes in (self.inputs, self.outputs)
+    )
+
+  @property
+  def group_axis(self) -> int:
+    """The axis with the groups of a quantised one, counted from the end."""
+    return self.inputs[-1] - len(self.axes)
+
+  @property
+  def scales_transposed(self) -> bool:
+    """See `ops.weights.Quantized`."""
+    return bool(self.experts)
+
+
+def _fan_in(row, shape):
+  """Variance 1 / fan-in."""
+  return nn.initializers.variance_scaling(
+    1.0, 'fan_in', 'normal', row.inputs, row.outputs, row.experts
+  )
+
+
+def _unit(row, shape):
+  """Variance 1. Of the router the factor D^-0.5 is part of the formula, so that
+  rows of variance one give logits of variance one."""
+  return nn.initializers.normal(1.0)
+
+
+def _half(row, shape):
+  """Variance one half for each axis of a picture: as loud as the pixels."""
+  return nn.initializers.normal(0.5**0.5)
+
+
+def _width(row, shape):
+  """Standard deviation D^-0.5; embeddings are multiplied by D^0.5."""
+  return nn.initializers.normal(shape[-1] ** -0.5)
+
+
+def _head(row, shape):
+  """The scale of attention is 1.0 and normed heads have length sqrt(H): a fresh
+  network has scores of variance one only from H^-1/4."""
+  return nn.initializers.constant(shape[-1] ** -0.25)
+
+
+def _ones(row, shape):
+  return nn.initializers.ones
+
+
+def _zeros(row, shape):
+  return nn.initializers.zeros
+
+
+def _linear(*axes, inputs=(0,)):
+  return Parameter(axes, _fan_in, inputs, 'linears', True, True)
+
+
+def _experts(*axes):
+  return Parameter(axes, _fan_in, (2,), 'experts', True, True)
+
+
+_VECTOR = Parameter((None,), _ones)
+# By the end of the path, the first that matches. Shapes are in the modules.
+ROWS = {
+  'embedding': Parameter(('vocab', None), _width, (1,), 'embedding'),
+  'attention/q_proj': _linear('embed', 'q_heads', None),
+  'attention/k_proj': _linear('embed', 'kv_heads', None),
+  'attention/v_proj': _linear('embed', 'kv_heads', None),
+  'attention/o_proj': _linear('q_heads', None, 'embed', inputs=(0, 1)),
+  'attention/[qk]_norm/scale': Parameter((None,), _head),
+  '*mlp/gate': _linear('embed', 'mlp'),
+  '*mlp/up': _linear('embed', 'mlp'),
+  '*mlp/down': _linear('mlp', 'embed'),
+  'experts/gate_up': _experts('experts', None, 'embed'),
+  'experts/down': _experts('experts', 'embed', None),
+  'router/proj': Parameter((None, None), _unit, (0,)),
+  'router/per_expert_scale': _VECTOR,
+  '*/scale': _VECTOR,
+  '*_scalar': _VECTOR,
+  'vision/input_proj': Parameter((None, None), _fan_in, (0,)),
+  'vision/position_table': Parameter((None, None, None), _half),
+  'vision/projection': Parameter((None, None), _fan_in, (0,)),
+  'vision/std_bias': Parameter((None,), _zeros),
+  'vision/std_scale': _VECTOR,
+}
+
+
+@functools.cache
+def find(path: Path) -> Parameter | None:
+  """The row of the parameter whose path this ends in; of the image encoder,
+  which lies whole on every device and is neither quantised nor adapted, what is
+  left of it. None for anything else."""
+  ends = ['/'.join(path[-length:]) for length in (1, 2, 3)]
+  for pattern, row in ROWS.items():
+    if any(fnmatch.fnmatchcase(end, pattern) for end in ends):
+      if 'vision' in path:
+        whole = (None,) * len(row.axes)
+        row = row._replace(axes=whole, part=None, is_adaptable=False)
+      return row
+  return None
+
+
+def declare(
+  module: nn.Module,
+  name: str,
+  shape: tuple[int, ...],
+  param_dtype: str = 'float32',
+) -> Any:
+  """A module's parameter, called as the last part of `name`.
+
+  Vectors are float32, everything else is `param_dtype`.
+  """
+  *_, own = path = tuple(name.split('/'))
+  row = find(path)
+  dtype = jnp.dtype(param_dtype) if len(shape) > 1 else jnp.float32
+  return module.param(own, row.start(row, shape), shape, dtype)
+
+
+def random(key: jax.Array, path: Path, shape: tuple[int, ...], dtype: Any):
+  """A parameter with numbers as large as those of a fresh network: vectors are
+  ones."""
+  row = find(path)
+  if len(shape) == 1:
+    return jnp.ones(shape, dtype)
+  inputs, _ = row.sizes(shape)
+  return _normal(key, shape, dtype, jnp.float32(math.prod(inputs) ** -0.5))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _normal(key, shape, dtype, scale):
+  return jax.random.normal(key, shape, dtype) * scale.astype(dtype)
+
+
+def by_part(params: dict) -> dict[str, dict]:
+  """The parameters in the parts that a `QuantizationConfig` knows."""
+  parts = {'experts': {}, 'linears': {}, 'embedding': {}, 'other': {}}
+  for path, w in traverse_util.flatten_dict(params).items():
+    row = find(path)
+    parts[row and row.part or 'other']['/'.join(path)] = w
+  return {f'parameters: {part}': tree for part, tree in parts.items() if tree}
+
+
+def kind_of(config: QuantizationConfig, path: Path) -> str | None:
+  """The kind of the quantised parameter at `path`; None if it stays."""
+  row = find(path)
+  kind = getattr(config, row.part) if row and row.part else 'none'
+  return None if kind == 'none' else kind
+
+
+def quantize_array(
+  config: QuantizationConfig, path: Path, w: jax.Array
+) -> ops.weights.Weight:
+  """One parameter as the config says.
+
+  Raises:
+    ConfigError: groups of 4 bits do not divide it.
+  """
+  kind, row = kind_of(config, path), find(path)
+  if kind is None:
+    return w
+  group_size = config.group_size if kind == 'int4' else None
+  if group_size and w.shape[row.group_axis] % group_size:
+    raise ConfigError(
+      f'config.quantization.group_size = {group_size} does not divide the '
+      f'{w.shape[row.group_axis]} inputs of {"/".join(path)}.'
+    )
+  return _quantize(w, kind, row.group_axis, group_size, row.scales_transposed)
+
+
+_quantize = jax.jit(ops.weights.quantize, static_argnums=(1, 2, 3, 4))
+
+
+def quantize(config: QuantizationConfig, params: dict) -> dict:
+  """All parameters as the config says; also of shapes, in `jax.eval_shape`."""
+  flat = traverse_util.flatten_dict(params)
+  return traverse_util.unflatten_dict(
+    {path: quantize_array(config, path, w) for path, w in flat.items()}
+  )
+
+
+def abstract_quantized(config: QuantizationConfig, params: dict) -> dict:
+  """Shapes of the quantised parameters from those of the others."""
+  return jax.eval_shape(functools.partial(quantize, config), params)
+
+
+def stored_arrays(
+  path: Path, w: ops.weights.Weight
+) -> Iterator[tuple[Path, jax.Array]]:
+  """(path, array) of what a parameter is on disk."""
+  if isinstance(w, ops.weights.Leaf):
+    yield from (((*path, name), x) for name, x in w.stored().items())
+  else:
+    yield path, w
+
+
+def to_stored(params: dict) -> dict:
+  """Parameters as nested dicts of nothing but arrays."""
+  flat = traverse_util.flatten_dict(params)
+  return traverse_util.unflatten_dict(
+    {p: x for path, w in flat.items() for p, x in stored_arrays(path, w)}
+  )
+
+
+def from_stored(config: QuantizationConfig, stored: dict) -> dict:
+  """The inverse of `to_stored`."""
+  flat, params = traverse_util.flatten_dict(stored), {}
+  for path, x in flat.items():
+    *owner, name = path
+    owner = tuple(owner)
+    if kind_of(config, owner) is None or name not in ('values', 'scales'):
+      params[path] = x
+    elif owner not in params:
+      row = find(owner)
+      params[owner] = ops.weights.Quantized(
+        flat[(*owner, 'values')],
+        flat[(*owner, 'scales')],
+        row.group_axis,
+        row.scales_transposed,
+      )
+  return traverse_util.unflatten_dict(params)

@@ -1,0 +1,1 @@
+"""Ways to compute that are faster on CPUs, in plain JAX."""

@@ -1,0 +1,1 @@
+"""Kernels for GPUs, in Pallas: Triton, and Mosaic for Hopper."""

@@ -1,0 +1,303 @@
+"""What may stand in the place of a matrix among the parameters.
+
+  `jax.Array`
+  `Quantized`    w ~ values * scale, of each group scale = max |w| / largest
+  `LowRank`      W + s A B, an adapter that is learnt
+  `Transposed`   experts as CPUs read them fastest
+
+A group of `Quantized` is a run along one axis, the one that a product sums
+over: all of it (8 bits, "per channel") or 32 or 64 neighbours (4 bits). Scales
+are bfloat16; values are rounded after the scale was, so that its rounding costs
+nothing. A format of one's own is a `Leaf`; where no kernel takes it, it is
+multiplied as `astype` says.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+
+from diffusiongemma.ops import parallel
+
+# kind -> (type, the largest value that is used)
+KINDS = {
+  'int8': (jnp.int8, 127.0),
+  'int4': (jnp.int4, 7.0),
+  'fp8': (jnp.float8_e4m3fn, 448.0),
+}
+
+
+class Leaf:
+  """A weight that is no array. `w[index]` (of leading axes), `len(w)` and
+  `w.astype(dtype)` are what they would be of the matrix that it stands for;
+  Flax compares the shape of the first field with what it expects."""
+
+  def __len__(self) -> int:
+    return len(jax.tree.leaves(self)[0])
+
+  def as_operand(self, dtype: jnp.dtype) -> 'Weight':
+    """What a product takes, in whose type the matrix is used."""
+    raise NotImplementedError
+
+  def in_use(self, dtype: jnp.dtype, *axes: str | None) -> 'Weight':
+    """See `in_use`."""
+    return self
+
+  def expert_specs(self, axes: tuple[str | None, ...]) -> Any:
+    """See `expert_specs`."""
+    raise NotImplementedError
+
+  def gather_experts(self, axis: int, dtype: jnp.dtype) -> 'Weight':
+    """See `gather_experts`."""
+    raise NotImplementedError
+
+  def stored(self) -> Mapping[str, jax.Array]:
+    """The arrays that it is on disk, by name."""
+    raise NotImplementedError(f'A {type(self).__name__} is not to be saved.')
+
+
+@flax.struct.dataclass
+class Quantized(Leaf):
+  """A quantised array.
+
+  Attributes:
+    values: int8, int4 or float8_e4m3fn.
+    scales: bfloat16, as `values` but for the number of groups along `axis`.
+    axis: the axis with the groups, counted from the end.
+    scales_transposed: whether the last two axes of `scales` have changed
+      places: those of [E, F, D] are then [E, groups, F], not [E, F, groups].
+  """
+
+  values: jax.Array
+  scales: jax.Array
+  axis: int = flax.struct.field(pytree_node=False)
+  scales_transposed: bool = flax.struct.field(pytree_node=False, default=False)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.values.shape
+
+  @property
+  def ndim(self) -> int:
+    return self.values.ndim
+
+  @property
+  def num_groups(self) -> int:
+    axis = -3 - self.axis if self.scales_transposed else self.axis
+    return self.scales.shape[axis]
+
+  def __getitem__(self, index) -> 'Quantized':
+    return self.replace(values=self.values[index], scales=self.scales[index])
+
+  def astype(self, dtype: jnp.dtype) -> jax.Array:
+    """The array it stands for, computed in float32."""
+    axis, groups = self.ndim + self.axis, self.num_groups
+    split = list(self.shape)
+    split[axis : axis + 1] = [groups, self.shape[axis] // groups]
+    values = self.values.astype(jnp.float32).reshape(split)
+    scales = self.scales.astype(jnp.float32)
+    if self.scales_transposed:
+      scales = jnp.swapaxes(scales, -1, -2)
+    scales = jnp.expand_dims(scales, axis + 1)
+    return (values * scales).reshape(self.shape).astype(dtype)
+
+  def as_operand(self, dtype: jnp.dtype) -> 'Quantized':
+    return self
+
+  def expert_specs(self, axes: tuple[str | None, ...]) -> Any:
+    experts, outputs, _ = axes
+    scales = parallel.spec(experts, None, outputs)
+    return self.replace(values=parallel.spec(*axes), scales=scales)
+
+  def gather_experts(self, axis: int, dtype: jnp.dtype) -> 'Quantized':
+    w = self.replace(values=_gather(self.values, axis=axis))
+    # Scales have outputs last.
+    return w.replace(scales=_gather(w.scales, axis=2)) if axis == 1 else w
+
+  def stored(self) -> Mapping[str, jax.Array]:
+    return {'values': self.values, 'scales': self.scales}
+
+
+def quantize(
+  w: jax.Array,
+  kind: str,
+  axis: int,
+  group_size: int | None = None,
+  scales_transposed: bool = False,
+) -> Quantized:
+  """`w` in few bits.
+
+  Args:
+    w: a floating array.
+    kind: 'int8', 'int4' or 'fp8' (e4m3).
+    axis: the axis that products sum over, counted from the end.
+    group_size: how many neighbours share a scale; None is all of the axis.
+    scales_transposed: how the scales are kept, see `Quantized`.
+
+  Raises:
+    ValueError: the axis has no whole number of groups.
+  """
+  dtype, largest = KINDS[kind]
+  size = w.shape[axis]
+  group_size = group_size or size
+  if size % group_size:
+    raise ValueError(f'{size} is no multiple of {group_size}')
+  place = w.ndim + axis
+  split = list(w.shape)
+  split[place : place + 1] = [size // group_size, group_size]
+  grouped = w.astype(jnp.float32).reshape(split)
+  most = jnp.max(jnp.abs(grouped), axis=place + 1, keepdims=True)
+  scales = (most / largest).astype(jnp.bfloat16)
+  # A group of zeros, or one that bfloat16 has no scale for, is zero.
+  by = scales.astype(jnp.float32)
+  values = jnp.where(by > 0, grouped / jnp.where(by > 0, by, 1.0), 0.0)
+  values = jnp.clip(values, -largest, largest)
+  if jnp.issubdtype(dtype, jnp.integer):
+    values = jnp.round(values)
+  values, scales = values.reshape(w.shape), scales.squeeze(place + 1)
+  if scales_transposed:
+    scales = jnp.swapaxes(scales, -1, -2)
+  return Quantized(values.astype(dtype), scales, axis, scales_transposed)
+
+
+def rows(table: Any, start: jax.Array, size: int) -> Any:
+  """`table[start : start + size]` of an array, quantised or not."""
+  return jax.tree.map(
+    lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=0), table
+  )
+
+
+def values_and_scales(
+  w: jax.Array | Quantized,
+) -> tuple[jax.Array, jax.Array | None]:
+  """(values, scales) of an array; None where it is not quantised."""
+  return (w.values, w.scales) if isinstance(w, Quantized) else (w, None)
+
+
+@flax.struct.dataclass
+class LowRank(Leaf):
+  """A matrix and its adapter, W + scale A B. With W of axes (in, out), each of
+  which may be several:
+
+  Attributes:
+    weight: W; with an axis of experts it is [E, out, in].
+    a: [in, rank]; of experts [E, rank, in].
+    b: [rank, out]; of experts [E, out, rank].
+    scale: a number.
+  """
+
+  weight: jax.Array
+  a: jax.Array
+  b: jax.Array
+  scale: float = flax.struct.field(pytree_node=False)
+
+  def in_use(self, dtype: jnp.dtype, *axes: str | None) -> 'LowRank':
+    return self.replace(weight=in_use(self.weight, dtype, *axes))
+
+  def expert_specs(self, axes: tuple[str | None, ...]) -> Any:
+    experts, outputs, inputs = axes
+    return self.replace(
+      weight=parallel.spec(*axes),
+      a=parallel.spec(experts, None, inputs),
+      b=parallel.spec(experts, outputs, None),
+    )
+
+  def gather_experts(self, axis: int, dtype: jnp.dtype) -> 'LowRank':
+    # The adapter's A ends, or its B is second, in the same axis.
+    name = {2: 'a', 1: 'b'}[axis]
+    part = _gather(getattr(self, name), axis=axis)
+    weight = gather_experts(self.weight, axis, dtype)
+    return self.replace(weight=weight, **{name: part})
+
+
+@flax.struct.dataclass
+class Transposed(Leaf):
+  """The matrix of each expert, [E, out, in], kept as [E, in, out]. CPUs
+  multiply by it up to twice as fast as by one with its outputs first.
+
+  Attributes:
+    values: [E, in, out].
+  """
+
+  values: jax.Array
+
+  def __getitem__(self, index) -> 'Transposed':
+    return Transposed(self.values[index])
+
+  def astype(self, dtype: jnp.dtype) -> jax.Array:
+    return jnp.swapaxes(self.values, -1, -2).astype(dtype)
+
+  def as_operand(self, dtype: jnp.dtype) -> jax.Array:
+    return self.astype(dtype)
+
+
+Weight = jax.Array | Quantized | LowRank | Transposed
+
+
+def arrange(params: dict, donate: bool = False) -> dict:
+  """The parameters as this device multiplies by them fastest where there is no
+  gradient, to write text with: on a CPU the matrices of experts are
+  transposed, if they are plain arrays; on other devices and on a mesh all stay
+  as they are.
+
+  What comes back is not to be saved, trained or brought onto a mesh. With
+  `donate`, each matrix of `params` that is transposed is deleted at once, so
+  that both are never held: `params` can't be used any more.
+  """
+  is_on_mesh = not jax.sharding.get_abstract_mesh().empty
+  if is_on_mesh or jax.default_backend() != 'cpu':
+    return params
+  flat = traverse_util.flatten_dict(params)
+  for path, w in flat.items():
+    if path[-2:-1] == ('experts',) and isinstance(w, jax.Array):
+      flat[path] = Transposed(_transpose(w).block_until_ready())
+      if donate:
+        w.delete()
+  return traverse_util.unflatten_dict(flat)
+
+
+_transpose = jax.jit(lambda w_EFD: jnp.swapaxes(w_EFD, 1, 2))
+
+
+def shape_in_memory(
+  w: Weight | None, shape: tuple[int, ...]
+) -> tuple[int, ...]:
+  """The shape of the first array of `w`, a weight of this shape."""
+  is_transposed = isinstance(w, Transposed)
+  return (*shape[:-2], shape[-1], shape[-2]) if is_transposed else shape
+
+
+def as_operand(w: Weight, dtype: jnp.dtype) -> Weight:
+  """What a product takes, in whose type the matrix is used."""
+  return w.as_operand(dtype) if isinstance(w, Leaf) else w.astype(dtype)
+
+
+def in_use(w: Weight, dtype: jnp.dtype, *axes: str | None) -> Weight:
+  """A matrix as a product takes it on a mesh: with these logical axes, and
+  gathered along the one that it is only stored in shards of, in this type."""
+  if isinstance(w, Leaf):
+    return w.in_use(dtype, *axes)
+  if not parallel.is_active():
+    return w
+  return parallel.constrain(w.astype(dtype), *axes)
+
+
+def expert_specs(w: Weight, axes: tuple[str | None, ...]) -> Any:
+  """Where the matrices of experts lie, whose logical axes (experts, out, in)
+  are these: specs in the structure of `w`."""
+  return w.expert_specs(axes) if isinstance(w, Leaf) else parallel.spec(*axes)
+
+
+def gather_experts(w: Weight, axis: int, dtype: jnp.dtype) -> Weight:
+  """On one device: its experts, gathered from their shards along `axis`, 1
+  (outputs) or 2 (inputs), in the type that is computed in."""
+  if isinstance(w, Leaf):
+    return w.gather_experts(axis, dtype)
+  return _gather(w.astype(dtype), axis=axis)
+
+
+def _gather(x: jax.Array, axis: int) -> jax.Array:
+  return parallel.gather(x, parallel.mesh_axes('embed'), axis)

@@ -1,0 +1,1 @@
+"""Runs, adapters and Hugging Face folders: opened, converted, written."""

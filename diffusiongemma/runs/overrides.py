@@ -1,0 +1,110 @@
+"""Fields that a command line sets, `--config.train.steps=100`, and what they
+are set in: the config of a file, or that of a run.
+"""
+
+import dataclasses
+
+import jax
+
+from diffusiongemma import config as configs
+from diffusiongemma import fields
+from diffusiongemma import ops
+from diffusiongemma.devices import sharding
+from diffusiongemma.runs import convert as conversion
+from diffusiongemma.runs import folder as workdirs
+
+
+def parse(arguments: list[str], flags: list[str]) -> dict[str, str]:
+  """`{'train.steps': '100'}` of what is left of a command line.
+
+  Args:
+    arguments: all that no flag takes.
+    flags: names of the flags there are, for messages.
+
+  Raises:
+    ConfigError: an argument sets no field.
+  """
+  overrides, rest = {}, list(arguments)
+  while rest:
+    argument = rest.pop(0)
+    name, equals, value = argument.lstrip('-').partition('=')
+    if not argument.startswith('--config.'):
+      if argument.startswith('-'):
+        known = [f'--{flag}' for flag in flags]
+        name = fields.unknown_name(argument.partition('=')[0], known)
+        raise configs.ConfigError(name)
+      raise configs.ConfigError(
+        f'{argument!r} stands alone; flags look like --name=value.'
+      )
+    if not equals:
+      if not rest:
+        raise configs.ConfigError(f'{argument} needs a value: {argument}=...')
+      value = rest.pop(0)
+    overrides[name.removeprefix('config.')] = value
+  return overrides
+
+
+def apply(overrides: dict[str, str], config: configs.Config) -> configs.Config:
+  """The config with single fields set. Raises `ConfigError`."""
+  for field, text in overrides.items():
+    config = fields.override(config, field, text)
+  return config
+
+
+def load_config(
+  path: str, workdir: str, overrides: dict[str, str]
+) -> configs.Config:
+  """The config of a file for a run in `workdir`, which may start from weights.
+
+  Raises:
+    ConfigError, WorkdirError, CheckpointError: it can't be used.
+  """
+  config = apply(overrides, configs.load_config(path))
+  if config.train.init_from:
+    adopted = conversion.adopt(config, workdir)
+    # What was changed on the command line stays changed.
+    rest = {k: v for k, v in overrides.items() if k != 'train.init_from'}
+    config = apply(rest, adopted)
+    _check_network(config, adopted, config.train.init_from)
+  configs.validate(config)
+  return config
+
+
+def load_run(
+  folder: str, own: configs.Config, overrides: dict[str, str]
+) -> workdirs.Run:
+  """A run, or what is in a Hugging Face folder, to write with: with single
+  fields of `own`, its config, changed, on a mesh if they describe one, else as
+  this device takes its parameters.
+
+  Raises:
+    ConfigError, WorkdirError, CheckpointError: it can't be used.
+  """
+  config = apply(overrides, own)
+  configs.validate(config)
+  _check_network(config, own, folder)
+  where = None
+  if any(field.startswith('mesh.') for field in overrides):
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.validate(config, tuple(mesh.shape.values()), batch=False)
+    jax.set_mesh(mesh)
+    where = sharding.parameter_sharding(mesh)
+  run = conversion.load(folder, config, where)
+  if run.tokenizer is None:
+    raise workdirs.no_tokenizer(folder)
+  return run._replace(params=ops.weights.arrange(run.params, donate=True))
+
+
+def _check_network(
+  config: configs.Config, own: configs.Config, folder: str
+) -> None:
+  """Raises `ConfigError` if the network is another than that of the folder."""
+  types = {
+    'dtype': config.model.dtype,
+    'param_dtype': config.model.param_dtype,
+  }
+  if config.model != dataclasses.replace(own.model, **types):
+    raise configs.ConfigError(
+      f'The network of {folder} is trained: config.model stays as it is, '
+      'but for its types.'
+    )

@@ -1,0 +1,1 @@
+"""Plans, measurements, and what they are measured against."""
