@@ -30,10 +30,10 @@ from diffusiongemma import config as configs
 from diffusiongemma.checkpoints import huggingface
 from diffusiongemma.checkpoints import huggingface_config
 from diffusiongemma.diffusion import loss as losses
+from diffusiongemma.generation import network as network_lib
 from diffusiongemma.model import denoiser
 from diffusiongemma.model import masks
 from diffusiongemma.runs import convert as conversion
-from diffusiongemma.training import network as network_lib
 
 VISION = configs.VisionConfig(
   embed_dim=24,

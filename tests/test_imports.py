@@ -19,6 +19,7 @@ ORDER = (
   'checkpoints',
   'runs',
   'training',
+  'api',
   'tools',
   'commands',
   'main',

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from diffusiongemma import config as configs
+from diffusiongemma.diffusion.sampling import Sampling
 from diffusiongemma.generation import generate
 from diffusiongemma.training import train
 
@@ -20,13 +21,13 @@ PROMPTS = [[2, 10, 20, 30], [2, 40]]
 
 
 def write(config, params, **options):
-  rows = generate.generate(
+  rows = generate.generate_tokens(
     config, params, PROMPTS, jax.random.key(3), 9, **options
   ).rows
   return [row.tokens for row in rows]
 
 
-def keep_logits(logits_BLV, step):
+def keep_logits(canvas_BL, logits_BLV, time, state):
   return logits_BLV
 
 
@@ -45,7 +46,7 @@ def test_the_same_tokens(model_config, params, name, strategy):
   )
   watched = {
     'pinned': [{2: 7}, {}],
-    'logit_hook': keep_logits,
+    'sampling': Sampling(logit_hook=keep_logits),
     'on_step': lambda step, state: None,
   }
   expected = [write(config, params), write(config, params, **watched)]

@@ -187,7 +187,7 @@ def _go_on(run, request: Request) -> int:
     tokens += [_image_token(run)] * len(request.images)
   tokens += run.tokenizer.encode(prompt)
   with _watching(run, request, prompt) as callbacks:
-    (written,), *_ = generate.generate(
+    (written,), *_ = generate.generate_tokens(
       run.config,
       run.params,
       [tokens],
@@ -233,7 +233,7 @@ def _infill(run, request: Request, is_chat: bool) -> int:
   pins[length] = end
   shown = request.prompt + '\n' if request.prompt else ''
   with _watching(run, request, shown) as callbacks:
-    (written,), *_ = generate.generate(
+    (written,), *_ = generate.generate_tokens(
       run.config,
       run.params,
       [tokens],

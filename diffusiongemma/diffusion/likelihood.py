@@ -18,6 +18,8 @@ from diffusiongemma.diffusion import chunks
 from diffusiongemma.diffusion import loss
 from diffusiongemma.diffusion import noise
 
+DRAWS = 4  # Denoising passes over a text that is measured.
+
 
 def nelbo_density(
   log_mu_MV: jax.Array, x_M: jax.Array, z_M: jax.Array, t_M: jax.Array

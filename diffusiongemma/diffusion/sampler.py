@@ -8,26 +8,29 @@ A row has converged when its draft has not changed for `stability_threshold`
 steps and its mean H is below `confidence_threshold`; it is then frozen. The
 result is the draft of the last step, not the renoised canvas.
 
-The network is a function (tokens_BL, sc_BLD, temperature, uniforms_BLU, step)
--> Prediction; nothing else of it is known here. What is accepted is a plain
-function, see `strategies.py`. Pinned positions keep their token from the first
-canvas on.
+The network is a function (tokens_BL, sc_BLD, temperature_B1, uniforms_BLU,
+left_B1) -> Prediction; nothing else of it is known here. What a caller may vary
+is in a `sampling.Sampling`: what is accepted, temperatures, pinned positions,
+which keep their token from the first canvas on. Each row has its own steps.
 """
 
 from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
+import functools
 
 import flax
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from diffusiongemma import config as configs
 from diffusiongemma import ops
 from diffusiongemma.config import DiffusionConfig
 from diffusiongemma.diffusion import noise
 from diffusiongemma.diffusion import strategies
+from diffusiongemma.diffusion.sampling import AS_CONFIGURED
+from diffusiongemma.diffusion.sampling import Pinned
+from diffusiongemma.diffusion.sampling import Sampling
+from diffusiongemma.diffusion.sampling import Time
+from diffusiongemma.diffusion.sampling import check
 
 # A canvas takes about so many, says DeepMind's report: what estimates and
 # benchmarks count with.
@@ -57,7 +60,9 @@ class Prediction:
   logits_BLV: jax.Array | None = None
 
 
-# (tokens_BL, sc_BLD, temperature, uniforms_BLU, step) -> Prediction
+# (tokens_BL, sc_BLD, temperature_B1, uniforms_BLU, left_B1) -> Prediction. With
+# a logit hook or a constraint there is `change_logits` besides, logits ->
+# logits, to be called before the temperature.
 DenoiseFn = Callable[..., Prediction]
 
 
@@ -80,49 +85,6 @@ class StepNoise:
 
 
 @flax.struct.dataclass
-class Pinned:
-  """Positions that keep their token: infilling, editing, forced words.
-
-  Attributes:
-    mask_BL: bool, True where pinned.
-    tokens_BL: int32, the tokens there; anything elsewhere.
-  """
-
-  mask_BL: jax.Array
-  tokens_BL: jax.Array
-
-  def hold(self, tokens_BL: jax.Array) -> jax.Array:
-    """`tokens_BL` with the pinned ones in their places."""
-    return jnp.where(self.mask_BL, self.tokens_BL, tokens_BL)
-
-
-def pin(
-  rows: Sequence[Mapping[int, int]], canvas_length: int, vocab_size: int
-) -> Pinned:
-  """`Pinned` of a batch, from {index on the canvas: token} of each row.
-
-  Raises:
-    ValueError: an index outside the canvas, a token outside the vocabulary.
-  """
-  mask_BL = np.zeros((len(rows), canvas_length), bool)
-  tokens_BL = np.zeros((len(rows), canvas_length), np.int32)
-  for row, tokens in enumerate(rows):
-    for index, token in tokens.items():
-      if not 0 <= index < canvas_length:
-        raise ValueError(
-          f'Row {row} pins index {index}, outside of its canvas of '
-          f'{canvas_length}.'
-        )
-      if not 0 <= token < vocab_size:
-        raise ValueError(
-          f'Row {row} pins token {token}, outside of the vocabulary of '
-          f'{vocab_size}.'
-        )
-      mask_BL[row, index], tokens_BL[row, index] = True, token
-  return Pinned(jnp.asarray(mask_BL), jnp.asarray(tokens_BL))
-
-
-@flax.struct.dataclass
 class SamplerState:
   """What goes from step to step.
 
@@ -135,8 +97,9 @@ class SamplerState:
     sc_BLD: float32, self-conditioning for the next step; after the last,
       anything.
     unchanged_B: int32, steps since the draft last changed.
-    converged_B: bool, rows that are frozen.
+    converged_B: bool, rows that have no step to make: they are frozen.
     steps_B: int32, denoising passes each row has used.
+    left_B: int32, denoising passes each row may still use.
   """
 
   canvas_BL: jax.Array
@@ -147,10 +110,18 @@ class SamplerState:
   unchanged_B: jax.Array
   converged_B: jax.Array
   steps_B: jax.Array
+  left_B: jax.Array
+
+  @property
+  def is_frozen_B(self) -> jax.Array:
+    """bool, rows that no step changes any more."""
+    return self.converged_B | (self.left_B <= 0)
 
 
-def init_state(canvas_BL: jax.Array, embed_dim: int) -> SamplerState:
-  """The state before the first step, from a noise canvas."""
+def init_state(
+  canvas_BL: jax.Array, embed_dim: int, steps_B: jax.Array
+) -> SamplerState:
+  """The state before the first of `steps_B` steps, from a noise canvas."""
   B, L = canvas_BL.shape
   return SamplerState(
     canvas_BL=canvas_BL,
@@ -161,6 +132,7 @@ def init_state(canvas_BL: jax.Array, embed_dim: int) -> SamplerState:
     unchanged_B=jnp.zeros((B,), jnp.int32),
     converged_B=jnp.zeros((B,), bool),
     steps_B=jnp.zeros((B,), jnp.int32),
+    left_B=jnp.asarray(steps_B, jnp.int32),
   )
 
 
@@ -170,7 +142,7 @@ def first_state(
   *,
   vocab_size: int,
   embed_dim: int,
-  pinned: Pinned | None = None,
+  sampling: Sampling = AS_CONFIGURED,
   initial_canvas_BL: jax.Array | None = None,
   done_B: jax.Array | None = None,
 ) -> SamplerState:
@@ -178,48 +150,47 @@ def first_state(
   from."""
   if initial_canvas_BL is None:
     initial_canvas_BL = draw_canvas(keys_B, config, vocab_size)
-  if pinned is not None:
-    initial_canvas_BL = pinned.hold(initial_canvas_BL)
-  state = init_state(initial_canvas_BL, embed_dim)
+  if sampling.pinned is not None:
+    initial_canvas_BL = sampling.pinned.hold(initial_canvas_BL)
+  steps_B1 = sampling.steps_B1(config, len(keys_B))
+  state = init_state(initial_canvas_BL, embed_dim, steps_B1[:, 0])
   return state if done_B is None else state.replace(converged_B=done_B)
-
-
-def temperature_at(config: DiffusionConfig, step: jax.Array) -> jax.Array:
-  """T of step n = N..1 (steps that remain), linear from t_max to t_min."""
-  share = jnp.asarray(step, jnp.float32) / config.max_denoising_steps
-  return config.t_min + (config.t_max - config.t_min) * share
 
 
 def denoise_step(
   denoise_fn: DenoiseFn,
   config: DiffusionConfig,
   state: SamplerState,
-  step: jax.Array,
   drawn: StepNoise,
-  *,
-  strategy: Callable | None = None,
-  temperature: Callable = temperature_at,
-  pinned: Pinned | None = None,
+  sampling: Sampling = AS_CONFIGURED,
 ) -> SamplerState:
-  """The one transition of the reverse process; `step` counts down to 1.
+  """The one transition of the reverse process: `state.left_B` counts down.
 
-  For the arguments after `drawn`, see `sample_canvas`.
+  For the arguments, see `sample_canvas`.
   """
-  strategy = strategy or strategies.STRATEGIES[config.strategy]
+  frozen_B, pinned = state.is_frozen_B, sampling.pinned
+  # A row that is frozen asks for no more than the last step does.
+  left_B1 = jnp.where(frozen_B, 1, state.left_B)[:, None]
+  time = Time(left_B1, sampling.steps_B1(config, len(frozen_B)))
+  if sampling.needs_logits:
+    denoise_fn = functools.partial(
+      denoise_fn, change_logits=_logit_change(sampling, time, state)
+    )
   prediction = denoise_fn(
     state.canvas_BL,
     state.sc_BLD,
-    temperature(config, step),
+    sampling.temperature_B1(config, time),
     drawn.uniforms_BLU,
-    step,
+    left_B1,
   )
   _check_prediction(prediction, state, drawn.vocab_size)
+  strategy = sampling.strategy or strategies.find(config.strategy)
   free = prediction.entropy_BL.shape[-1]
   if pinned is not None:
     prediction = _certain(prediction, pinned)
     free = jnp.maximum(jnp.sum(~pinned.mask_BL, axis=-1), 1)
   canvas_BL, accepted_BL, draft_BL = strategy(
-    config, state.canvas_BL, prediction, step, drawn
+    config, state.canvas_BL, prediction, time, drawn
   )
   may_converge = draft_BL is None
   if may_converge:
@@ -241,14 +212,29 @@ def denoise_step(
     unchanged_B=unchanged_B,
     converged_B=stable_B & confident_B & may_converge,
     steps_B=state.steps_B + 1,
+    left_B=state.left_B - 1,
   )
 
   def freeze(old, new):
-    frozen = state.converged_B.reshape((-1,) + (1,) * (new.ndim - 1))
+    frozen = frozen_B.reshape((-1,) + (1,) * (new.ndim - 1))
     # With `jax_enable_x64` a network, or a strategy, may answer in 64 bits.
     return jnp.where(frozen, old, new.astype(old.dtype))
 
   return jax.tree.map(freeze, state, moved)
+
+
+def _logit_change(
+  sampling: Sampling, time: Time, state: SamplerState
+) -> Callable[[jax.Array], jax.Array]:
+  """What hook and constraint make of logits [B, L, V]."""
+
+  def change(logits_BLV):
+    for function in (sampling.logit_hook, sampling.constraint):
+      if function is not None:
+        logits_BLV = function(state.canvas_BL, logits_BLV, time, state)
+    return logits_BLV
+
+  return change
 
 
 def _check_prediction(
@@ -296,14 +282,12 @@ def sample_canvas(
   denoise_fn: DenoiseFn,
   key: jax.Array,
   config: DiffusionConfig,
+  sampling: Sampling = AS_CONFIGURED,
   *,
-  batch_size: int,
-  vocab_size: int,
-  embed_dim: int,
+  batch_size: int | None = None,
+  vocab_size: int | None = None,
+  embed_dim: int | None = None,
   trajectory: bool = False,
-  strategy: Callable | None = None,
-  temperature: Callable = temperature_at,
-  pinned: Pinned | None = None,
   initial_canvas_BL: jax.Array | None = None,
   noise_fn: Callable[[jax.Array], StepNoise] | None = None,
   done_B: jax.Array | None = None,
@@ -311,23 +295,21 @@ def sample_canvas(
   """Denoises one canvas per row; pure, for use inside `jax.jit`.
 
   Args:
-    denoise_fn: the network (see the top of the file); an attribute `sizes`, a
-      dict of `batch_size` and so on, is compared with the arguments here.
+    denoise_fn: the network (see the top of the file). Sizes that are not given
+      here are those of its attribute `sizes`, a dict of `batch_size` and so on.
     key: a key, or one key a row [B]: a row's noise follows from its own key
       alone, so that it does not depend on what else is in the batch.
     config: the sampler's settings; L is `config.canvas_length`.
+    sampling: strategy, temperature, pinned positions and so on.
     batch_size: B.
     vocab_size: V.
     embed_dim: D of the self-conditioning.
-    trajectory: run all N steps and return every state, instead of stopping
-      when all rows have converged. The result is the same.
-    strategy: what becomes of a prediction, see `strategies`; None is the one
-      that `config.strategy` names.
-    temperature: (config, step) -> T > 0.
-    pinned: positions that keep their token at every step.
+    trajectory: run all `config.max_denoising_steps` steps and return every
+      state, instead of stopping when all rows have converged. The result is
+      the same.
     initial_canvas_BL: int32, where to start instead of noise.
-    noise_fn: step -> the random numbers of that step, instead of those that
-      follow from `key`.
+    noise_fn: left_B, the steps that each row has left -> the random numbers of
+      this step, instead of those that follow from `key`.
     done_B: bool, rows that are not to be sampled at all; they use no steps.
 
   Returns:
@@ -335,30 +317,32 @@ def sample_canvas(
     along a first axis of N, or None).
 
   Raises:
-    ConfigError: no `DiffusionConfig`, no step, a temperature that is not
-      positive, no such strategy.
-    TypeError: `denoise_fn` returns something else than a `Prediction`.
-    ValueError: an array of another shape, or no key.
+    ConfigError: no `DiffusionConfig` or `Sampling`, no step, a temperature that
+      is not positive, no such strategy.
+    TypeError: `denoise_fn` returns something else than a `Prediction`, or a
+      size is neither given nor known.
+    ValueError: an array of another shape, a size that is not the network's, or
+      no key.
   """
   configs.check_kind(config, DiffusionConfig)
   configs.validate_diffusion(config)
-  sizes = {
-    'batch_size': batch_size,
-    'vocab_size': vocab_size,
-    'embed_dim': embed_dim,
-  }
-  for name, size in getattr(denoise_fn, 'sizes', {}).items():
-    if sizes[name] != size:
-      raise ValueError(
-        f'{name} = {sizes[name]}, and the network of denoise_fn has {size}.'
-      )
+  check(sampling)
+  sizes = _sizes(
+    denoise_fn,
+    {
+      'batch_size': batch_size,
+      'vocab_size': vocab_size,
+      'embed_dim': embed_dim,
+    },
+  )
+  batch_size, vocab_size, embed_dim = sizes.values()
   keys_B = row_keys(key, batch_size)
   shape = (batch_size, config.canvas_length)
   if initial_canvas_BL is not None:
     _check_shape('initial_canvas_BL', initial_canvas_BL, shape)
-  if pinned is not None:
-    _check_shape('pinned.mask_BL', pinned.mask_BL, shape)
-    _check_shape('pinned.tokens_BL', pinned.tokens_BL, shape)
+  if sampling.pinned is not None:
+    _check_shape('pinned.mask_BL', sampling.pinned.mask_BL, shape)
+    _check_shape('pinned.tokens_BL', sampling.pinned.tokens_BL, shape)
   if done_B is not None:
     _check_shape('done_B', done_B, (batch_size,))
   state = first_state(
@@ -366,46 +350,47 @@ def sample_canvas(
     config,
     vocab_size=vocab_size,
     embed_dim=embed_dim,
-    pinned=pinned,
+    sampling=sampling,
     initial_canvas_BL=initial_canvas_BL,
     done_B=done_B,
   )
-  if noise_fn is None:
-    noise_fn = lambda step: draw_step_noise(keys_B, step, config, vocab_size)
 
-  def transition(state, step):
-    return denoise_step(
-      denoise_fn,
-      config,
-      state,
-      step,
-      noise_fn(step),
-      strategy=strategy,
-      temperature=temperature,
-      pinned=pinned,
-    )
+  def transition(state):
+    if noise_fn is not None:
+      drawn = noise_fn(state.left_B)
+    else:
+      drawn = draw_step_noise(keys_B, state.left_B, config, vocab_size)
+    return denoise_step(denoise_fn, config, state, drawn, sampling)
 
-  last_step = config.max_denoising_steps
   if trajectory:
 
-    def scan_body(state, step):
-      state = transition(state, step)
+    def scan_body(state, _):
+      state = transition(state)
       return state, state
 
-    steps = jnp.arange(last_step, 0, -1)
-    return jax.lax.scan(scan_body, state, steps)
+    return jax.lax.scan(scan_body, state, length=config.max_denoising_steps)
+  unfinished = lambda state: ~jnp.all(state.is_frozen_B)
+  return jax.lax.while_loop(unfinished, transition, state), None
 
-  def unfinished(carry):
-    state, step = carry
-    return (step > 0) & ~jnp.all(state.converged_B)
 
-  def loop_body(carry):
-    state, step = carry
-    return transition(state, step), step - 1
-
-  start = (state, jnp.asarray(last_step, jnp.int32))
-  state, _ = jax.lax.while_loop(unfinished, loop_body, start)
-  return state, None
+def _sizes(
+  denoise_fn: DenoiseFn, given: dict[str, int | None]
+) -> dict[str, int]:
+  """The sizes of a network: given ones, which must be its own."""
+  own = getattr(denoise_fn, 'sizes', {})
+  for name, size in given.items():
+    if size is None and name not in own:
+      raise TypeError(
+        f'sample_canvas needs {name}: denoise_fn has no attribute `sizes` that '
+        'says it, as those of make_denoise_fn have.'
+      )
+    if size is not None and size != own.get(name, size):
+      raise ValueError(
+        f'{name} = {size}, and the network of denoise_fn has {own[name]}.'
+      )
+  return {
+    name: own[name] if size is None else size for name, size in given.items()
+  }
 
 
 def _check_shape(name: str, array: jax.Array, shape: tuple[int, ...]) -> None:
@@ -447,13 +432,13 @@ def draw_canvas(
 
 def draw_step_noise(
   keys_B: jax.Array,
-  step: jax.Array,
+  step_B: jax.Array,
   config: DiffusionConfig,
   vocab_size: int,
 ) -> StepNoise:
-  """The random numbers of step n >= 1, each row from its own key."""
+  """The random numbers of step n >= 1 of each row, from its own key."""
 
-  def draw(key):
+  def draw(key, step):
     uniform_key, token_key, choice_key = jax.random.split(
       jax.random.fold_in(key, step), 3
     )
@@ -464,7 +449,7 @@ def draw_step_noise(
     choice_L = jax.random.uniform(choice_key, (L,), jnp.float32)
     return uniforms_LU, tokens_L, choice_L
 
-  return StepNoise(*jax.vmap(draw)(keys_B), vocab_size)
+  return StepNoise(*jax.vmap(draw)(keys_B, step_B), vocab_size)
 
 
 def predict(
@@ -477,11 +462,12 @@ def predict(
 
   Args:
     logits_BLV: unscaled logits.
-    temperature: a scalar > 0.
+    temperature: > 0, a scalar or [B, 1].
     uniforms_BLU: float32 in [-1/2, 1/2]; see `StepNoise`.
     soft_embedding: probabilities [B, L, V] -> [B, L, D].
   """
-  scaled_BLV = logits_BLV.astype(jnp.float32) / temperature
+  temperature_X1 = jnp.asarray(temperature, jnp.float32)[..., None]
+  scaled_BLV = logits_BLV.astype(jnp.float32) / temperature_X1
   log_p_BLV = jax.nn.log_softmax(scaled_BLV, axis=-1)
   p_BLV = jnp.exp(log_p_BLV)
   # A forbidden token has log p = -inf, and adds nothing, nor to gradients.

@@ -1,12 +1,13 @@
 """What a step does with a prediction: plain functions, one signature.
 
-  strategy(config, canvas_BL, prediction, step, drawn)
+  strategy(config, canvas_BL, prediction, time, drawn)
     -> (canvas_BL, accepted_BL, draft_BL | None)
 
 A draft is the text so far. None is the most probable tokens, with which a row
 may converge; with another one all steps are made.
 
-Step n of N..1 goes from time t = n/N to s = (n-1)/N. The first three accept
+Step n of N..1 goes from time t = n/N to s = (n-1)/N; rows may be at different
+steps, see `sampling.Time`. The first three accept
 some positions, which take their sample, and draw all others anew; what was
 accepted before has no privilege. Pinned positions have negative confidence and
 no entropy. `ancestral` follows the process itself:
@@ -15,20 +16,26 @@ no entropy. `ancestral` follows the process itself:
   q(x_s | x_0) = alpha_s 1[x_s = x_0] + (1 - alpha_s) / V,   alpha_t = 1 - t
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
+from diffusiongemma import fields
+from diffusiongemma.config import ConfigError
 from diffusiongemma.config import DiffusionConfig
 
+Strategy = Callable[..., tuple[jax.Array, jax.Array, jax.Array | None]]
 
-def entropy_bound(config: DiffusionConfig, canvas_BL, prediction, step, drawn):
+
+def entropy_bound(config: DiffusionConfig, canvas_BL, prediction, time, drawn):
   """The k lowest entropies for which the sum of all but the largest stays
   within `config.entropy_bound` nats, a bound on how much the accepted tokens
   can depend on each other. One is always accepted.
 
   Source: Ben-Hamu et al., https://arxiv.org/abs/2505.24857.
   """
-  del canvas_BL, step
+  del canvas_BL, time
   order_BL = jnp.argsort(prediction.entropy_BL, axis=-1)
   sorted_BL = jnp.take_along_axis(prediction.entropy_BL, order_BL, axis=-1)
   kept_BL = jnp.cumsum(sorted_BL, axis=-1) - sorted_BL <= config.entropy_bound
@@ -36,37 +43,38 @@ def entropy_bound(config: DiffusionConfig, canvas_BL, prediction, step, drawn):
   return renoise(accepted_BL, prediction, drawn)
 
 
-def confidence(config: DiffusionConfig, canvas_BL, prediction, step, drawn):
+def confidence(config: DiffusionConfig, canvas_BL, prediction, time, drawn):
   """Positions whose most probable token has at least the probability
   `config.accept_confidence`, and always the most confident one."""
-  del canvas_BL, step
+  del canvas_BL, time
   best_BL = _rank(_most_confident_first(prediction)) == 0
   accepted_BL = prediction.confidence_BL >= config.accept_confidence
   return renoise(accepted_BL | best_BL, prediction, drawn)
 
 
 def top_k_confident(
-  config: DiffusionConfig, canvas_BL, prediction, step, drawn
+  config: DiffusionConfig, canvas_BL, prediction, time, drawn
 ):
   """The most confident positions, an equal number more with every step: all at
-  the last of `config.max_denoising_steps`."""
-  del canvas_BL
-  N = config.max_denoising_steps
+  the last."""
+  del config, canvas_BL
+  n_B1, N_B1 = time
   free_B1 = jnp.sum(prediction.confidence_BL >= 0, axis=-1, keepdims=True)
-  k_B1 = -(-free_B1 * (N - step + 1) // N)
+  k_B1 = -(-free_B1 * (N_B1 - n_B1 + 1) // N_B1)
   accepted_BL = _rank(_most_confident_first(prediction)) < k_B1
   return renoise(accepted_BL, prediction, drawn)
 
 
-def ancestral(config: DiffusionConfig, canvas_BL, prediction, step, drawn):
+def ancestral(config: DiffusionConfig, canvas_BL, prediction, time, drawn):
   """A draw from the posterior of the uniform process, exact when the network
   is: each position takes its sample, stays as it is, or is drawn anew.
 
   Accepted are those that hold their sample. The canvas itself is the draft, in
   the end a sample of the text, and no row stops before.
   """
-  N, V = config.max_denoising_steps, drawn.vocab_size
-  s, t = (step - 1) / N, step / N
+  del config
+  (n_B1, N_B1), V = time, drawn.vocab_size
+  s, t = (n_B1 - 1) / N_B1, n_B1 / N_B1
   kept = (1 - t) / (1 - s)  # alpha_t / alpha_s, the share kept from s to t.
   same_BL = prediction.sample_BL == canvas_BL
   # The posterior as a mixture of x_t, x_0 and the uniform distribution over
@@ -89,6 +97,16 @@ STRATEGIES = {
   'top_k_confident': top_k_confident,
   'ancestral': ancestral,
 }
+
+
+def find(name: str) -> Strategy:
+  """The strategy of this name. Raises `ConfigError` without one."""
+  if name not in STRATEGIES:
+    raise ConfigError(
+      f'{fields.unknown_name(name, list(STRATEGIES))} There are '
+      f'{", ".join(STRATEGIES)}.'
+    )
+  return STRATEGIES[name]
 
 
 def renoise(accepted_BL: jax.Array, prediction, drawn):

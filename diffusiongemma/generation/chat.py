@@ -19,7 +19,9 @@ from typing import NamedTuple
 import jax
 
 from diffusiongemma.config import Config
-from diffusiongemma.diffusion import sampler
+from diffusiongemma.diffusion.sampling import AS_CONFIGURED
+from diffusiongemma.diffusion.sampling import Sampling
+from diffusiongemma.generation import engine
 from diffusiongemma.generation import generate
 from diffusiongemma.model import cache as kv_cache
 from diffusiongemma.text import call_syntax
@@ -119,9 +121,10 @@ def take_turn(
   conversation: Conversation,
   messages: Sequence[dict[str, Any]],
   key: jax.Array,
+  sampling: Sampling = AS_CONFIGURED,
   *,
   pictures: Sequence[Any] = (),
-  on_step: Callable[[int, sampler.SamplerState], None] | None = None,
+  on_step: engine.OnStep | None = None,
   on_canvas: Callable[[list[list[int]]], None] | None = None,
 ) -> tuple[Reply, Conversation]:
   """Says `messages` and returns the reply, and the conversation after it.
@@ -131,6 +134,7 @@ def take_turn(
     conversation: what was said before.
     messages: what is new; see `user_message`, `tool_message`.
     key: the noise.
+    sampling: what is not as the config says.
     pictures: one for each image part of `messages`.
     on_step, on_canvas: see `generate`.
 
@@ -151,12 +155,13 @@ def take_turn(
     )
   )
   known = _longest_read(conversation.read, tokens)
-  generated = generate.generate(
+  generated = generate.generate_tokens(
     _with_turn_ends(model.config, model.tokenizer),
     model.params,
     [tokens[len(known.tokens) if known else 0 :]],
     key,
     model.max_new_tokens,
+    sampling,
     pictures=[pictures[known.num_pictures if known else 0 :]],
     cache=known and known.cache,
     keep_cache=True,

@@ -32,13 +32,22 @@ class PromptError(ValueError):
   """A prompt that can't be continued; the message says why."""
 
 
+def check_kind(prompts: Sequence[Sequence[int]]) -> None:
+  """Raises `PromptError` for what is no list of prompts."""
+  if isinstance(prompts, (str, bytes)):
+    raise PromptError(
+      'The prompts are a text, and lists of token ids are read here: '
+      '[[tokenizer.bos_id, *tokenizer.encode(text)]].'
+    )
+  if not len(prompts):
+    raise PromptError('There is no prompt.')
+
+
 def check(
-  config: Config, prompt: Sequence[int], max_new_tokens: int, used: int = 0
+  config: Config, prompt: Sequence[int], room: int, used: int = 0
 ) -> None:
-  """Raises `PromptError` unless prompt and canvases fit the context, of which
-  `used` tokens are taken."""
-  if max_new_tokens < 1:
-    raise PromptError(f'max_new_tokens = {max_new_tokens} must be positive.')
+  """Raises `PromptError` unless a prompt and `room` tokens of whole canvases
+  fit the context, of which `used` tokens are taken."""
   if not prompt:
     raise PromptError('The prompt is empty; it has at least bos.')
   vocab_size = config.model.vocab_size
@@ -47,7 +56,7 @@ def check(
       f'The prompt has tokens outside the vocabulary of {vocab_size}.'
     )
   C, context = config.diffusion.canvas_length, config.model.context_length
-  canvases, length = -(-max_new_tokens // C), used + len(prompt)
+  canvases, length = -(-room // C), used + len(prompt)
   if length + canvases * C > context:
     room = (context - length) // C * C
     remedy = f'ask for at most {room} new tokens' if room > 0 else 'shorten it'
@@ -228,7 +237,7 @@ def _piece_end(image_P: np.ndarray, start: int, length: int, size: int) -> int:
   return end
 
 
-def _token_ids(row: int, prompt: Sequence[int]) -> list[int]:
+def token_ids(row: int, prompt: Sequence[int]) -> list[int]:
   """A prompt as a list. Raises `PromptError` for what is no token ids."""
   if isinstance(prompt, (str, bytes)):
     raise PromptError(
@@ -263,7 +272,7 @@ def with_pictures(
   pictures: Sequence[Sequence[Any]] | None,
 ) -> tuple[list[list[int]], Seen | None]:
   """Prompts in which each image token stands for a whole picture."""
-  prompts = [_token_ids(row, prompt) for row, prompt in enumerate(prompts)]
+  prompts = [token_ids(row, prompt) for row, prompt in enumerate(prompts)]
   if not pictures or not any(pictures):
     for row, prompt in enumerate(prompts):
       if config.vision and config.vision.image_token_id in prompt:

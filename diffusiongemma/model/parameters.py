@@ -11,6 +11,7 @@ matrices; on disk each is several arrays, PATH/values and PATH/scales.
 
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Mapping
 import fnmatch
 import functools
 import math
@@ -252,10 +253,11 @@ def stored_arrays(
   path: Path, w: ops.weights.Weight
 ) -> Iterator[tuple[Path, jax.Array]]:
   """(path, array) of what a parameter is on disk."""
-  if isinstance(w, ops.weights.Leaf):
-    yield from (((*path, name), x) for name, x in w.stored().items())
+  stored = ops.weights.stored(w)
+  if isinstance(stored, Mapping):
+    yield from (((*path, name), x) for name, x in stored.items())
   else:
-    yield path, w
+    yield path, stored
 
 
 def to_stored(params: dict) -> dict:

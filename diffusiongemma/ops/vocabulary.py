@@ -71,7 +71,7 @@ def summarize(
   Args:
     h_RD: hidden states.
     table_VD: E.
-    temperature: T, a scalar > 0.
+    temperature: T > 0, a scalar or [R].
     uniforms_RU: float32 in [-1/2, 1/2], U = `num_halvings(V)`; from 0 on they
       count from 0, below it from 1: see `noise.uniform_from_nearer_end`.
     softcap: c of c tanh(x / c); 0 is none.
@@ -83,16 +83,16 @@ def summarize(
   """
   R, V = len(h_RD), table_VD.shape[0]
   _check_uniforms(uniforms_RU, V)
-  temperature = jnp.asarray(temperature, jnp.float32)
+  temperature_R = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (R,))
 
-  def plain(h_RD, table_VD, temperature, _):
+  def plain(h_RD, table_VD, temperature_R, _):
     size = chunk or default_chunk(R)
-    return _walk(h_RD, table_VD, temperature, look_at, size, softcap)
+    return _walk(h_RD, table_VD, temperature_R, look_at, size, softcap)
 
-  def without_unused_mean(h_RD, table_VD, temperature, with_mean):
+  def without_unused_mean(h_RD, table_VD, temperature_R, with_mean):
     take_in = functools.partial(look_at, with_mean=with_mean)
     size = chunk or default_chunk(R)
-    return _walk(h_RD, table_VD, temperature, take_in, size, softcap)
+    return _walk(h_RD, table_VD, temperature_R, take_in, size, softcap)
 
   def choose_cuda():
     from diffusiongemma.ops.gpu import vocabulary as gpu
@@ -102,12 +102,12 @@ def summarize(
     if not all(gpu.suits(h_RD, table_VD, size, BIN) for size in sizes):
       return None
     take_in = functools.partial(gpu.look_at, bin_size=BIN)
-    return lambda h_RD, table_VD, temperature, _: _walk(
-      h_RD, table_VD, temperature, take_in, gpu_chunk, softcap
+    return lambda h_RD, table_VD, temperature_R, _: _walk(
+      h_RD, table_VD, temperature_R, take_in, gpu_chunk, softcap
     )
 
   statistics, mass_RX = dispatch.run(
-    *(plain, h_RD, table_VD, temperature, with_mean),
+    *(plain, h_RD, table_VD, temperature_R, with_mean),
     implementation=implementation,
     cpu=lambda: None if with_mean is None else without_unused_mean,
     cuda=choose_cuda,
@@ -120,7 +120,7 @@ def summarize(
 
   def draw(row):
     """A token of the bin that was drawn."""
-    h_D, first, inner_U = row
+    h_D, temperature, first, inner_U = row
     token_B = first + jnp.arange(BIN, dtype=jnp.int32)
     rows_BD = table_VD[jnp.minimum(token_B, V - 1)].astype(h_RD.dtype)
     product_B = jnp.einsum(
@@ -132,7 +132,7 @@ def summarize(
 
   first_R = draw_index(mass_RX, outer_RU) * BIN
   sample_R = jax.lax.map(
-    draw, (h_RD, first_R, inner_RU), batch_size=_DRAWN_TOGETHER
+    draw, (h_RD, temperature_R, first_R, inner_RU), batch_size=_DRAWN_TOGETHER
   )
   mean_RD = mean_RD / sum_R[:, None]
   if with_mean is not None:
@@ -152,7 +152,7 @@ def _chunks(num_rows: int, chunk: int) -> list[tuple[int, int]]:
   return [(n, size) for n, size in ((whole, chunk), (1, rest)) if n * size]
 
 
-def _walk(h_RD, table_VD, temperature, look_at, chunk, softcap):
+def _walk(h_RD, table_VD, temperature_R, look_at, chunk, softcap):
   """Over the table: (the last carry of `look_at`, the mass of each bin)."""
   R, D = h_RD.shape
   carry = (
@@ -167,7 +167,7 @@ def _walk(h_RD, table_VD, temperature, look_at, chunk, softcap):
     take_in = functools.partial(look_at, size=size, softcap=softcap)
     carry, (bins_nRX, at_nR) = jax.lax.scan(
       lambda carry, start, take_in=take_in: take_in(
-        carry, h_RD, table_VD, temperature, start
+        carry, h_RD, table_VD, temperature_R, start
       ),
       carry,
       jnp.arange(first, last, size, dtype=jnp.int32),
@@ -188,7 +188,7 @@ def look_at(
   carry: tuple[jax.Array, ...],
   h_RD: jax.Array,
   table_VD: jax.Array | Quantized,
-  temperature: jax.Array,
+  temperature_R: jax.Array,
   start: jax.Array,
   *,
   size: int,
@@ -200,7 +200,7 @@ def look_at(
   Args:
     carry: of what was looked at before, for each row: the maximum, and relative
       to it the sum of x e^x, the argmax, the sum of e^x E.
-    h_RD, table_VD, temperature, softcap, with_mean: see `summarize`.
+    h_RD, table_VD, temperature_R, softcap, with_mean: see `summarize`.
     start: int32.
     size: rows of E.
 
@@ -212,7 +212,7 @@ def look_at(
   product_Rc = jnp.einsum(
     'rd,cd->rc', h_RD, rows_cD, preferred_element_type=jnp.float32
   )
-  x_Rc = _scaled(product_Rc, softcap, temperature)
+  x_Rc = _scaled(product_Rc, softcap, temperature_R[:, None])
   here_R = jnp.max(x_Rc, axis=-1)
   # Neither argmax nor a minimum of integers is vectorised everywhere.
   left_c = jnp.arange(size, 0, -1, dtype=jnp.float32)

@@ -19,6 +19,7 @@ import flax
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diffusiongemma.ops import parallel
 
@@ -38,9 +39,16 @@ class Leaf:
   def __len__(self) -> int:
     return len(jax.tree.leaves(self)[0])
 
+  @property
+  def dtype(self) -> jnp.dtype:
+    return jax.tree.leaves(self)[0].dtype
+
+  def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    return np.asarray(self.astype(dtype or self.dtype))
+
   def as_operand(self, dtype: jnp.dtype) -> 'Weight':
     """What a product takes, in whose type the matrix is used."""
-    raise NotImplementedError
+    return self.astype(dtype)
 
   def in_use(self, dtype: jnp.dtype, *axes: str | None) -> 'Weight':
     """See `in_use`."""
@@ -48,15 +56,18 @@ class Leaf:
 
   def expert_specs(self, axes: tuple[str | None, ...]) -> Any:
     """See `expert_specs`."""
-    raise NotImplementedError
+    raise ValueError(
+      f'{type(self).__name__} weights are for one device: for a mesh, load '
+      'with sharding=parameter_sharding(mesh).'
+    )
 
   def gather_experts(self, axis: int, dtype: jnp.dtype) -> 'Weight':
     """See `gather_experts`."""
     raise NotImplementedError
 
-  def stored(self) -> Mapping[str, jax.Array]:
-    """The arrays that it is on disk, by name."""
-    raise NotImplementedError(f'A {type(self).__name__} is not to be saved.')
+  def stored(self) -> Mapping[str, jax.Array] | jax.Array:
+    """The arrays that it is on disk, by name, or the one that it is."""
+    return self.astype(self.dtype)
 
 
 @flax.struct.dataclass
@@ -227,11 +238,16 @@ class Transposed(Leaf):
   def __getitem__(self, index) -> 'Transposed':
     return Transposed(self.values[index])
 
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return (*self.values.shape[:-2], *self.values.shape[:-3:-1])
+
+  @property
+  def ndim(self) -> int:
+    return self.values.ndim
+
   def astype(self, dtype: jnp.dtype) -> jax.Array:
     return jnp.swapaxes(self.values, -1, -2).astype(dtype)
-
-  def as_operand(self, dtype: jnp.dtype) -> jax.Array:
-    return self.astype(dtype)
 
 
 Weight = jax.Array | Quantized | LowRank | Transposed
@@ -243,7 +259,7 @@ def arrange(params: dict, donate: bool = False) -> dict:
   transposed, if they are plain arrays; on other devices and on a mesh all stay
   as they are.
 
-  What comes back is not to be saved, trained or brought onto a mesh. With
+  What comes back can be trained and saved, but not brought onto a mesh. With
   `donate`, each matrix of `params` that is transposed is deleted at once, so
   that both are never held: `params` can't be used any more.
   """
@@ -268,6 +284,11 @@ def shape_in_memory(
   """The shape of the first array of `w`, a weight of this shape."""
   is_transposed = isinstance(w, Transposed)
   return (*shape[:-2], shape[-1], shape[-2]) if is_transposed else shape
+
+
+def stored(w: Weight) -> Mapping[str, jax.Array] | jax.Array:
+  """The arrays that a weight is on disk, by name, or the one that it is."""
+  return w.stored() if isinstance(w, Leaf) else w
 
 
 def as_operand(w: Weight, dtype: jnp.dtype) -> Weight:

@@ -31,7 +31,7 @@ from diffusiongemma.config import Config
 from diffusiongemma.config import QuantizationConfig
 from diffusiongemma.devices import memory
 from diffusiongemma.diffusion import sampler
-from diffusiongemma.generation import generate
+from diffusiongemma.generation import engine
 from diffusiongemma.generation import prompt as prompt_lib
 from diffusiongemma.model import cache as kv_cache
 from diffusiongemma.model import denoiser
@@ -81,7 +81,7 @@ class Ours:
     keys_B = sampler.row_keys(jax.random.key(1), batch)
     self.given = (self.cache, keys_B, jnp.zeros((batch,), bool))
     start = time.perf_counter()
-    self.program = generate.write_canvas.lower(
+    self.program = engine.denoise_canvas.lower(
       self.config, params, *self.given
     ).compile()
     self.compile_seconds = time.perf_counter() - start

@@ -39,7 +39,7 @@ from diffusiongemma.config import Config
 from diffusiongemma.devices import memory
 from diffusiongemma.devices import sharding
 from diffusiongemma.diffusion import sampler
-from diffusiongemma.generation import generate
+from diffusiongemma.generation import engine
 from diffusiongemma.model import cache as kv_cache
 from diffusiongemma.model import denoiser
 from diffusiongemma.model import parameters
@@ -340,12 +340,12 @@ def _lower_sampling(
     config, model=dataclasses.replace(model, vision=None)
   )
   if mesh is None:
-    return jax.make_jaxpr(generate.write_canvas, static_argnums=0)(
+    return jax.make_jaxpr(engine.denoise_canvas, static_argnums=0)(
       text, params, cache, keys_B, done_B
     )
   params = sharding.with_sharding(params, mesh)
   cache = sharding.cache_with_sharding(cache, model, mesh)
-  lowered = generate.write_canvas.lower(text, params, cache, keys_B, done_B)
+  lowered = engine.denoise_canvas.lower(text, params, cache, keys_B, done_B)
   return lowered, {**parameters.by_part(params), 'cache': cache}
 
 

@@ -28,12 +28,11 @@ from diffusiongemma.diffusion import cross_entropy
 from diffusiongemma.diffusion import likelihood
 from diffusiongemma.diffusion import loss
 from diffusiongemma.diffusion import noise
+from diffusiongemma.generation import network as network_lib
 from diffusiongemma.training import corpus as corpora
 from diffusiongemma.training import data
-from diffusiongemma.training import network as network_lib
 
 NOISE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
-NELBO_DRAWS = 4  # Denoising passes over the held-out text.
 
 
 class DenoiseLoss(NamedTuple):
@@ -123,7 +122,7 @@ def _nelbo(config, params, key, canvases):
     key,
     *canvases,
     config.model.vocab_size,
-    NELBO_DRAWS,
+    likelihood.DRAWS,
   )
 
 

@@ -22,10 +22,10 @@ from diffusiongemma.config import Config
 from diffusiongemma.devices import memory
 from diffusiongemma.devices import sharding
 from diffusiongemma.diffusion import loss
+from diffusiongemma.generation import network as network_lib
 from diffusiongemma.model import denoiser
 from diffusiongemma.model import moe
 from diffusiongemma.training import data
-from diffusiongemma.training import network as network_lib
 from diffusiongemma.training import optimizer as optimizers
 from diffusiongemma.training import train_state
 

@@ -581,7 +581,7 @@ def _report_quality(job, step, params, stop_if_asked) -> None:
   if train.sample_prompt and (
     step % train.sample_every == 0 or step == train.steps
   ):
-    (written,), *_ = generate.generate(
+    (written,), *_ = generate.generate_tokens(
       config,
       params,
       [_sample_prompt(config, job.tokenizer)],

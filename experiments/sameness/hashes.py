@@ -28,7 +28,7 @@ from diffusiongemma import config as configs
 from diffusiongemma import fields
 from diffusiongemma import ops
 from diffusiongemma.devices import sharding
-from diffusiongemma.generation import generate
+from diffusiongemma.generation import engine
 from diffusiongemma.generation import prompt
 from diffusiongemma.model import cache as kv_cache
 from diffusiongemma.model import denoiser
@@ -106,7 +106,7 @@ def research_programs(config):
   length_B = jnp.full((2,), 16, jnp.int32)
   yield (
     'micro research canvas arranged',
-    generate.write_canvas.lower(
+    engine.denoise_canvas.lower(
       config, ops.weights.arrange(params), cache, keys_B, done_B
     ).as_text(),
   )

@@ -128,10 +128,10 @@ def make_solver(
       denoise_fn if self_conditioning else without,
       key,
       diffusion,
+      dg.Sampling(pinned=pinned),
       batch_size=len(cache.length_B),
       vocab_size=model.vocab_size,
       embed_dim=model.embed_dim,
-      pinned=pinned,
     )
     return state.draft_BL, state.steps_B
 

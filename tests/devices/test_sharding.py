@@ -62,7 +62,7 @@ prompts = [prompts[i % 3] + [20 + i] for i in range(B)]
 
 
 def write(params, prompts):
-  written = generate.generate(config, params, prompts, key, C)
+  written = generate.generate_tokens(config, params, prompts, key, C)
   return [row.tokens for row in written.rows]
 
 
@@ -179,7 +179,7 @@ for rows, window in ((B, None), (1, None), (B, 3)):
 
 with jax.set_mesh(sharding.make_mesh(configs.MeshConfig(1, 1, 8, 1))):
   try:
-    generate.generate(config, params, prompts, key, C)
+    generate.generate_tokens(config, params, prompts, key, C)
   except configs.ConfigError as error:
     assert 'config.model.num_heads = 4 cannot be divided' in str(error)
   else:

@@ -11,8 +11,8 @@ from diffusiongemma import config as configs
 from diffusiongemma.diffusion import chunks
 from diffusiongemma.diffusion import cross_entropy
 from diffusiongemma.diffusion import loss
+from diffusiongemma.generation import network as network_lib
 from diffusiongemma.model import denoiser
-from diffusiongemma.training import network as network_lib
 
 B, S, C = 2, 30, 6
 PROMPT_B = np.array([4, 9])

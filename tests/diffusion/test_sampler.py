@@ -16,7 +16,9 @@ from diffusiongemma.config import Config
 from diffusiongemma.config import ConfigError
 from diffusiongemma.config import DiffusionConfig
 from diffusiongemma.diffusion import sampler
+from diffusiongemma.diffusion import sampling
 from diffusiongemma.diffusion import strategies
+from diffusiongemma.diffusion.sampling import Sampling
 
 B, L, V, D = 3, 16, 31, 5
 CONFIG = DiffusionConfig(
@@ -74,10 +76,11 @@ def test_scan_equals_while_equals_python():
   scanned, states = jax.jit(functools.partial(sample, trajectory=True))()
   keys_B = sampler.row_keys(jax.random.key(0), B)
   step_fn = jax.jit(functools.partial(sampler.denoise_step, oracle, CONFIG))
-  state = sampler.init_state(sampler.draw_canvas(keys_B, CONFIG, V), D)
+  N_B = jnp.full((B,), CONFIG.max_denoising_steps)
+  state = sampler.init_state(sampler.draw_canvas(keys_B, CONFIG, V), D, N_B)
   for n in range(CONFIG.max_denoising_steps, 0, -1):
-    drawn = sampler.draw_step_noise(keys_B, n, CONFIG, V)
-    state = step_fn(state, n, drawn)
+    drawn = sampler.draw_step_noise(keys_B, jnp.full((B,), n), CONFIG, V)
+    state = step_fn(state, drawn)
     index = CONFIG.max_denoising_steps - n
     np.testing.assert_array_equal(state.canvas_BL, states.canvas_BL[index])
     np.testing.assert_array_equal(state.accepted_BL, states.accepted_BL[index])
@@ -127,12 +130,10 @@ def test_same_key_same_tokens_other_key_other_tokens():
 
 
 def test_temperature_falls_from_t_max_to_t_min():
-  config = dataclasses.replace(CONFIG, max_denoising_steps=48)
-  np.testing.assert_allclose(sampler.temperature_at(config, 48), 0.8)
-  np.testing.assert_allclose(sampler.temperature_at(config, 24), 0.6)
-  np.testing.assert_allclose(
-    sampler.temperature_at(config, 1), 0.4 + 0.4 / 48, rtol=1e-6
-  )
+  time = sampling.Time(jnp.array([[48], [24], [1]]), jnp.full((3, 1), 48))
+  found_B1 = sampling.falling_temperature(CONFIG, time)
+  wanted = [0.8, 0.6, 0.4 + 0.4 / 48]
+  np.testing.assert_allclose(found_B1[:, 0], wanted, rtol=1e-6)
 
 
 @pytest.mark.parametrize('threshold', [0, 1, 3])
@@ -151,9 +152,10 @@ def test_stability_counts_unchanged_drafts(threshold):
 
 def test_rejected_positions_are_renoised_accepted_ones_sampled():
   keys_B = sampler.row_keys(jax.random.key(0), B)
-  state = sampler.init_state(sampler.draw_canvas(keys_B, CONFIG, V), D)
-  drawn = sampler.draw_step_noise(keys_B, 16, CONFIG, V)
-  new = sampler.denoise_step(oracle, CONFIG, state, 16, drawn)
+  N_B = jnp.full((B,), 16)
+  state = sampler.init_state(sampler.draw_canvas(keys_B, CONFIG, V), D, N_B)
+  drawn = sampler.draw_step_noise(keys_B, N_B, CONFIG, V)
+  new = sampler.denoise_step(oracle, CONFIG, state, drawn)
   prediction = oracle(
     state.canvas_BL, state.sc_BLD, 0.8, drawn.uniforms_BLU, 16
   )
@@ -195,7 +197,7 @@ def test_a_forbidden_token_has_no_gradient():
   assert found[0, 0, 3] == 0 and np.abs(expected).max() > 0.1
 
 
-PINNED = sampler.Pinned(
+PINNED = sampling.Pinned(
   mask_BL=jnp.arange(L)[None, :] % jnp.array([[3], [5], [1]]) == 0,
   tokens_BL=jnp.broadcast_to((jnp.arange(L) * 7) % V, (B, L)),
 )
@@ -215,7 +217,10 @@ def test_pinned_tokens_stand_from_the_first_canvas_on(strategy):
 
   config = dataclasses.replace(CONFIG, strategy=strategy)
   state, states = sample(
-    denoise_fn=watched, config=config, pinned=PINNED, trajectory=True
+    denoise_fn=watched,
+    config=config,
+    sampling=Sampling(pinned=PINNED),
+    trajectory=True,
   )
   jax.effects_barrier()
   mask = np.asarray(PINNED.mask_BL)
@@ -236,7 +241,7 @@ def test_free_positions_are_accepted_as_if_they_were_alone(strategy):
   """Pinned ones take none of their places."""
   N, free = CONFIG.max_denoising_steps, 4
   last = jnp.arange(L) >= L - free
-  pins = sampler.Pinned(
+  pins = sampling.Pinned(
     mask_BL=jnp.broadcast_to(~last, (B, L)), tokens_BL=TARGET_BL
   )
   config = dataclasses.replace(
@@ -249,7 +254,10 @@ def test_free_positions_are_accepted_as_if_they_were_alone(strategy):
       return sampler.predict(logits_BLV, 1.0, uniforms_BLU, lambda p: sc_BLD)
 
     _, states = sample(
-      denoise_fn=network, config=config, pinned=pinned, trajectory=True
+      denoise_fn=network,
+      config=config,
+      sampling=Sampling(pinned=pinned),
+      trajectory=True,
     )
     return states.accepted_BL[:, :, -free:].sum(-1)
 
@@ -283,11 +291,15 @@ def test_pinned_tokens_take_no_share_of_the_bound():
   """Uncertain where pinned, certain elsewhere: all is accepted at once, and
   the mean entropy is that of the free positions."""
   unsure_BL = jnp.where(PINNED.mask_BL, 5.0, 0.0051)
-  state, _ = sample(denoise_fn=settled(unsure_BL), pinned=PINNED)
+  state, _ = sample(
+    denoise_fn=settled(unsure_BL), sampling=Sampling(pinned=PINNED)
+  )
   most = CONFIG.max_denoising_steps
   assert state.steps_B.tolist() == [most, most, 2]  # The last has none free.
   flat_BL = jnp.where(PINNED.mask_BL, 5.0, 0.0049)
-  state, _ = sample(denoise_fn=settled(flat_BL), pinned=PINNED)
+  state, _ = sample(
+    denoise_fn=settled(flat_BL), sampling=Sampling(pinned=PINNED)
+  )
   free = ~np.asarray(PINNED.mask_BL)
   assert np.asarray(state.accepted_BL).all()
   assert (np.asarray(state.draft_BL)[free] == np.asarray(TARGET_BL)[free]).all()
@@ -301,7 +313,7 @@ def test_noise_and_first_canvas_can_be_given():
   given, _ = sample(
     jax.random.key(99),
     initial_canvas_BL=sampler.draw_canvas(keys_B, CONFIG, V),
-    noise_fn=lambda n: sampler.draw_step_noise(keys_B, n, CONFIG, V),
+    noise_fn=lambda n_B: sampler.draw_step_noise(keys_B, n_B, CONFIG, V),
   )
   for a, b in zip(
     jax.tree.leaves(expected), jax.tree.leaves(given), strict=True
@@ -320,27 +332,137 @@ def test_rows_that_are_done_are_left_alone():
 
 def test_temperature_and_strategy_can_be_functions():
   temperatures = []
-  note = lambda temperature: temperatures.append(float(temperature))
+  note = lambda temperature_B1: temperatures.append(temperature_B1.tolist())
 
   def network(tokens_BL, sc_BLD, temperature, uniforms_BLU, step):
     jax.debug.callback(note, temperature, ordered=True)
     return oracle(tokens_BL, sc_BLD, temperature, uniforms_BLU, step)
 
-  def all_at_once(config, canvas_BL, prediction, step, drawn):
-    del config, canvas_BL, step
+  def all_at_once(config, canvas_BL, prediction, time, drawn):
+    del config, canvas_BL, time
     return strategies.renoise(jnp.ones((B, L), bool), prediction, drawn)
 
   state, _ = sample(
     denoise_fn=network,
-    strategy=all_at_once,
-    temperature=lambda config, step: 0.1 * step + 0 * config.t_min,
-    trajectory=True,
+    config=dataclasses.replace(CONFIG, confidence_threshold=0.0),
+    sampling=Sampling(
+      strategy=all_at_once,
+      temperature=lambda config, time: 0.1 * time.left_B1 + 0 * config.t_min,
+    ),
   )
   jax.effects_barrier()
-  np.testing.assert_allclose(
-    temperatures, 0.1 * np.arange(16, 0, -1), rtol=1e-6
-  )
+  expected_N = 0.1 * np.arange(16, 0, -1)
+  for row in range(B):
+    found = [temperature[row][0] for temperature in temperatures]
+    np.testing.assert_allclose(found, expected_N, rtol=1e-6)
   assert state.accepted_BL.all()
+
+
+@pytest.mark.parametrize('strategy', strategies.STRATEGIES)
+def test_rows_have_steps_and_temperatures_of_their_own(strategy):
+  """Each is what it is alone with them."""
+  config = dataclasses.replace(
+    CONFIG, strategy=strategy, confidence_threshold=0.0
+  )
+  keys_B = jax.random.split(jax.random.key(7), B)
+  steps, temperatures = [16, 5, 1], [0.3, 0.9, 2.0]
+  together, _ = sample(
+    keys_B,
+    config=config,
+    sampling=Sampling(
+      num_steps=jnp.array(steps), temperature=jnp.array(temperatures)
+    ),
+  )
+  assert together.steps_B.tolist() == steps
+  for row in range(B):
+    alone, _ = sample(
+      keys_B,
+      config=dataclasses.replace(config, max_denoising_steps=steps[row]),
+      sampling=Sampling(temperature=temperatures[row]),
+    )
+    for name in ('draft_BL', 'canvas_BL', 'accepted_BL'):
+      np.testing.assert_array_equal(
+        getattr(together, name)[row], getattr(alone, name)[row]
+      )
+
+
+def test_another_value_compiles_nothing_anew():
+  count = 0
+
+  @jax.jit
+  def run(sampling):
+    nonlocal count
+    count += 1
+    return sample(sampling=sampling)[0].draft_BL
+
+  def shifted(shift, config, time):
+    return 0.5 + shift * time.left_B1
+
+  for scale in (0.1, 0.2):
+    run(
+      Sampling(
+        strategy='confidence',
+        temperature=jax.tree_util.Partial(shifted, jnp.float32(scale)),
+        num_steps=jnp.full((B,), int(50 * scale)),
+        pinned=PINNED.replace(tokens_BL=PINNED.tokens_BL + int(10 * scale)),
+      )
+    )
+  assert count == 1
+
+
+def test_hook_and_constraint_see_canvas_time_and_state():
+  """The constraint has the last word."""
+  seen = []
+
+  def hook(canvas_BL, logits_BLV, time, state):
+    note = lambda *x: seen.append([y.tolist() for y in x])
+    jax.debug.callback(note, time.left_B1, state.steps_B, ordered=True)
+    assert canvas_BL is state.canvas_BL
+    return jnp.where(jnp.arange(V) == 5, 1e4, logits_BLV)
+
+  def constraint(canvas_BL, logits_BLV, time, state):
+    return jnp.where(jnp.arange(V) % 2 == 0, logits_BLV, -jnp.inf)
+
+  def network(tokens_BL, sc_BLD, temperature, uniforms, left, change_logits):
+    logits_BLV = change_logits(jnp.zeros((B, L, V)).at[:, :, 4].set(99.0))
+    return sampler.predict(
+      logits_BLV, temperature, uniforms, lambda p_BLV: p_BLV @ TABLE_VD
+    )
+
+  for given, token in (
+    (Sampling(logit_hook=hook), 5),
+    (Sampling(logit_hook=hook, constraint=constraint), 4),
+  ):
+    state, _ = sample(denoise_fn=network, sampling=given)
+    assert (state.draft_BL == token).all()
+  jax.effects_barrier()
+  assert seen[0] == [[[16]] * B, [0] * B] and seen[1] == [[[15]] * B, [1] * B]
+
+
+def test_samplings_that_cannot_be():
+  for given, message in (
+    ({'temperature': 0.0}, 'temperature must be positive'),
+    ({'num_steps': jnp.array([3, 0, 2])}, 'num_steps must be positive'),
+  ):
+    with pytest.raises(ConfigError, match=message):
+      sample(sampling=Sampling(**given))
+  with pytest.raises(ValueError, match='one for each of 3 rows'):
+    sample(sampling=Sampling(temperature=jnp.ones(2)))
+  with pytest.raises(ConfigError, match="Did you mean 'confidence'"):
+    Sampling(strategy='confidnce')
+  with pytest.raises(ConfigError, match='a Sampling, it is a dict'):
+    sample(sampling={'temperature': 1.0})
+
+
+def test_sizes_come_with_the_network_or_are_asked_for():
+  def network(*arguments):
+    return oracle(*arguments)
+
+  with pytest.raises(TypeError, match='needs batch_size'):
+    sampler.sample_canvas(network, jax.random.key(0), CONFIG)
+  network.sizes = {'batch_size': B, 'vocab_size': V, 'embed_dim': D}
+  state, _ = sampler.sample_canvas(network, jax.random.key(0), CONFIG)
+  np.testing.assert_array_equal(state.draft_BL, sample()[0].draft_BL)
 
 
 def test_inside_jit_vmap_and_scan():
@@ -359,8 +481,14 @@ def test_inside_jit_vmap_and_scan():
   ('options', 'message'),
   [
     ({'initial_canvas_BL': jnp.zeros((B, L + 1), int)}, 'initial_canvas_BL'),
-    ({'pinned': sampler.Pinned(PINNED.mask_BL[:1], TARGET_BL)}, 'mask_BL must'),
-    ({'pinned': sampler.Pinned(PINNED.mask_BL, TARGET_BL.T)}, 'tokens_BL must'),
+    (
+      {'sampling': Sampling(pinned=PINNED.replace(mask_BL=PINNED.mask_BL[:1]))},
+      'mask_BL must',
+    ),
+    (
+      {'sampling': Sampling(pinned=PINNED.replace(tokens_BL=TARGET_BL.T))},
+      'tokens_BL must',
+    ),
   ],
 )
 def test_wrong_shapes_are_named(options, message):
@@ -369,14 +497,14 @@ def test_wrong_shapes_are_named(options, message):
 
 
 def test_pin_by_index():
-  pinned = sampler.pin([{0: 5, 3: 6}, {}], 4, V)
+  pinned = sampling.pin([{0: 5, 3: 6}, {}], 4, V)
   assert pinned.mask_BL.tolist() == [[True, False, False, True], [False] * 4]
   assert pinned.hold(jnp.full((2, 4), 9)).tolist() == [[5, 9, 9, 6], [9] * 4]
   for index in (-1, 4):
     with pytest.raises(ValueError, match=f'index {index}, outside of its canv'):
-      sampler.pin([{index: 5}], 4, V)
+      sampling.pin([{index: 5}], 4, V)
   with pytest.raises(ValueError, match='Row 1 pins token 31, outside of the'):
-    sampler.pin([{}, {1: V}], 4, V)
+    sampling.pin([{}, {1: V}], 4, V)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ import pytest
 from diffusiongemma.config import DiffusionConfig
 from diffusiongemma.diffusion import sampler
 from diffusiongemma.diffusion import strategies
+from diffusiongemma.diffusion.sampling import Sampling
+from diffusiongemma.diffusion.sampling import Time
 
 CONFIG = DiffusionConfig(canvas_length=8, max_denoising_steps=4)
 
@@ -29,10 +31,15 @@ def predicted(confidence=None, entropy=None, sample=None):
   )
 
 
+def at(step, steps=CONFIG.max_denoising_steps):
+  """One row at this step."""
+  return Time(jnp.array([[step]]), jnp.array([[steps]]))
+
+
 def drawn(length, vocab_size=7):
   keys_B = jax.random.split(jax.random.key(0), 1)
   config = dataclasses.replace(CONFIG, canvas_length=length)
-  return sampler.draw_step_noise(keys_B, 1, config, vocab_size)
+  return sampler.draw_step_noise(keys_B, jnp.ones(1, int), config, vocab_size)
 
 
 @hypothesis.settings(max_examples=60, deadline=None)
@@ -47,7 +54,7 @@ def test_entropy_bound_against_its_definition(entropies, bound):
   prediction = predicted(entropy=jnp.array([entropies]))
   config = dataclasses.replace(CONFIG, entropy_bound=float(bound))
   _, accepted_BL, _ = strategies.entropy_bound(
-    config, None, prediction, 1, drawn(len(entropies))
+    config, None, prediction, at(1), drawn(len(entropies))
   )
   accepted = accepted_BL[0]
   order = np.argsort(np.float32(entropies), kind='stable')
@@ -79,7 +86,7 @@ def test_top_k_accepts_more_with_every_step():
   order = np.argsort(-np.asarray(values[0]))
   for step, k in ((4, 2), (3, 4), (2, 6), (1, 8)):
     _, accepted, _ = strategies.top_k_confident(
-      CONFIG, jnp.zeros((1, 8), int), predicted(values), step, drawn(8)
+      CONFIG, jnp.zeros((1, 8), int), predicted(values), at(step), drawn(8)
     )
     assert set(np.nonzero(np.asarray(accepted[0]))[0]) == set(order[:k])
 
@@ -93,7 +100,11 @@ def test_top_k_accepts_an_equal_number_more_in_a_program(L, N):
   @jax.jit
   def count(step):
     _, accepted_BL, _ = strategies.top_k_confident(
-      config, jnp.zeros((1, L), int), predicted(confidence_BL), step, drawn(L)
+      config,
+      jnp.zeros((1, L), int),
+      predicted(confidence_BL),
+      at(step, N),
+      drawn(L),
     )
     return jnp.sum(accepted_BL)
 
@@ -109,10 +120,11 @@ def test_ancestral_step_is_the_posterior():
   for step in (N, 2, 1):
     for x_t, x_0 in ((3, 3), (3, 1)):
       keys_B = jax.random.split(jax.random.key(step), 1)
-      noise = sampler.draw_step_noise(keys_B, step, config, V)
+      noise = sampler.draw_step_noise(keys_B, jnp.array([step]), config, V)
       canvas = jnp.full((1, count), x_t)
+      prediction = predicted(sample=jnp.full((1, count), x_0))
       next_BL, accepted_BL, draft_BL = strategies.ancestral(
-        config, canvas, predicted(sample=jnp.full((1, count), x_0)), step, noise
+        config, canvas, prediction, at(step), noise
       )
       np.testing.assert_array_equal(accepted_BL, next_BL == x_0)
       np.testing.assert_array_equal(draft_BL, next_BL)
@@ -142,8 +154,8 @@ def test_ancestral_sampling_of_the_exact_posterior_gives_the_data():
   )
   p_data = jnp.array([0.5, 0.3, 0.15, 0.05])
 
-  def exact(tokens_BL, sc_BLD, temperature, uniforms_BLU, step):
-    alpha = 1 - step / N
+  def exact(tokens_BL, sc_BLD, temperature, uniforms_BLU, left_B1):
+    alpha = 1 - left_B1[:, :, None] / N
     likelihood = alpha * jax.nn.one_hot(tokens_BL, V) + (1 - alpha) / V
     logits_BLV = jnp.log(p_data * likelihood)
     return sampler.predict(
@@ -157,7 +169,7 @@ def test_ancestral_sampling_of_the_exact_posterior_gives_the_data():
     batch_size=rows,
     vocab_size=V,
     embed_dim=1,
-    temperature=lambda config, step: 1.0,
+    sampling=Sampling(temperature=1.0),
   )
   counts = np.bincount(np.asarray(state.draft_BL[:, 0]), minlength=V)
   expected = np.asarray(p_data) * rows

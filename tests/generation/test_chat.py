@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from diffusiongemma.generation import chat
+from diffusiongemma.generation import engine
 from diffusiongemma.generation import generate
 from diffusiongemma.generation import prompt as prompt_lib
 from diffusiongemma.text import call_syntax
@@ -276,7 +277,7 @@ def test_the_end_of_a_turn_ends_a_reply(
     used.append(config)
     return types.SimpleNamespace(draft_BL=draft_BL, steps_B=np.array([1]))
 
-  monkeypatch.setattr(generate, 'write_canvas', scripted)
+  monkeypatch.setattr(engine, 'denoise_canvas', scripted)
   model = model._replace(config=config, max_new_tokens=128)
   reply, _ = say(model, chat.Conversation(), 'what')
   assert reply.text == reply_text and not reply.problem

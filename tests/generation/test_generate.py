@@ -12,6 +12,8 @@ from diffusiongemma import config as configs
 from diffusiongemma.config import Config
 from diffusiongemma.config import DiffusionConfig
 from diffusiongemma.diffusion import sampler
+from diffusiongemma.diffusion.sampling import Sampling
+from diffusiongemma.generation import engine
 from diffusiongemma.generation import generate
 from diffusiongemma.generation import prompt as prompt_lib
 from diffusiongemma.model import cache as kv_cache
@@ -29,7 +31,7 @@ def config(model_config):
 
 
 def run(config, params, new_tokens, **callbacks):
-  (row,), *_ = generate.generate(
+  (row,), *_ = generate.generate_tokens(
     config, params, [PROMPT], jax.random.key(0), new_tokens, **callbacks
   )
   return row
@@ -51,7 +53,9 @@ def test_watching_changes_nothing(config, params):
   assert sum(canvases, []) == quiet.tokens
 
 
-@pytest.mark.parametrize('hook', [None, lambda logits_BLV, step: logits_BLV])
+@pytest.mark.parametrize(
+  'hook', [None, lambda canvas_BL, logits_BLV, *_: logits_BLV]
+)
 def test_no_self_conditioning_after_the_last_step(config, params, hook):
   """Nobody would see it, and it is half of what the vocabulary costs."""
   norms = []
@@ -59,7 +63,7 @@ def test_no_self_conditioning_after_the_last_step(config, params, hook):
     config,
     params,
     C,
-    logit_hook=hook,
+    sampling=Sampling(logit_hook=hook),
     on_step=lambda step, state: norms.append(float(jnp.sum(state.sc_BLD**2))),
   )
   assert norms[0] == norms[-1] == 0 and min(norms[1:-1]) > 0
@@ -94,7 +98,7 @@ def test_second_canvas_continues_the_first(config, params):
   )
   (row_key,) = sampler.row_keys(jax.random.key(0), 1)
   keys_B = jax.random.fold_in(row_key, 1)[None]
-  state = generate.write_canvas(
+  state = engine.denoise_canvas(
     config, params, cache, keys_B, jnp.zeros(1, bool)
   )
   assert state.draft_BL[0].tolist() == whole.tokens[C:]
@@ -102,11 +106,11 @@ def test_second_canvas_continues_the_first(config, params):
 
 def test_prompts_of_one_bucket_compile_once(config, params):
   run(config, params, C)
-  programs = (prompt_lib.read_tokens, generate.write_canvas)
+  programs = (prompt_lib.read_tokens, engine.denoise_canvas)
   before = [program._cache_size() for program in programs]
   for length in (2, 7, 16):
     prompt = list(range(2, 2 + length))
-    generate.generate(config, params, [prompt], jax.random.key(1), C)
+    generate.generate_tokens(config, params, [prompt], jax.random.key(1), C)
   after = [program._cache_size() for program in programs]
   assert after == before
 
@@ -117,7 +121,7 @@ def test_prompts_of_one_bucket_compile_once(config, params):
     ([], 4, 'The prompt is empty'),
     ([2] + [5] * 300, 4, 'more than the context of 256: shorten it'),
     ([2] + [5] * 200, 100, 'ask for at most 54 new tokens'),
-    ([2, 5], 0, 'must be positive'),
+    ([2, 5], 0, 'must be a positive'),
     ([2, 97], 4, 'outside the vocabulary of 97'),
     ([2, -1], 4, 'outside the vocabulary of 97'),
   ],
@@ -126,7 +130,9 @@ def test_prompts_that_cannot_be_continued(
   config, params, prompt, new_tokens, message
 ):
   with pytest.raises(prompt_lib.PromptError, match=message):
-    generate.generate(config, params, [prompt], jax.random.key(0), new_tokens)
+    generate.generate_tokens(
+      config, params, [prompt], jax.random.key(0), new_tokens
+    )
 
 
 @pytest.mark.parametrize(
@@ -134,7 +140,7 @@ def test_prompts_that_cannot_be_continued(
 )
 def test_what_is_no_key_for_the_batch_is_refused(config, params, key):
   with pytest.raises(ValueError, match='key must be one of jax.random.key, or'):
-    generate.generate(config, params, [PROMPT], key, C)
+    generate.generate_tokens(config, params, [PROMPT], key, C)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +154,7 @@ def test_what_is_no_key_for_the_batch_is_refused(config, params, key):
 )
 def test_what_is_no_token_ids_is_refused(config, params, prompts, message):
   with pytest.raises(prompt_lib.PromptError, match=message):
-    generate.generate(config, params, prompts, jax.random.key(0), C)
+    generate.generate_tokens(config, params, prompts, jax.random.key(0), C)
 
 
 def test_a_config_of_another_kind_is_refused(config, params):
@@ -161,24 +167,24 @@ def test_a_config_of_another_kind_is_refused(config, params):
     lambda: kv_cache.init_cache(config, 1, 8),
     lambda: prompt_lib.prefill(config, params, *tokens, cache),
     lambda: prompt_lib.read_prompt(config, params, *tokens, cache),
-    lambda: generate.make_denoise_fn(config, params, cache),
+    lambda: engine.make_denoise_fn(config, params, cache),
   ):
     with pytest.raises(configs.ConfigError, match=wanted):
       call()
   with pytest.raises(
     configs.ConfigError, match='a Config, it is a ModelConfig'
   ):
-    generate.generate(config.model, params, [PROMPT], key, C)
+    generate.generate_tokens(config.model, params, [PROMPT], key, C)
 
 
 def test_what_is_no_parameters_or_number_is_refused(config, params):
   def write(params, count):
-    generate.generate(config, params, [PROMPT], jax.random.key(0), count)
+    generate.generate_tokens(config, params, [PROMPT], jax.random.key(0), count)
 
   with pytest.raises(prompt_lib.PromptError, match='run.params; it is a tuple'):
     write((params,), C)
   with pytest.raises(
-    prompt_lib.PromptError, match="'8' must be a whole number"
+    prompt_lib.PromptError, match="'8' must be a positive whole"
   ):
     write(params, '8')
   cache = kv_cache.init_cache(config.model, 2, 8)
@@ -202,10 +208,9 @@ def test_a_cache_without_room_is_an_error_or_poison(config, params, window):
   def write(length_B):
     read = prompt_lib.prefill(model, params, tokens[0], length_B, cache)
     more = prompt_lib.prefill(model, params, tokens[0], jnp.ones(2, int), read)
-    denoise_fn = generate.make_denoise_fn(model, params, read)
+    denoise_fn = engine.make_denoise_fn(model, params, read)
     state, _ = sampler.sample_canvas(
-      *(denoise_fn, jax.random.key(0), config.diffusion),
-      **denoise_fn.sizes,
+      denoise_fn, jax.random.key(0), config.diffusion
     )
     return read, more, state
 
@@ -226,7 +231,7 @@ def test_a_cache_without_room_is_an_error_or_poison(config, params, window):
 @pytest.mark.parametrize('name', ['batch_size', 'vocab_size', 'embed_dim'])
 def test_sizes_that_are_not_those_of_the_network(config, params, name):
   cache = kv_cache.init_cache(config.model, 1, 8)
-  denoise_fn = generate.make_denoise_fn(config.model, params, cache)
+  denoise_fn = engine.make_denoise_fn(config.model, params, cache)
   sizes = {**denoise_fn.sizes, name: 10}
   with pytest.raises(ValueError, match=f'{name} = 10, and the network'):
     sampler.sample_canvas(
@@ -240,13 +245,17 @@ def test_rows_of_a_batch_are_what_they_are_alone(config, params):
   rng = np.random.default_rng(0)
   prompts = [rng.integers(2, 97, n).tolist() for n in (1, 9, 17, 30)]
   keys_B = jax.random.split(jax.random.key(4), 4)
-  together, *_ = generate.generate(config, params, prompts, keys_B, 3 * C)
+  together, *_ = generate.generate_tokens(
+    config, params, prompts, keys_B, 3 * C
+  )
   stop = together[1].tokens[C + 2]  # Row 1 stops in its second canvas.
   diffusion = dataclasses.replace(config.diffusion, stop_token_ids=(stop,))
   for case in (config, dataclasses.replace(config, diffusion=diffusion)):
-    together, *_ = generate.generate(case, params, prompts, keys_B, 3 * C)
+    together, *_ = generate.generate_tokens(
+      case, params, prompts, keys_B, 3 * C
+    )
     for row, prompt in enumerate(prompts):
-      (alone,), *_ = generate.generate(
+      (alone,), *_ = generate.generate_tokens(
         case, params, [prompt], keys_B[row : row + 1], 3 * C
       )
       assert alone == together[row]
@@ -259,11 +268,11 @@ def test_a_turn_goes_on_from_the_cache_of_the_last(config, params):
   its unread rest is not in the cache."""
   prompts = [[2, 10, 20, 30], [2, 40]]
   keys_B = jax.random.split(jax.random.key(5), 2)
-  first, *_ = generate.generate(config, params, prompts, keys_B, 2 * C)
+  first, *_ = generate.generate_tokens(config, params, prompts, keys_B, 2 * C)
   stop = first[0].tokens[2]
   diffusion = dataclasses.replace(config.diffusion, stop_token_ids=(stop,))
   config = dataclasses.replace(config, diffusion=diffusion)
-  first, cache, _ = generate.generate(
+  first, cache, _ = generate.generate_tokens(
     config, params, prompts, keys_B, 2 * C, keep_cache=True
   )
   lengths = [
@@ -271,30 +280,32 @@ def test_a_turn_goes_on_from_the_cache_of_the_last(config, params):
   ]
   assert cache.length_B.tolist() == lengths and lengths[0] < 4 + C
   news = [[50, 51, 52], [60]]
-  second, *_ = generate.generate(
+  second, *_ = generate.generate_tokens(
     config, params, news, keys_B, C, cache=cache, keep_cache=True
   )
   whole = [
     prompt + row.tokens + new
     for prompt, row, new in zip(prompts, first, news, strict=True)
   ]
-  assert generate.generate(config, params, whole, keys_B, C)[0] == second
+  assert generate.generate_tokens(config, params, whole, keys_B, C)[0] == second
 
 
 def test_the_cache_of_the_prompts_alone(config, params):
   """Another answer after the same prompt, which is not read again."""
   keys_B = jax.random.split(jax.random.key(5), 2)
   prompts = [[2, 10, 20, 30], [2, 40]]
-  *_, prompt_cache = generate.generate(
+  *_, prompt_cache = generate.generate_tokens(
     config, params, prompts, keys_B, 2 * C, keep_cache=True
   )
   assert prompt_cache.length_B.tolist() == [4, 2]
   news = [[50, 51, 52], [60]]
-  after, *_ = generate.generate(
+  after, *_ = generate.generate_tokens(
     config, params, news, keys_B, C, cache=prompt_cache
   )
   whole = [p + new for p, new in zip(prompts, news, strict=True)]
-  assert generate.generate(config, params, whole, keys_B, C).rows == after
+  assert (
+    generate.generate_tokens(config, params, whole, keys_B, C).rows == after
+  )
 
 
 def test_pinned_tokens_over_several_canvases(config, params):
@@ -304,9 +315,9 @@ def test_pinned_tokens_over_several_canvases(config, params):
   prompts = [[2, 10, 20, 30], [2, 40]]
   pinned = [{0: 7, 3: 8, C: 9, 2 * C - 1: 10}, {}]
   start = (config, params, prompts, keys_B, 2 * C)
-  free, *_ = generate.generate(*start)
-  held, *_ = generate.generate(*start, pinned=pinned)
-  watched, *_ = generate.generate(
+  free, *_ = generate.generate_tokens(*start)
+  held, *_ = generate.generate_tokens(*start, pinned=pinned)
+  watched, *_ = generate.generate_tokens(
     *start, pinned=pinned, on_step=lambda step, state: None
   )
   assert held == watched and held[1] == free[1]
@@ -351,15 +362,16 @@ def test_a_logit_hook_bans_and_forces(config, params):
   """Only even tokens, and the third is always 42; the step counts down."""
   steps = []
 
-  def hook(logits_BLV, step):
-    jax.debug.callback(lambda n: steps.append(int(n)), step, ordered=True)
+  def hook(canvas_BL, logits_BLV, time, state):
+    note = lambda left_B1: steps.append(int(left_B1[0, 0]))
+    jax.debug.callback(note, time.left_B1, ordered=True)
     even_V = jnp.arange(97) % 2 == 0
     logits_BLV = jnp.where(even_V, logits_BLV, -jnp.inf)
     forced_BLV = jnp.where(jnp.arange(97) == 42, logits_BLV, -jnp.inf)
     is_third_L1 = (jnp.arange(C) == 2)[:, None]
     return jnp.where(is_third_L1, forced_BLV, logits_BLV)
 
-  row = run(config, params, 2 * C, logit_hook=hook)
+  row = run(config, params, 2 * C, sampling=Sampling(logit_hook=hook))
   jax.effects_barrier()
   assert all(token % 2 == 0 for token in row.tokens)
   assert row.tokens[2] == row.tokens[C + 2] == 42
@@ -380,17 +392,19 @@ def test_pads_do_not_count_as_tokens_per_forward(config, params):
 def test_batches_that_do_not_fit(config, params):
   key = jax.random.key(0)
   with pytest.raises(prompt_lib.PromptError, match='There is no prompt'):
-    generate.generate(config, params, [], key, C)
+    generate.generate_tokens(config, params, [], key, C)
   cache = kv_cache.init_cache(config.model, 2, 40)
   with pytest.raises(
     prompt_lib.PromptError, match='1 prompts for a cache of 2'
   ):
-    generate.generate(config, params, [PROMPT], key, C, cache=cache)
+    generate.generate_tokens(config, params, [PROMPT], key, C, cache=cache)
   cache = cache.replace(length_B=jnp.array([3, 250]))
   with pytest.raises(prompt_lib.PromptError, match='has 254 tokens; with 1'):
-    generate.generate(config, params, [PROMPT] * 2, key, C, cache=cache)
+    generate.generate_tokens(config, params, [PROMPT] * 2, key, C, cache=cache)
   with pytest.raises(prompt_lib.PromptError, match='reads text only'):
-    generate.generate(config, params, [PROMPT], key, C, pictures=[['a.png']])
+    generate.generate_tokens(
+      config, params, [PROMPT], key, C, pictures=[['a.png']]
+    )
 
 
 def test_cut_at_stop():
@@ -410,6 +424,7 @@ from diffusiongemma.config import DiffusionConfig
 from diffusiongemma.config import ModelConfig
 from diffusiongemma.model import cache as kv_cache
 from diffusiongemma.model import denoiser
+from diffusiongemma.generation import engine
 from diffusiongemma.generation import generate
 from diffusiongemma.generation import prompt as prompt_lib
 
@@ -431,8 +446,8 @@ prompts = rng.integers(10, 97, (8, 7)).astype(np.int32)
 cache = prompt_lib.read_prompt(model, params, prompts, np.arange(8) % 7 + 1,
                                kv_cache.init_cache(model, 8, 8))
 done_B = np.zeros(8, bool)
-one = generate.write_canvas(config, params, cache, keys_B, done_B)
-eight = generate.write_canvas(
+one = engine.denoise_canvas(config, params, cache, keys_B, done_B)
+eight = engine.denoise_canvas(
   config, jax.device_put(params, everywhere), jax.device_put(cache, by_row),
   jax.device_put(keys_B, by_row), jax.device_put(done_B, by_row))
 assert len(one.draft_BL.sharding.device_set) == 1
@@ -441,8 +456,8 @@ for name in ('draft_BL', 'canvas_BL', 'accepted_BL', 'steps_B'):
   assert (getattr(one, name) == np.asarray(getattr(eight, name))).all(), name
 
 ragged = [row[: i % 7 + 1].tolist() for i, row in enumerate(prompts)]
-single = generate.generate(config, params, ragged, keys_B, 18)
-spread = generate.generate(
+single = generate.generate_tokens(config, params, ragged, keys_B, 18)
+spread = generate.generate_tokens(
   config, jax.device_put(params, everywhere), ragged, keys_B, 18)
 assert single.rows == spread.rows
 print(len({row.steps for row in single.rows}), 'equal')

@@ -101,7 +101,7 @@ class Injected:
     step = self.config.max_denoising_steps - self.done
     self.done += 1
     self.drawn = sampler.draw_step_noise(
-      self.canvas_keys_B, step, self.config, self.vocab_size
+      self.canvas_keys_B, jnp.full((2,), step), self.config, self.vocab_size
     )
     tokens_BL = ops.vocabulary.sample(
       jnp.asarray(probabilities.numpy()).reshape(2, L, -1),
@@ -150,7 +150,7 @@ def test_trajectories_are_equal(pair, case, monkeypatch):
   keys_B = jax.random.split(jax.random.key(13), 2)
   prompts = pair.prompt_BP[:, :9]
   states = []
-  ours, *_ = generate.generate(
+  ours, *_ = generate.generate_tokens(
     config,
     pair.params,
     prompts.tolist(),

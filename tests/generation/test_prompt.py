@@ -124,22 +124,24 @@ def test_generate_sees_pictures(seeing):
   ]
   prompts = [[2, 90, 5, 90, 6], [2, 7]]
   key = jax.random.key(0)
-  rows, *_ = generate.generate(
+  rows, *_ = generate.generate_tokens(
     config, params, prompts, key, C, pictures=pictures
   )
   other = [[pictures[0][0], 255 - pictures[0][1]], []]
-  changed, *_ = generate.generate(
+  changed, *_ = generate.generate_tokens(
     config, params, prompts, key, C, pictures=other
   )
   assert rows[0] != changed[0] and rows[1] == changed[1]
   with pytest.raises(prompt_lib.PromptError, match='no picture for it'):
-    generate.generate(config, params, prompts, key, C)
+    generate.generate_tokens(config, params, prompts, key, C)
   with pytest.raises(ValueError, match='2 image tokens, and there are 1'):
-    generate.generate(
+    generate.generate_tokens(
       config, params, prompts, key, C, pictures=[pictures[0][:1], []]
     )
   with pytest.raises(prompt_lib.PromptError, match='1 lists of pictures for 2'):
-    generate.generate(config, params, prompts, key, C, pictures=pictures[:1])
+    generate.generate_tokens(
+      config, params, prompts, key, C, pictures=pictures[:1]
+    )
 
 
 def test_images_change_what_follows_and_themselves_both_ways(seeing):

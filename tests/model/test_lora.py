@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from diffusiongemma import config as configs
+from diffusiongemma.generation import network as network_lib
 from diffusiongemma.model import lora
-from diffusiongemma.training import network as network_lib
 
 EVERYTHING = configs.LoraConfig(
   rank=3,

@@ -112,7 +112,7 @@ def test_writing_with_few_bits(config, params):
   few = parameters.quantize(MIXED, params)
   prompts = [[2, 5, 7], [2, 9, 4, 11]]
   made = [
-    generate.generate(config, p, prompts, jax.random.key(0), 8).rows
+    generate.generate_tokens(config, p, prompts, jax.random.key(0), 8).rows
     for p in (few, dequantized(few))
   ]
   assert [row.tokens for row in made[0]] == [row.tokens for row in made[1]]
@@ -141,7 +141,7 @@ config = configs.load_config(sys.argv[1])
 kinds = configs.QuantizationConfig('int4', 'int8', 'int8', group_size=8)
 params = parameters.quantize(kinds, train_state.fresh_params(config))
 prompts, key = [[2, 5, 7], [2, 9, 4, 11]], jax.random.key(0)
-alone = generate.generate(config, params, prompts, key, 8).rows
+alone = generate.generate_tokens(config, params, prompts, key, 8).rows
 mesh = sharding.make_mesh(configs.MeshConfig(1, 2, 2, 2))
 abstract = jax.eval_shape(lambda: params)
 where = jax.tree.map(
@@ -157,7 +157,7 @@ assert shapes == {
   'gate_up': [(1, 16, 8), (1, 2, 16)], 'down': [(1, 8, 8), (1, 1, 8)]
 }, shapes
 with jax.set_mesh(mesh):
-  together = generate.generate(config, placed, prompts, key, 8).rows
+  together = generate.generate_tokens(config, placed, prompts, key, 8).rows
 assert [r.tokens for r in alone] == [r.tokens for r in together]
 print('equal')
 """

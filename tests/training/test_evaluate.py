@@ -11,10 +11,10 @@ import pytest
 from diffusiongemma.config import Config
 from diffusiongemma.config import DataConfig
 from diffusiongemma.config import DiffusionConfig
+from diffusiongemma.generation import network as network_lib
 from diffusiongemma.training import corpus as corpora
 from diffusiongemma.training import data
 from diffusiongemma.training import evaluate
-from diffusiongemma.training import network as network_lib
 
 C = 6
 

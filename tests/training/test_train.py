@@ -23,6 +23,7 @@ from diffusiongemma import fields
 from diffusiongemma.checkpoints import digest as digest_lib
 from diffusiongemma.checkpoints import native
 from diffusiongemma.diffusion import loss
+from diffusiongemma.generation import engine
 from diffusiongemma.generation import generate
 from diffusiongemma.runs import folder as workdirs
 from diffusiongemma.training import corpus as corpora
@@ -139,7 +140,7 @@ def test_signals_save_first(straight, tmp_path, number):
   [
     (evaluate, '_ar_nats', 2),
     (evaluate, '_denoise_sums', 3),
-    (generate, 'write_step', 2),
+    (engine, 'denoise_step', 2),
   ],
 )
 def test_a_signal_ends_an_evaluation_at_once(
@@ -797,7 +798,7 @@ def test_overfits_one_batch_and_samples_it_back(model_config):
   for _ in range(250):
     state, numbers = step(state, batch)
   assert numbers['loss_ar'] < 0.02 and numbers['loss_denoise'] < 0.05
-  (written,), *_ = generate.generate(
+  (written,), *_ = generate.generate_tokens(
     config, state.params, [row[:5]], jax.random.key(0), 2 * C
   )
   assert written.tokens == row[5 : 5 + 2 * C].tolist()

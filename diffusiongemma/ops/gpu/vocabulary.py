@@ -49,7 +49,7 @@ def look_at(
   carry: tuple[jax.Array, ...],
   h_RD: jax.Array,
   table_VD: Any,
-  temperature: jax.Array,
+  temperature_R: jax.Array,
   start: jax.Array,
   *,
   size: int,
@@ -60,7 +60,7 @@ def look_at(
   """See `vocabulary.look_at`; with `interpret` on any device, slowly."""
   max_R, weighted_R, argmax_R, mean_RD = carry
   p_Rc, max_Rb, weighted_Rb, argmax_Rb, bins_RbX = _statistics(
-    *(h_RD, table_VD, temperature, start),
+    *(h_RD, table_VD, temperature_R, start),
     size=size,
     softcap=softcap,
     bin_size=bin_size,
@@ -81,7 +81,7 @@ def look_at(
 
 
 def _statistics(
-  h_RD, table_VD, temperature, start, *, size, softcap, bin_size, interpret
+  h_RD, table_VD, temperature_R, start, *, size, softcap, bin_size, interpret
 ):
   """(exp(x - max) [R, size], and for each block of columns: max, the sum of
   x exp(x - max), the place of the maximum, sums of bins [R, b, bins])."""
@@ -114,7 +114,7 @@ def _statistics(
     interpret=interpret,
     name='vocabulary_statistics',
   )(
-    *(start[None], temperature[None], h_RD, values[None]),
+    *(start[None], temperature_R, h_RD, values[None]),
     None if scales_V is None else scales_V[None, None],
   )
 
@@ -150,7 +150,7 @@ def _look(
   )
   if softcap:
     x = softcap * jnp.tanh(x / softcap)
-  x = x / temperature_ref[0]
+  x = x / temperature_ref[which][:, None]
   most = jnp.max(x, axis=1)
   p = jnp.exp(x - most[:, None])
   place = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)

@@ -1,0 +1,432 @@
+"""What `import diffusiongemma` does with a run: load, write, chat, measure.
+
+  run = load('runs/tiny')
+  generate(run, 'ROMEO.').text
+  for piece in stream(run, 'ROMEO.'): ...
+  chat(run, [{'role': 'user', 'content': 'Why is the sky blue?'}]).text
+  log_likelihood(run, 'a text').log_p
+  loss(config, params, batch, key)             for a training loop of one's own
+
+Each is a few lines over functions that take parameters and token ids.
+"""
+
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+import dataclasses
+import functools
+import os
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusiongemma import config as configs
+from diffusiongemma import powers
+from diffusiongemma.config import Config
+from diffusiongemma.config import ConfigError
+from diffusiongemma.diffusion import cross_entropy
+from diffusiongemma.diffusion import likelihood
+from diffusiongemma.diffusion import loss as losses
+from diffusiongemma.diffusion.sampling import AS_CONFIGURED
+from diffusiongemma.diffusion.sampling import Sampling
+from diffusiongemma.fields import unknown_name
+from diffusiongemma.generation import chat as chats
+from diffusiongemma.generation import generate as generation
+from diffusiongemma.generation import network as network_lib
+from diffusiongemma.generation import prompt as prompt_lib
+from diffusiongemma.ops import weights
+from diffusiongemma.runs import convert
+from diffusiongemma.runs.folder import Run
+from diffusiongemma.runs.folder import no_tokenizer
+from diffusiongemma.text import template as templates
+from diffusiongemma.training import corpus
+from diffusiongemma.training import data
+
+# A text, token ids that begin with bos, or several of either.
+Prompt = str | Sequence[int]
+Seed = int | jax.Array
+
+
+class Written(NamedTuple):
+  """What was written after a prompt, or a piece of it.
+
+  Attributes:
+    text: control tokens left out.
+    tokens: its ids, a stop token included.
+    steps: denoising passes used.
+    stopped_by: 'stop_token' or 'max_new_tokens'; None for a piece after which
+      there are more.
+  """
+
+  text: str
+  tokens: list[int]
+  steps: int
+  stopped_by: str | None
+
+
+class Likelihood(NamedTuple):
+  """How probable a text is to a network.
+
+  Attributes:
+    log_p: of all tokens after the first, given those before: a number <= 0, in
+      nats, exact: the network read from left to right.
+    tokens: the ids, the first of which is not predicted.
+    log_p_of_token: float32, of each token after the first.
+    denoising_bound: what log p of denoising is at least, in nats, for a run
+      that has learnt with `loo_ce`; None for others, and for a text without a
+      whole canvas of room.
+    denoising_bound_error: the standard error of that estimate.
+  """
+
+  log_p: float
+  tokens: list[int]
+  log_p_of_token: np.ndarray
+  denoising_bound: float | None
+  denoising_bound_error: float | None
+
+
+def load(
+  path: str | os.PathLike,
+  config: Config | None = None,
+  sharding: Any = None,
+  verify: bool = True,
+) -> Run:
+  """Reads a run, or a Hugging Face folder, to write with.
+
+  Without `sharding` the parameters are arranged as this device multiplies by
+  them fastest; they can be trained and saved all the same.
+
+  Args:
+    path: what training or conversion had as `--workdir`, or a folder with
+      Hugging Face's config.json and safetensors.
+    config: settings to use instead of its own, for another sampler.
+    sharding: (path, shape) -> where each array goes, see
+      `sharding.parameter_sharding`; without, to the first device.
+    verify: compares the digests of a run's arrays, so that a flipped bit is
+      an error. Hugging Face's files have none.
+
+  Raises:
+    ConfigError: the path is not local.
+    WorkdirError: there is nothing to load, or adapters were trained on other
+      weights.
+    CheckpointError: what is there is damaged or of another kind.
+  """
+  run = convert.load(path, config, sharding, verify)
+  if sharding is not None:
+    return run
+  return run._replace(params=weights.arrange(run.params, donate=True))
+
+
+def generate(
+  run: Run,
+  prompt: Prompt | Sequence[Prompt],
+  *,
+  max_new_tokens: int | None = None,
+  key: Seed = 0,
+  sampling: Sampling = AS_CONFIGURED,
+  pinned: Mapping[int, int] | Sequence[Mapping[int, int]] | None = None,
+  pictures: Sequence[Any] | None = None,
+  **fields: Any,
+) -> Any:
+  """Goes on from a text, or from several at once.
+
+  Args:
+    run: what `load` returns.
+    prompt: a text; token ids, the first of which is bos; or a list of either.
+    max_new_tokens: of each text; None is four canvases.
+    key: a seed, or a key of `jax.random.key`: the same writes the same.
+    sampling: strategy, temperature, steps, hooks; what is not as configured.
+    **fields: fields of `sampling`, one by one: `strategy='ancestral'`,
+      `temperature=0.7`.
+    pinned: tokens that the new text must have, by their place in it; for a
+      list of prompts a list.
+    pictures: images for the image tokens of the prompt, in order; for a list of
+      prompts a list of lists.
+
+  Returns:
+    A `Written`, for a list of prompts a list of them.
+
+  Raises:
+    PromptError: a prompt is empty, of another kind, or does not fit.
+    WorkdirError: the run has no tokenizer.
+    ConfigError: `run` is no run, or `sampling` can't be used.
+    ImageError: a picture can't be used.
+  """
+  _check_run(run)
+  prompts, is_one = _token_ids(run, prompt)
+  given = generation.generate_tokens(
+    *(run.config, run.params, prompts, _key(key)),
+    _count(run, max_new_tokens),
+    _with_fields(sampling, fields),
+    pinned=[pinned] if is_one and pinned is not None else pinned,
+    pictures=[pictures] if is_one and pictures is not None else pictures,
+  )
+  rows = [_written(run, row) for row in given.rows]
+  return rows[0] if is_one else rows
+
+
+def stream(
+  run: Run,
+  prompt: Prompt,
+  *,
+  max_new_tokens: int | None = None,
+  key: Seed = 0,
+  sampling: Sampling = AS_CONFIGURED,
+  pinned: Mapping[int, int] | None = None,
+  pictures: Sequence[Any] | None = None,
+  **fields: Any,
+) -> Iterator[Written]:
+  """`generate` of one prompt, piece by piece: a piece is a canvas.
+
+  The texts of the pieces, joined, are that of `generate`. What is no longer
+  asked for is not written. Arguments and errors are those of `generate`.
+  """
+  _check_run(run)
+  prompts, is_one = _token_ids(run, prompt)
+  if not is_one:
+    raise prompt_lib.PromptError(
+      'stream takes one prompt; generate takes more.'
+    )
+  canvases = generation.write_canvases(
+    *(run.config, run.params, prompts, _key(key)),
+    _count(run, max_new_tokens),
+    _with_fields(sampling, fields),
+    pinned=None if pinned is None else [pinned],
+    pictures=None if pictures is None else [pictures],
+  )
+  return _pieces(run, canvases)
+
+
+def chat(
+  run: Run,
+  messages: Sequence[Mapping[str, Any]],
+  *,
+  tools: Sequence[Mapping[str, Any]] = (),
+  thinking: bool = False,
+  max_new_tokens: int | None = None,
+  key: Seed = 0,
+  sampling: Sampling = AS_CONFIGURED,
+  pictures: Sequence[Any] = (),
+  **fields: Any,
+) -> chats.Reply:
+  """The reply to a conversation, its thinking and calls of tools apart.
+
+  Args:
+    run: what `load` returns; its tokenizer or template knows turns.
+    messages: `{'role': 'user', 'content': 'Hello'}` and so on, the last one of
+      the user's or a tool's.
+    tools: declarations of functions, as OpenAI has them.
+    thinking: whether it thinks before it answers.
+    max_new_tokens: of the reply; None is four canvases.
+    key: a seed, or a key of `jax.random.key`.
+    sampling: what is not as configured.
+    **fields: fields of `sampling`, one by one.
+    pictures: one for each image part of the messages, in order.
+
+  Raises:
+    TemplateError: the template refuses the messages, or there are no turns.
+    PromptError: they do not fit the context.
+    ImageError: a picture can't be used.
+  """
+  _check_run(run)
+  template = run.chat_template
+  if template is None:
+    if not templates.knows_turns(run.tokenizer):
+      raise templates.TemplateError(
+        'This network knows no turns: its tokenizer has no <|turn>. Go on from '
+        'a text with generate.'
+      )
+    template = templates.default_template()
+  model = chats.Model(
+    *(run.config, run.params, run.tokenizer, template, tuple(tools)),
+    *(thinking, _count(run, max_new_tokens)),
+  )
+  reply, _ = chats.take_turn(
+    *(model, chats.Conversation(), messages, _key(key)),
+    _with_fields(sampling, fields),
+    pictures=pictures,
+  )
+  return reply
+
+
+def log_likelihood(
+  run: Run, text: Prompt | Sequence[Prompt], *, key: Seed = 0
+) -> Any:
+  """How probable a text is, exactly and as denoising bounds it.
+
+  Args:
+    run: what `load` returns.
+    text: a text; token ids, the first of which is bos; or a list of either.
+      The end of a text counts if its token is there.
+    key: of the noise of the bound.
+
+  Returns:
+    A `Likelihood`, for a list a list of them.
+
+  Raises:
+    PromptError: a text has nothing to predict, or is longer than the context.
+  """
+  _check_run(run)
+  rows, is_one = _token_ids(run, text)
+  context = run.config.model.context_length
+  for tokens in rows:
+    if not 2 <= len(tokens) <= context:
+      raise prompt_lib.PromptError(
+        f'A text of {len(tokens)} tokens has no likelihood here: it has 2 to '
+        f'{context}, bos included.'
+      )
+  found = [_likelihood(run, tokens, _key(key)) for tokens in rows]
+  return found[0] if is_one else found
+
+
+def loss(
+  config: Config, params: dict, batch: Mapping[str, jax.Array], key: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """The training loss of a batch: pure, for `jax.grad` and `jax.jit`.
+
+  Args:
+    config: the network, and in `config.train` what is learnt and how.
+    params: parameters of the network.
+    batch: `tokens_BS` and so on, see `loss.check_batch`; `data.batches` makes
+      them.
+    key: of all noise: canvases, times, corruption.
+
+  Returns:
+    (loss in nats a token, metrics in the same unit), see `diffusion_loss`.
+
+  Raises:
+    ConfigError: `config` is no `Config`.
+    ValueError: the batch is another.
+  """
+  configs.check_kind(config, Config)
+  train = config.train
+  losses.check_batch(batch, config.diffusion.canvas_length)
+  drawn = losses.draw_noise(
+    *(key, batch, config.diffusion.canvas_length, config.model.vocab_size),
+    *(train.self_conditioning_probability, train.canvases),
+    train.self_conditioning_passes,
+  )
+  value, metrics = losses.diffusion_loss(
+    network_lib.bind(config, params, train.remat),
+    *(batch, drawn, train.ar_loss_weight),
+    objective=train.objective,
+  )
+  del metrics['auxiliary']
+  return value, metrics
+
+
+def _check_run(run: Run) -> None:
+  if not isinstance(run, Run):
+    raise ConfigError(
+      f'run must be what load returns, it is a {type(run).__name__}.'
+    )
+  if run.tokenizer is None:
+    raise no_tokenizer('The run')
+
+
+def _with_fields(sampling: Sampling, fields: Mapping[str, Any]) -> Sampling:
+  known = [field.name for field in dataclasses.fields(Sampling)]
+  for name in fields:
+    if name not in known:
+      raise ConfigError(unknown_name(name, known))
+  return sampling.replace(**fields) if fields else sampling
+
+
+def _token_ids(
+  run: Run, prompt: Prompt | Sequence[Prompt]
+) -> tuple[list[list[int]], bool]:
+  """(token ids of each prompt, whether it is a single one)."""
+  if isinstance(prompt, str):
+    tokens = run.tokenizer.encode(prompt)
+    if not tokens:
+      raise prompt_lib.PromptError('The prompt is empty; give a few words.')
+    return [[run.tokenizer.bos_id, *tokens]], True
+  try:
+    items = list(prompt)
+  except TypeError as error:
+    raise prompt_lib.PromptError(
+      'A prompt is a text, token ids, or a list of either; this is a '
+      f'{type(prompt).__name__}.'
+    ) from error
+  if not items:
+    raise prompt_lib.PromptError('There is no prompt.')
+  if isinstance(items[0], str) or np.ndim(items[0]):
+    return [_token_ids(run, item)[0][0] for item in items], False
+  return [prompt_lib.token_ids(0, items)], True
+
+
+def _key(key: Seed) -> jax.Array:
+  return jax.random.key(key) if isinstance(key, int) else key
+
+
+def _count(run: Run, max_new_tokens: int | None) -> int:
+  if max_new_tokens is None:
+    return 4 * run.config.diffusion.canvas_length
+  return max_new_tokens
+
+
+def _written(run: Run, row: generation.Generation) -> Written:
+  text = run.tokenizer.decode(row.tokens)
+  return Written(text, row.tokens, row.steps, row.stopped_by)
+
+
+def _pieces(
+  run: Run, canvases: Iterator[generation.Canvas]
+) -> Iterator[Written]:
+  """What each canvas adds to the text: a character may begin in one and end in
+  the next."""
+  told, steps = '', 0
+  for canvas in canvases:
+    (row,), (kept,) = canvas.so_far.rows, canvas.kept
+    text = run.tokenizer.decode(row.tokens)
+    if row.stopped_by is None:
+      text = text.rstrip('\N{REPLACEMENT CHARACTER}')
+    new = text[len(told) :]
+    yield Written(new, kept, row.steps - steps, row.stopped_by)
+    told, steps = told + new, row.steps
+
+
+def _likelihood(run: Run, tokens: list[int], key: jax.Array) -> Likelihood:
+  config, pad = run.config, run.config.diffusion.pad_token_id
+  S = min(
+    powers.smallest_power_of_two(max(16, len(tokens))),
+    config.model.context_length,
+  )
+  tokens_BS = np.full((1, S), pad, np.int32)
+  tokens_BS[0, : len(tokens)] = tokens
+  length_B = np.array([len(tokens)], np.int32)
+  log_p_BS = _log_p(config, run.params, tokens_BS, length_B)
+  log_p = np.asarray(log_p_BS)[0, : len(tokens) - 1]
+  bound = error = None
+  if config.train.objective == 'loo_ce':
+    C = config.diffusion.canvas_length
+    length = min(config.data.sequence_length, config.model.context_length)
+    example = corpus.Example(np.array(tokens[1:], np.int32))
+    canvases = data.heldout_canvases(
+      [example], length, C, run.tokenizer.bos_id, pad
+    )
+    nats_nB = _bound(config, run.params, key, canvases)
+    total, error = map(float, likelihood.combine(np.asarray(nats_nB)))
+    bound = -total
+  return Likelihood(float(log_p.sum()), tokens, log_p, bound, error)
+
+
+@functools.partial(jax.jit, static_argnames='config')
+def _log_p(config, params, tokens_BS, length_B):
+  """log p of the token after each position, [B, S]."""
+  network = network_lib.bind(config, params)
+  h_BSD, _, _ = network.prefill(tokens_BS, length_B)
+  targets_BS = jnp.roll(tokens_BS, -1, axis=1)
+  nats_BS, _ = cross_entropy.per_position(network.logits, h_BSD, targets_BS)
+  return -nats_BS
+
+
+@functools.partial(jax.jit, static_argnames='config')
+def _bound(config, params, key, canvases):
+  return likelihood.nelbo(
+    *(network_lib.bind(config, params), key, *canvases),
+    *(config.model.vocab_size, likelihood.DRAWS),
+  )
