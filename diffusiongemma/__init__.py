@@ -18,76 +18,101 @@ training loss). Between folders: `convert`, `export`, `quantize`. Settings:
 `Config` and its parts.
 """
 
-from diffusiongemma.api import Likelihood
-from diffusiongemma.api import Written
-from diffusiongemma.api import chat
-from diffusiongemma.api import generate
-from diffusiongemma.api import load
-from diffusiongemma.api import log_likelihood
-from diffusiongemma.api import loss
-from diffusiongemma.api import stream
-from diffusiongemma.config import Config
-from diffusiongemma.config import DiffusionConfig
-from diffusiongemma.config import ModelConfig
-from diffusiongemma.config import QuantizationConfig
-from diffusiongemma.config import VisionConfig
-from diffusiongemma.diffusion import strategies
-from diffusiongemma.diffusion.sampler import Prediction
-from diffusiongemma.diffusion.sampler import sample_canvas
-from diffusiongemma.diffusion.sampling import Pinned
-from diffusiongemma.diffusion.sampling import Sampling
-from diffusiongemma.diffusion.sampling import pin
-from diffusiongemma.generation.engine import make_denoise_fn
-from diffusiongemma.generation.generate import generate_tokens
-from diffusiongemma.generation.prompt import encode_images
-from diffusiongemma.generation.prompt import prefill
-from diffusiongemma.generation.prompt import read_prompt
-from diffusiongemma.model.cache import KVCache
-from diffusiongemma.model.cache import init_cache
-from diffusiongemma.model.denoiser import Denoiser
-from diffusiongemma.model.denoiser import SoftTokens
-from diffusiongemma.model.denoiser import init_params
-from diffusiongemma.ops.weights import arrange
-from diffusiongemma.runs.convert import convert
-from diffusiongemma.runs.convert import export
-from diffusiongemma.runs.convert import quantize
-from diffusiongemma.text.tokenizer import Tokenizer
+import importlib
+from typing import TYPE_CHECKING
+from typing import Any
+
 from diffusiongemma.version import __version__
 
-__all__ = [
-  'Config',
-  'Denoiser',
-  'DiffusionConfig',
-  'KVCache',
-  'Likelihood',
-  'ModelConfig',
-  'Pinned',
-  'Prediction',
-  'QuantizationConfig',
-  'Sampling',
-  'SoftTokens',
-  'Tokenizer',
-  'VisionConfig',
-  'Written',
-  '__version__',
-  'arrange',
-  'chat',
-  'convert',
-  'encode_images',
-  'export',
-  'generate',
-  'generate_tokens',
-  'init_cache',
-  'init_params',
-  'load',
-  'log_likelihood',
-  'loss',
-  'make_denoise_fn',
-  'pin',
-  'prefill',
-  'quantize',
-  'read_prompt',
-  'sample_canvas',
-  'strategies',
-  'stream',
-]
+if TYPE_CHECKING:
+  from diffusiongemma.api import Likelihood as Likelihood
+  from diffusiongemma.api import Written as Written
+  from diffusiongemma.api import chat as chat
+  from diffusiongemma.api import generate as generate
+  from diffusiongemma.api import load as load
+  from diffusiongemma.api import log_likelihood as log_likelihood
+  from diffusiongemma.api import loss as loss
+  from diffusiongemma.api import stream as stream
+  from diffusiongemma.config import Config as Config
+  from diffusiongemma.config import DiffusionConfig as DiffusionConfig
+  from diffusiongemma.config import ModelConfig as ModelConfig
+  from diffusiongemma.config import QuantizationConfig as QuantizationConfig
+  from diffusiongemma.config import VisionConfig as VisionConfig
+  from diffusiongemma.diffusion import strategies as strategies
+  from diffusiongemma.diffusion.sampler import Prediction as Prediction
+  from diffusiongemma.diffusion.sampler import sample_canvas as sample_canvas
+  from diffusiongemma.diffusion.sampling import Pinned as Pinned
+  from diffusiongemma.diffusion.sampling import Sampling as Sampling
+  from diffusiongemma.diffusion.sampling import pin as pin
+  from diffusiongemma.generation.engine import (
+    make_denoise_fn as make_denoise_fn,
+  )
+  from diffusiongemma.generation.generate import (
+    generate_tokens as generate_tokens,
+  )
+  from diffusiongemma.generation.prompt import encode_images as encode_images
+  from diffusiongemma.generation.prompt import prefill as prefill
+  from diffusiongemma.generation.prompt import read_prompt as read_prompt
+  from diffusiongemma.model.cache import KVCache as KVCache
+  from diffusiongemma.model.cache import init_cache as init_cache
+  from diffusiongemma.model.denoiser import Denoiser as Denoiser
+  from diffusiongemma.model.denoiser import SoftTokens as SoftTokens
+  from diffusiongemma.model.denoiser import init_params as init_params
+  from diffusiongemma.ops.weights import arrange as arrange
+  from diffusiongemma.runs.convert import convert as convert
+  from diffusiongemma.runs.convert import export as export
+  from diffusiongemma.runs.convert import quantize as quantize
+  from diffusiongemma.text.tokenizer import Tokenizer as Tokenizer
+
+# Where the public names are; each is imported when it is first asked for, so
+# that research code waits for what it uses alone.
+_HOME = {
+  'Likelihood': 'diffusiongemma.api',
+  'Written': 'diffusiongemma.api',
+  'chat': 'diffusiongemma.api',
+  'generate': 'diffusiongemma.api',
+  'load': 'diffusiongemma.api',
+  'log_likelihood': 'diffusiongemma.api',
+  'loss': 'diffusiongemma.api',
+  'stream': 'diffusiongemma.api',
+  'Config': 'diffusiongemma.config',
+  'DiffusionConfig': 'diffusiongemma.config',
+  'ModelConfig': 'diffusiongemma.config',
+  'QuantizationConfig': 'diffusiongemma.config',
+  'VisionConfig': 'diffusiongemma.config',
+  'strategies': 'diffusiongemma.diffusion.strategies',
+  'Prediction': 'diffusiongemma.diffusion.sampler',
+  'sample_canvas': 'diffusiongemma.diffusion.sampler',
+  'Pinned': 'diffusiongemma.diffusion.sampling',
+  'Sampling': 'diffusiongemma.diffusion.sampling',
+  'pin': 'diffusiongemma.diffusion.sampling',
+  'make_denoise_fn': 'diffusiongemma.generation.engine',
+  'generate_tokens': 'diffusiongemma.generation.generate',
+  'encode_images': 'diffusiongemma.generation.prompt',
+  'prefill': 'diffusiongemma.generation.prompt',
+  'read_prompt': 'diffusiongemma.generation.prompt',
+  'KVCache': 'diffusiongemma.model.cache',
+  'init_cache': 'diffusiongemma.model.cache',
+  'Denoiser': 'diffusiongemma.model.denoiser',
+  'SoftTokens': 'diffusiongemma.model.denoiser',
+  'init_params': 'diffusiongemma.model.denoiser',
+  'arrange': 'diffusiongemma.ops.weights',
+  'convert': 'diffusiongemma.runs.convert',
+  'export': 'diffusiongemma.runs.convert',
+  'quantize': 'diffusiongemma.runs.convert',
+  'Tokenizer': 'diffusiongemma.text.tokenizer',
+}
+__all__ = [*_HOME, '__version__']
+
+
+def __getattr__(name: str) -> Any:
+  if name not in _HOME:
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  home = importlib.import_module(_HOME[name])
+  value = home if name == 'strategies' else getattr(home, name)
+  globals()[name] = value
+  return value
+
+
+def __dir__() -> list[str]:
+  return sorted({*globals(), *_HOME})

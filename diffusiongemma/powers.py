@@ -1,4 +1,4 @@
-"""Powers of two, as sizes: what they are made for compiles, or fits, once."""
+"""Rounds sizes to powers of two: similar shapes share one compiled program."""
 
 
 def largest_power_of_two(most: int) -> int:

@@ -27,7 +27,7 @@ _MOST_WORDS = 2**20  # Of an array on the host that are looked at at a time.
 def digest(array: Any) -> str:
   """32 hexadecimal digits from an array's type, shape and bits.
 
-  An array that lies on several processes is a meeting of all of them.
+  For an array that lies on several processes this is collective.
   """
   head = f'{array.dtype} {tuple(array.shape)}'
   if array.dtype == jnp.int4:  # Packed by some, and by others not.

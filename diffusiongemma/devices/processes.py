@@ -1,8 +1,8 @@
-"""The processes of a job: how they start, and what they tell each other.
+"""The processes of a job: how they start, and what they exchange.
 
-JAX's runtime is the engine. Alone, every question is answered at once; among
-several, every function but `is_first` and `leave` is a meeting that all must
-come to.
+JAX's distributed runtime does the work. Every function but `is_first` and
+`leave` is collective: all processes must call it, at the same places. In a job
+of one process they return at once.
 """
 
 import json

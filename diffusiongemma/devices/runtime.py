@@ -1,4 +1,4 @@
-"""What a process is told before it computes anything."""
+"""Process-wide settings: allocator, huge pages, compilation cache."""
 
 import ctypes
 import os

@@ -136,9 +136,9 @@ def draw_noise(
   """Draws canvas, time, corruption and self-conditioning for each row.
 
   `canvases` is 'one', drawn from those of the row, or 'all' of them. A row
-  that is told of its own guess is told of one after 1 to
-  `self_conditioning_passes` passes. Each is told with the same probability p,
-  but not each for itself: of a group of rows after each other one at most, so
+  that is self-conditioned sees its own guess after 1 to
+  `self_conditioning_passes` passes. Each is with the same probability p, but
+  not each for itself: of a group of rows after each other one at most, so
   that there is less to compute. A group has as many as divide the batch, up to
   1 / p and 8. The loss is the same in the mean.
   """

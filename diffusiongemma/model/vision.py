@@ -5,7 +5,7 @@
   soft = (sqrt(W) * mean of k x k patches - std_bias) * std_scale
   out  = bare_RMSNorm(soft) W_out
 
-Attention sees every patch of its image; one half of each head is turned by
+Attention sees every patch of its image; one half of each head is rotated by
 px, the other by py. Axes, here: I images, M patches, X pixel values of a
 patch, W width, T soft tokens.
 """
@@ -63,15 +63,15 @@ def pool(x_IMW: jax.Array, positions_IM2: jax.Array, kernel: int) -> jax.Array:
 def axial_rotary(
   x_IMNH: jax.Array, positions_IM2: jax.Array, frequencies: jax.Array
 ) -> jax.Array:
-  """Turns the first half of each head by x, the second by y."""
+  """Rotates the first half of each head by x, the second by y."""
   halves = jnp.split(x_IMNH, 2, axis=-1)
-  turned = [
+  rotated = [
     ops.heads.rotary(
       half, ops.heads.rotary_cos_sin(positions_IM2[..., axis], frequencies)
     )
     for axis, half in enumerate(halves)
   ]
-  return jnp.concatenate(turned, axis=-1)
+  return jnp.concatenate(rotated, axis=-1)
 
 
 class Attention(nn.Module):

@@ -83,7 +83,7 @@ def attend(
   def choose_cuda():
     from diffusiongemma.ops.gpu import attention as gpu
 
-    return gpu.attend if gpu.suits(q_BLNH, parts) else None
+    return gpu.attend if gpu.supports(q_BLNH, parts) else None
 
   return parallel.run(
     *(plain, q_BLNH, list(map(tuple, parts)), mask_BLS, filled_B),

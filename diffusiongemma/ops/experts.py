@@ -99,8 +99,8 @@ def gated_matmul(
       x_TD = routing.scatter_to_tiles(x_MD, groups, k)
       return tpu.gate_tiles(x_TD, gate_up_EFD, groups)
 
-    suits = tpu.suits(gate_up_EFD, groups.tile, parts=2)
-    return gate_tiles if suits else None
+    supports = tpu.supports(gate_up_EFD, groups.tile, parts=2)
+    return gate_tiles if supports else None
 
   return dispatch.run(
     *(plain, x_MD, gate_up_EFD, groups),
@@ -117,9 +117,9 @@ def _gpu_kernels(x, weights_EFD, groups, parts=1):
   if dispatch.has_hopper():
     from diffusiongemma.ops.gpu import hopper
 
-    if hopper.suits(weights_EFD, groups.tile, x.dtype, parts):
+    if hopper.supports(weights_EFD, groups.tile, x.dtype, parts):
       return hopper
-  return gpu if gpu.suits(weights_EFD, groups.tile, parts) else None
+  return gpu if gpu.supports(weights_EFD, groups.tile, parts) else None
 
 
 # How the products are called in a traced program, for those who count FLOPs.
@@ -164,17 +164,19 @@ def _multiply_tiles(
       return None  # Scales lie along what is summed over the other way round.
     from diffusiongemma.ops.gpu import matmul as gpu
 
-    suits = gpu.suits(weights_EFD, groups.tile)
+    supports = gpu.supports(weights_EFD, groups.tile)
     return (
-      functools.partial(gpu.multiply_tiles, transposed=True) if suits else None
+      functools.partial(gpu.multiply_tiles, transposed=True)
+      if supports
+      else None
     )
 
   def choose_tpu():
     from diffusiongemma.ops.tpu import matmul as tpu
 
-    suits = tpu.suits(weights_EFD, groups.tile, transposed=transposed)
+    supports = tpu.supports(weights_EFD, groups.tile, transposed=transposed)
     kernel = functools.partial(tpu.multiply_tiles, transposed=transposed)
-    return kernel if suits else None
+    return kernel if supports else None
 
   return dispatch.run(
     *(plain, x_TD, weights_EFD, groups),
@@ -215,12 +217,12 @@ def _add_tiles(d_TF, x_TD, weights_EFD, groups):
   def choose_cuda():
     from diffusiongemma.ops.gpu import matmul as gpu
 
-    return gpu.add_tiles if gpu.suits(weights_EFD, groups.tile) else None
+    return gpu.add_tiles if gpu.supports(weights_EFD, groups.tile) else None
 
   def choose_tpu():
     from diffusiongemma.ops.tpu import matmul as tpu
 
-    return tpu.add_tiles if tpu.suits(weights_EFD, groups.tile) else None
+    return tpu.add_tiles if tpu.supports(weights_EFD, groups.tile) else None
 
   total_EFD = dispatch.run(
     *(plain, d_TF, x_TD, groups), cuda=choose_cuda, tpu=choose_tpu
@@ -269,8 +271,8 @@ def mix(
   def choose_cpu():
     from diffusiongemma.ops.cpu import experts as cpu
 
-    suits = cpu.suits(gate_up_EFD, down_EDF)
-    return functools.partial(cpu.apply, k=k) if suits else None
+    supports = cpu.supports(gate_up_EFD, down_EDF)
+    return functools.partial(cpu.apply, k=k) if supports else None
 
   y_RD = parallel.run(
     *(plain, x_MD, gate_up_EFD, down_EDF, groups),

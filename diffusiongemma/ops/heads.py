@@ -54,7 +54,7 @@ def project(
       return {name: x.reshape(B, L, *x.shape[1:]) for name, x in heads.items()}
 
     x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
-    return fused if gpu.suits(x_TD, list(weights.values())) else None
+    return fused if gpu.supports(x_TD, list(weights.values())) else None
 
   return parallel.run(
     *(plain, x_BLD, dict(weights), dict(norms), cos_sin),
@@ -90,7 +90,7 @@ def _norm_and_rotate(
 
     B, L, N, H = heads['q'].shape
     q_TNH = jax.ShapeDtypeStruct((B * L, N, H), heads['q'].dtype)
-    return fused if gpu.suits_norm_and_rotate(q_TNH) else None
+    return fused if gpu.supports_norm_and_rotate(q_TNH) else None
 
   return parallel.run(plain, heads, norms, cos_sin, cuda=choose_cuda)
 

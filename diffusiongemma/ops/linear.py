@@ -1,6 +1,6 @@
 """Products of rows with one matrix, and the hidden layer of an MLP.
 
-apply(x, W) = x W                               W an array, or of few bits
+apply(x, W) = x W                               W an array, or quantised
             = x W + s (x A) B                   W with an adapter, `LowRank`
 gated(x)    = gelu_tanh(x gate) * (x up)
 """
@@ -96,13 +96,13 @@ def _apply_quantized(
   def choose_cuda():
     from diffusiongemma.ops.gpu import matmul as gpu
 
-    suits = gpu.suits_one(x_TD, w_DF.values, w_DF.num_groups)
-    return gpu.multiply if suits else None
+    supports = gpu.supports_one(x_TD, w_DF.values, w_DF.num_groups)
+    return gpu.multiply if supports else None
 
   def choose_tpu():
     from diffusiongemma.ops.tpu import matmul as tpu
 
-    return tpu.multiply if tpu.suits_one(x_TD, w_DF.values) else None
+    return tpu.multiply if tpu.supports_one(x_TD, w_DF.values) else None
 
   return parallel.run(
     *(plain, x_TD, w_DF.values, w_DF.scales),
@@ -134,8 +134,8 @@ def gated(
       return hidden_TF.reshape(*x.shape[:-1], -1)
 
     x_TD = x.reshape(-1, x.shape[-1])
-    suits = gpu.suits_one(x_TD, gate.values, gate.num_groups)
-    return fused if suits else None
+    supports = gpu.supports_one(x_TD, gate.values, gate.num_groups)
+    return fused if supports else None
 
   return parallel.run(
     plain, x, gate, up, implementation=implementation, cuda=choose_cuda

@@ -67,7 +67,7 @@ def add_and_norm(
       )
       return jax.tree.map(lambda x: x.reshape(x_BLD.shape), (h_TD, normed))
 
-    return fused if gpu.suits(x_BLD) else None
+    return fused if gpu.supports(x_BLD) else None
 
   return parallel.run(
     *(plain, x_BLD, y_BLD, scale_D, list(scales)),

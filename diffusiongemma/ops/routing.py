@@ -41,7 +41,9 @@ def choose(
   def choose_cuda():
     from diffusiongemma.ops.gpu import routing as gpu
 
-    return functools.partial(gpu.choose, k=k) if gpu.suits(logits_TE) else None
+    return (
+      functools.partial(gpu.choose, k=k) if gpu.supports(logits_TE) else None
+    )
 
   chosen = parallel.run(
     *(plain, logits_TE, scale_E),
@@ -135,7 +137,7 @@ def make_groups(
   def choose_cuda():
     from diffusiongemma.ops.gpu import routing as gpu
 
-    if not gpu.suits_layout(len(expert_R), num_experts):
+    if not gpu.supports_layout(len(expert_R), num_experts):
       return None
     return functools.partial(gpu.lay_out, **sizes)
 

@@ -99,7 +99,7 @@ def summarize(
 
     gpu_chunk = chunk or default_chunk(R, gpu.CHUNK_ELEMENTS)
     sizes = [size for _, size in _chunks(V, gpu_chunk)]
-    if not all(gpu.suits(h_RD, table_VD, size, BIN) for size in sizes):
+    if not all(gpu.supports(h_RD, table_VD, size, BIN) for size in sizes):
       return None
     take_in = functools.partial(gpu.look_at, bin_size=BIN)
     return lambda h_RD, table_VD, temperature_R, _: _walk(

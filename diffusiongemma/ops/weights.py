@@ -139,7 +139,7 @@ def quantize(
   group_size: int | None = None,
   scales_transposed: bool = False,
 ) -> Quantized:
-  """`w` in few bits.
+  """`w` quantised.
 
   Args:
     w: a floating array.

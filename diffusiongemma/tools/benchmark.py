@@ -49,7 +49,7 @@ _PROGRAMS = {
 
 
 def random_params(config: Config, key: jax.Array) -> dict:
-  """Parameters of the config's shapes, in its compute type, of few bits where
+  """Parameters of the config's shapes, in its compute type, quantised where
   it says so; made one by one on the device, so that the network never exists
   in more bits than it has."""
   dtype = jnp.dtype(config.model.dtype)
@@ -273,9 +273,9 @@ def run(
   model = dataclasses.replace(config.model, vision=None)
   config = dataclasses.replace(config, model=model)
   whole = config.quantization == QuantizationConfig()
-  suits = whole and config.model.dtype == 'float32'
+  comparable = whole and config.model.dtype == 'float32'
   peer = None
-  if beside_peer and suits and importlib.util.find_spec('transformers'):
+  if beside_peer and comparable and importlib.util.find_spec('transformers'):
     peer = peer_lib.Transformers(config)
   params = peer.params if peer else random_params(config, jax.random.key(0))
   params = ops.weights.arrange(params, donate=True)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import diffusiongemma as dg
+from diffusiongemma.diffusion import sampler
 from diffusiongemma.runs import folder as workdir
 from diffusiongemma.text import tokenizer as tokenizers
 from experiments.sudoku import make_puzzles
@@ -74,7 +75,7 @@ def oracle(run, monkeypatch):
     def denoise(tokens_BL, sc_BLD, temperature, uniforms_BLU, step):
       logits_BLV = 1e4 * jax.nn.one_hot(answers_BL, model.vocab_size)
       soft_embedding = lambda p_BLV: jnp.zeros((*p_BLV.shape[:2], D))
-      return dg.diffusion.sampler.predict(
+      return sampler.predict(
         logits_BLV, temperature, uniforms_BLU, soft_embedding
       )
 

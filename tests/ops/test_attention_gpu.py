@@ -36,7 +36,7 @@ def test_the_same_as_all_scores_at_once(
   mask_BLS = jax.random.bernoulli(keys[1], 0.4, (B, rows, S))
   # Nothing is seen of the first block, and by the last row nothing at all.
   mask_BLS = mask_BLS.at[:, :, :32].set(False).at[1, -1].set(False)
-  assert gpu.suits(q_BLNH, parts)
+  assert gpu.supports(q_BLNH, parts)
   found = gpu.attend(q_BLNH, parts, mask_BLS, interpret=True)
   expected = ops.attention.attend(q_BLNH, parts, mask_BLS)
   # Of scores near 16, a rounding is 2e-6 of the weights.
@@ -102,7 +102,7 @@ def test_where_there_is_a_kernel_there_are_gradients():
     jax.random.normal(key, (B, 32, K, H)) for key in keys
   )
   mask_BLS = jnp.tril(jnp.ones((1, 32, 32), jnp.bool_))
-  assert gpu.suits(q_BLNH, [(k_BSKH, v_BSKH)])
+  assert gpu.supports(q_BLNH, [(k_BSKH, v_BSKH)])
 
   def total(attend, *given):
     q_BLNH, k_BSKH, v_BSKH = given
@@ -139,7 +139,7 @@ def test_heads_out_of_few_bits(has_v, kind, group_size):
     positions_BL, ops.heads.rotary_frequencies(H, 1e4)
   )
   x_TD = x_BLD.reshape(-1, D)
-  assert heads.suits(x_TD, list(weights.values()))
+  assert heads.supports(x_TD, list(weights.values()))
   found = heads.project(
     *(x_TD, weights, norms, [x.reshape(B * L, -1) for x in cos_sin]),
     epsilon=1e-6,
@@ -170,8 +170,8 @@ def test_heads_that_are_there(has_v, dtype):
   cos_sin = ops.heads.rotary_cos_sin(
     positions, ops.heads.rotary_frequencies(H, 1e4, 0.25)
   )
-  assert heads.suits_norm_and_rotate(products['q'])
-  assert not heads.suits_norm_and_rotate(products['q'][:24])
+  assert heads.supports_norm_and_rotate(products['q'])
+  assert not heads.supports_norm_and_rotate(products['q'][:24])
   flat = [x[0] for x in cos_sin]
   found = heads.norm_and_rotate(
     products, norms, flat, epsilon=1e-6, interpret=True
@@ -188,24 +188,24 @@ def test_heads_that_are_there(has_v, dtype):
 
 
 def test_few_scores_of_long_heads_are_left_to_xla():
-  def suits(S, H):
+  def supports(S, H):
     array = jax.ShapeDtypeStruct
     k_BSKH = array((1, S, 2, H), 'bfloat16')
-    return gpu.suits(array((1, 256, 16, H), 'bfloat16'), [(k_BSKH, k_BSKH)])
+    return gpu.supports(array((1, 256, 16, H), 'bfloat16'), [(k_BSKH, k_BSKH)])
 
-  assert suits(2048, 256)
-  assert not suits(2048, 512)
-  assert suits(2049, 512)
+  assert supports(2048, 256)
+  assert not supports(2048, 512)
+  assert supports(2049, 512)
 
 
 def test_what_is_too_small_for_the_kernel():
-  def suits(L, N, K, H, S):
+  def supports(L, N, K, H, S):
     k_BSKH = jnp.zeros((1, S, K, H))
-    return gpu.suits(jnp.zeros((1, L, N, H)), [(k_BSKH, k_BSKH)])
+    return gpu.supports(jnp.zeros((1, L, N, H)), [(k_BSKH, k_BSKH)])
 
-  assert suits(32, 4, 2, 16, 16)
-  assert not suits(32, 4, 2, 16, 15)
-  assert not suits(32, 4, 2, 24, 16)
-  assert not suits(31, 4, 2, 16, 16)
-  assert not suits(32, 6, 2, 16, 16)
-  assert not suits(32, 4, 2, 1024, 16)
+  assert supports(32, 4, 2, 16, 16)
+  assert not supports(32, 4, 2, 16, 15)
+  assert not supports(32, 4, 2, 24, 16)
+  assert not supports(31, 4, 2, 16, 16)
+  assert not supports(32, 6, 2, 16, 16)
+  assert not supports(32, 4, 2, 1024, 16)

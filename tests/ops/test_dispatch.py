@@ -113,9 +113,9 @@ def test_a_gpu_of_another_kind(
   assert ops.dispatch.has_hopper() is is_hopper
   assert ops.dispatch.has_float8() is has_float8
   for dtype in ('int8', 'int4', 'float8_e4m3fn'):
-    suits = grouped_matmul_gpu.suits_one(
+    supports = grouped_matmul_gpu.supports_one(
       jax.ShapeDtypeStruct((64, 128), 'bfloat16'),
       jax.ShapeDtypeStruct((128, 64), dtype),
       1,
     )
-    assert suits is (has_float8 or dtype != 'float8_e4m3fn')
+    assert supports is (has_float8 or dtype != 'float8_e4m3fn')

@@ -81,5 +81,5 @@ def test_turned_stands_in_the_place_of_what_it_was():
 def test_few_bits_are_left_to_others():
   _, gate_up_EFD, down_EDF = given(1)
   few = ops.weights.quantize(gate_up_EFD, 'int8', -1)
-  assert experts_cpu.suits(turned(gate_up_EFD), down_EDF)
-  assert not experts_cpu.suits(few, down_EDF)
+  assert experts_cpu.supports(turned(gate_up_EFD), down_EDF)
+  assert not experts_cpu.supports(few, down_EDF)

@@ -40,7 +40,7 @@ def test_products_are_those_of_the_loop(layout, kind):
     w_EFD = ops.weights.quantize(
       w_EFD, kind, -1, group_size, scales_transposed=True
     )
-  assert gpu.suits(w_EFD, TILE)
+  assert gpu.supports(w_EFD, TILE)
   found = gpu.multiply_tiles(x_TD, w_EFD, groups, interpret=True)
   expected = ops.experts.grouped_matmul(x_TD, w_EFD, groups)
   np.testing.assert_allclose(
@@ -79,7 +79,7 @@ def test_hidden_layer_of_the_experts(kind):
   w_EFD = jax.random.normal(jax.random.key(3), (E, 2 * F, D))
   if kind:
     w_EFD = ops.weights.quantize(w_EFD, kind, -1, 32, scales_transposed=True)
-  assert gpu.suits(w_EFD, TILE, parts=2)
+  assert gpu.supports(w_EFD, TILE, parts=2)
   found = gpu.gate_tiles(x_MD, w_EFD, groups, k, interpret=True)
   expected = ops.experts.gated_matmul(x_MD, w_EFD, groups, k)
   assert expected.shape == found.shape == (len(groups.row_T), F)
@@ -120,7 +120,7 @@ def test_one_matrix(kind, group_size):
   x_TD = jax.random.normal(jax.random.key(1), (48, D))
   w_DF = jax.random.normal(jax.random.key(3), (D, F))
   w_DF = ops.weights.quantize(w_DF, kind, -2, group_size)
-  assert gpu.suits_one(x_TD, w_DF.values, len(w_DF.scales))
+  assert gpu.supports_one(x_TD, w_DF.values, len(w_DF.scales))
   found = gpu.multiply(x_TD, w_DF.values, w_DF.scales, interpret=True)
   expected = x_TD @ w_DF.astype(jnp.float32)
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=5e-5)
@@ -144,13 +144,13 @@ def test_hidden_layer_of_one_expert():
 
 def test_what_is_too_small_for_the_kernels():
   w_EFD = jnp.zeros((E, F, D))
-  assert not gpu.suits(w_EFD, 8)
-  assert not gpu.suits(w_EFD[:, :24], TILE)
+  assert not gpu.supports(w_EFD, 8)
+  assert not gpu.supports(w_EFD[:, :24], TILE)
   for group_size in (8, 16):
-    assert not gpu.suits(
+    assert not gpu.supports(
       ops.weights.quantize(
         w_EFD, 'int4', -1, group_size, scales_transposed=True
       ),
       TILE,
     )
-  assert not gpu.suits_one(jnp.zeros((7, D)), jnp.zeros((D, F)), 1)
+  assert not gpu.supports_one(jnp.zeros((7, D)), jnp.zeros((D, F)), 1)

@@ -69,7 +69,7 @@ def blocks(request, monkeypatch):
 @pytest.mark.parametrize('inputs', [NARROW, WIDE])
 def test_products_are_those_of_the_loop(groups, blocks, kind, inputs):
   w_EFD, x_TD = blocks(matrices(kind, WIDE, inputs)), rows(inputs, groups)
-  assert tpu.suits(w_EFD, TILE)
+  assert tpu.supports(w_EFD, TILE)
   found = tpu.multiply_tiles(x_TD, w_EFD, groups, interpret=True)
   check(found, ops.experts.grouped_matmul(x_TD, w_EFD, groups), groups)
 
@@ -84,7 +84,7 @@ def test_products_with_one_matrix(monkeypatch, kind, rows, outputs):
   few_bits = ops.weights.quantize(
     w_DF, kind, -2, 32 if kind == 'int4' else None
   )
-  assert tpu.suits_one(x_TD, few_bits.values)
+  assert tpu.supports_one(x_TD, few_bits.values)
   parts = ops.weights.values_and_scales(few_bits)
   found = tpu.multiply(x_TD, *parts, interpret=True)
   expected = x_TD @ few_bits.astype(x_TD.dtype)
@@ -95,7 +95,7 @@ def test_products_with_one_matrix(monkeypatch, kind, rows, outputs):
 def test_hidden_layer_of_the_experts(groups, blocks, kind):
   """Two matrices in one, and GeGLU."""
   w_EFD = blocks(matrices(kind, 2 * WIDE, WIDE))
-  assert tpu.suits(w_EFD, TILE, parts=2)
+  assert tpu.supports(w_EFD, TILE, parts=2)
   x_TD = rows(WIDE, groups)
   found = tpu.gate_tiles(x_TD, w_EFD, groups, interpret=True)
   x_MD = jax.random.normal(jax.random.key(1), (M, WIDE))
@@ -105,7 +105,7 @@ def test_hidden_layer_of_the_experts(groups, blocks, kind):
 @pytest.mark.parametrize('F, D', [(WIDE, NARROW), (NARROW, WIDE)])
 def test_gradients_are_those_of_the_loop(groups, F, D):
   w_EFD, x_TD, d_TF = matrices(None, F, D), rows(D, groups), rows(F, groups, 2)
-  assert tpu.suits(w_EFD, TILE, transposed=True)
+  assert tpu.supports(w_EFD, TILE, transposed=True)
   _, pullback = jax.vjp(
     lambda x_TD, w_EFD: ops.experts.grouped_matmul(x_TD, w_EFD, groups),
     x_TD,
@@ -122,8 +122,8 @@ def test_gradients_are_those_of_the_loop(groups, F, D):
 
 def test_what_the_kernels_are_not_for():
   w_EFD = matrices(None, WIDE, NARROW)
-  assert not tpu.suits(w_EFD, 8), 'few rows'
+  assert not tpu.supports(w_EFD, 8), 'few rows'
   few_bits = matrices('int8', WIDE, NARROW)
-  assert not tpu.suits(few_bits, TILE, transposed=True), 'no gradients'
+  assert not tpu.supports(few_bits, TILE, transposed=True), 'no gradients'
   large = jax.ShapeDtypeStruct((E, 256, 40000), jnp.float32)
-  assert not tpu.suits(large, TILE), 'too much for fast memory'
+  assert not tpu.supports(large, TILE), 'too much for fast memory'

@@ -19,7 +19,7 @@ def test_the_same_norms(D, dtype):
   x_BLD, y_BLD = (jax.random.normal(k, (B, L, D), dtype) for k in keys[:2])
   scale_D, *scales = (jax.random.uniform(k, (D,)) for k in keys[2:])
   dtypes = (jnp.float32, dtype)
-  assert gpu.suits(x_BLD)
+  assert gpu.supports(x_BLD)
   found = gpu.add_and_norm(
     *(x_BLD.reshape(-1, D), y_BLD.reshape(-1, D), scale_D, scales, dtypes),
     *(1e-6, True),
@@ -63,5 +63,5 @@ def test_where_there_is_a_kernel_there_are_gradients():
 
 
 def test_what_does_not_suit_the_kernel():
-  assert not gpu.suits(jnp.zeros((2, 24)))
-  assert not gpu.suits(jnp.zeros((2, 2**15)))
+  assert not gpu.supports(jnp.zeros((2, 24)))
+  assert not gpu.supports(jnp.zeros((2, 2**15)))

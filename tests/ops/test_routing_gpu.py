@@ -18,7 +18,7 @@ def test_the_same_choice(k, scale):
   logits_TE = scale * jax.random.normal(jax.random.key(0), (T, E))
   logits_TE = logits_TE.at[:, 5].set(logits_TE[:, 2]).at[0].set(0.0)
   scale_E = jnp.linspace(0.5, 2.0, E)
-  assert gpu.suits(logits_TE)
+  assert gpu.supports(logits_TE)
   weights_Tk, experts_Tk = gpu.choose(logits_TE, scale_E, k, interpret=True)
   weights, experts = ops.routing.choose(logits_TE[None], scale_E, k)
   # What has no probability left is chosen in any order.
@@ -32,7 +32,7 @@ def test_the_same_choice(k, scale):
 def test_the_same_layout(tile, most):
   """All rows with one expert, or with few; some with none."""
   expert_R = jax.random.randint(jax.random.key(0), (256,), 0, most)
-  assert gpu.suits_layout(256, E)
+  assert gpu.supports_layout(256, E)
   found = gpu.lay_out(expert_R, E, tile, interpret=True)
   expected = ops.routing._lay_out(expert_R, E, tile)
   for ours, theirs in zip(found, expected, strict=True):
@@ -61,8 +61,8 @@ def test_where_there_is_a_kernel_there_are_gradients():
 
 
 def test_what_does_not_suit_the_kernel():
-  assert not gpu.suits(jnp.zeros((T, 12)))
-  assert not gpu.suits(jnp.zeros((T - 8, E)))
-  assert not gpu.suits_layout(256, 12)
-  assert not gpu.suits_layout(200, 16)
-  assert not gpu.suits_layout(2**15, 16)
+  assert not gpu.supports(jnp.zeros((T, 12)))
+  assert not gpu.supports(jnp.zeros((T - 8, E)))
+  assert not gpu.supports_layout(256, 12)
+  assert not gpu.supports_layout(200, 16)
+  assert not gpu.supports_layout(2**15, 16)

@@ -35,7 +35,7 @@ def carry():
 def test_the_same_as_the_loop(kind, scale, softcap):
   """One part of the table after the other; with a quantised one too."""
   arguments = given(kind, scale)
-  assert gpu.suits(*arguments[:2], SIZE, ops.vocabulary.BIN)
+  assert gpu.supports(*arguments[:2], SIZE, ops.vocabulary.BIN)
   how = {'size': SIZE, 'softcap': softcap}
   kernels = functools.partial(
     gpu.look_at, **how, bin_size=ops.vocabulary.BIN, interpret=True
@@ -55,9 +55,9 @@ def test_the_same_as_the_loop(kind, scale, softcap):
 
 def test_what_is_too_small_for_the_kernels():
   h_RD, table_VD, _ = given()
-  suits = functools.partial(gpu.suits, bin_size=ops.vocabulary.BIN)
-  assert suits(h_RD, table_VD, 64)
-  assert not suits(h_RD, table_VD, 8)  # Half a bin.
-  assert not suits(h_RD[:10], table_VD, 64)
-  assert not suits(h_RD[:, :24], table_VD[:, :24], 64)
-  assert not suits(h_RD, ops.weights.quantize(table_VD, 'int8', -1, 8), 64)
+  supports = functools.partial(gpu.supports, bin_size=ops.vocabulary.BIN)
+  assert supports(h_RD, table_VD, 64)
+  assert not supports(h_RD, table_VD, 8)  # Half a bin.
+  assert not supports(h_RD[:10], table_VD, 64)
+  assert not supports(h_RD[:, :24], table_VD[:, :24], 64)
+  assert not supports(h_RD, ops.weights.quantize(table_VD, 'int8', -1, 8), 64)

@@ -15,7 +15,7 @@ from diffusiongemma.ops import routing
 from diffusiongemma.ops.weights import Transposed
 
 
-def suits(*weights: object) -> bool:
+def supports(*weights: object) -> bool:
   """Whether they can be multiplied by `apply`."""
   return all(isinstance(w, jax.Array | Transposed) for w in weights)
 

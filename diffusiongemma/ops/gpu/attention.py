@@ -55,7 +55,7 @@ def blocks_of(head_dim: int) -> _Blocks:
   return _Blocks(64, 32, 64, 4) if head_dim <= 256 else _Blocks(32, 64, 64, 8)
 
 
-def suits(
+def supports(
   q_BLNH: jax.Array, parts: Sequence[tuple[jax.Array, jax.Array]]
 ) -> bool:
   """Whether the kernel can be used."""

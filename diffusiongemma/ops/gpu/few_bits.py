@@ -30,7 +30,7 @@ prmt.b32 less1, sign, 0xC3C3C3C3, 0x4342;
 fma.rn.bf16x2 $0, more0, one, less0;
 fma.rn.bf16x2 $1, more1, one, less1;
 }"""
-# With its sign bit turned, a value of four bits is 8 more: 128 + 8 + value, and
+# With its sign bit flipped, a value of 4 bits is 8 more: 128 + 8 + value, and
 # -136.
 _FROM_INT4 = """{
 .reg .b32 bits, one, more0, more1, less;
@@ -51,7 +51,7 @@ FROM_PAIRS = tuple(
 )
 
 
-def suits(dtype: jnp.dtype) -> bool:
+def supports(dtype: jnp.dtype) -> bool:
   """Whether the GPUs here can turn such values into others."""
   return dtype != jnp.float8_e4m3fn or dispatch.has_float8()
 

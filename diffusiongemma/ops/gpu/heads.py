@@ -1,8 +1,8 @@
 """Heads on GPUs, in Triton: twins of what is in `ops.heads`.
 
 project: a program has some rows of one head of q, k or v, which it multiplies
-out of few bits, norms and rotates before it writes them. norm_and_rotate: the
-same of heads that are there.
+with quantised weights, norms and rotates before it writes them.
+norm_and_rotate: the same of heads that are there.
 """
 
 from collections.abc import Container
@@ -24,14 +24,14 @@ from diffusiongemma.ops.gpu.attention import blocks_of
 _NORMED = 16  # Rows of a head that a program of `norm_and_rotate` has.
 
 
-def suits(x_TD: jax.Array, weights: Sequence[Any]) -> bool:
+def supports(x_TD: jax.Array, weights: Sequence[Any]) -> bool:
   """Whether `project` can multiply with these quantised weights [D, N, H]."""
   D, _, H = weights[0].shape
   groups = {w.scales.shape[0] for w in weights}
   inputs = products.block(D // max(groups))
   return (
     len(groups) == 1
-    and few_bits.suits(weights[0].values.dtype)
+    and few_bits.supports(weights[0].values.dtype)
     and pl.next_power_of_2(H) == H
     and 2 * products.SMALLEST <= H <= LONGEST_HEAD
     and min(math.gcd(len(x_TD), blocks_of(H).head_rows), inputs)
@@ -142,7 +142,7 @@ def _finish(halves, which, head, norms, outs, cos_sin_ref, epsilon):
     out_ref[which, head, high] = second.astype(out_ref.dtype)
 
 
-def suits_norm_and_rotate(q_TNH: jax.Array) -> bool:
+def supports_norm_and_rotate(q_TNH: jax.Array) -> bool:
   """Whether `norm_and_rotate` can take heads of this shape."""
   T, _, H = q_TNH.shape
   return (

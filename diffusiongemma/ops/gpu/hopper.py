@@ -1,4 +1,4 @@
-"""Products with experts of few bits on Hopper GPUs (H100, H200), for few rows
+"""Products with quantised experts on Hopper GPUs (H100, H200), for few rows
 an expert: faster twins of `grouped_matmul_gpu`.
 
 One warp group of a program copies blocks of weights, scales and rows into
@@ -81,7 +81,7 @@ def _plan(dtype: jnp.dtype, inputs: int, is_gated: bool) -> _Plan:
   return _Plan(2, 2, 1, 6, at_once=2 if few else 4)
 
 
-def suits(
+def supports(
   weights_EFD: Any, tile: int, dtype: jnp.dtype, parts: int = 1
 ) -> bool:
   """Whether the kernels can multiply rows of this type with these weights,
@@ -172,7 +172,7 @@ def _from_int4(_, w: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
   """A block of int4, outputs first, as bf16 whose inputs have another order.
 
   A register has eight neighbours. Four bits in the last of 0x4300 are 128 more
-  than their value, and with the sign bit turned, 8 more than that.
+  than their value, and with the sign bit flipped, 8 more than that.
   """
   i32 = ir.IntegerType.get_signless(32)
   pair = ir.VectorType.get((2,), ir.BF16Type.get())

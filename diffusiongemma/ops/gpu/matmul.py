@@ -3,7 +3,7 @@ with one quantised matrix.
 
 A program of the kernel has one tile of rows and one block of outputs, walks
 over the inputs and multiplies with what it reads of the expert's matrix, bf16
-or few bits, which become bf16 in registers (`few_bits_gpu`); the scale of a
+or quantised, which becomes bf16 in registers (`few_bits`); the scale of a
 group is applied to the group's partial sum. For the gradient of the matrices a
 program has a block of one of them and walks over the expert's tiles.
 
@@ -30,7 +30,7 @@ BLOCK = 64
 _MOST_INPUTS = 128
 
 
-def suits(weights_EFD: Any, tile: int, parts: int = 1) -> bool:
+def supports(weights_EFD: Any, tile: int, parts: int = 1) -> bool:
   """Whether the kernels can multiply with these weights, whose outputs are of
   so many parts."""
   _, F, D = weights_EFD.shape
@@ -38,7 +38,7 @@ def suits(weights_EFD: Any, tile: int, parts: int = 1) -> bool:
   if isinstance(weights_EFD, Quantized):
     if not weights_EFD.scales_transposed:
       return False
-    if not few_bits.suits(weights_EFD.values.dtype):
+    if not few_bits.supports(weights_EFD.values.dtype):
       return False
     inputs = D // weights_EFD.num_groups
     if weights_EFD.values.dtype == jnp.int4:
@@ -121,11 +121,13 @@ def gate(
   )
 
 
-def suits_one(x_TD: jax.Array, values_DF: jax.Array, num_groups: int) -> bool:
+def supports_one(
+  x_TD: jax.Array, values_DF: jax.Array, num_groups: int
+) -> bool:
   """Whether `multiply` and `gate` can."""
   D, F = values_DF.shape
   blocks = (_tile(len(x_TD)), block(F), block(D // num_groups))
-  return min(blocks) >= SMALLEST and few_bits.suits(values_DF.dtype)
+  return min(blocks) >= SMALLEST and few_bits.supports(values_DF.dtype)
 
 
 def _one_group(x_TD: jax.Array) -> tuple[jax.Array, jax.Array]:

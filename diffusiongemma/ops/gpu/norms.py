@@ -15,7 +15,7 @@ import jax.numpy as jnp
 _LONGEST = 2**14
 
 
-def suits(x: jax.Array) -> bool:
+def supports(x: jax.Array) -> bool:
   """Whether a row [D] fits into a program."""
   return 32 <= x.shape[-1] <= _LONGEST
 

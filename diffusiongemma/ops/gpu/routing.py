@@ -19,7 +19,7 @@ _ROWS = 16
 _COUNTED = 128  # Rows that a program of the layout has.
 
 
-def suits(logits_TE: jax.Array) -> bool:
+def supports(logits_TE: jax.Array) -> bool:
   """Whether the kernel can be used."""
   T, E = logits_TE.shape
   return pl.next_power_of_2(E) == E and math.gcd(T, _ROWS) == _ROWS
@@ -68,7 +68,7 @@ def _choose(logits_ref, scale_ref, weights_ref, experts_ref, *, k):
     experts_ref[rows, index] = best
 
 
-def suits_layout(num_rows: int, num_experts: int) -> bool:
+def supports_layout(num_rows: int, num_experts: int) -> bool:
   """Whether `lay_out` can be used. A program sees the counts of all others."""
   is_power = pl.next_power_of_2(num_experts) == num_experts
   num_blocks = num_rows // _COUNTED

@@ -33,7 +33,7 @@ _ROWS = _COLUMNS = _WIDTH = 128
 _SPLITS = 8  # Of the columns that are summed over, to have enough programs.
 
 
-def suits(h_RD: jax.Array, table_VD: Any, size: int, bin_size: int) -> bool:
+def supports(h_RD: jax.Array, table_VD: Any, size: int, bin_size: int) -> bool:
   """Whether the kernels can look at `size` rows of the table at a time."""
   D = table_VD.shape[1]
   groups = 1

@@ -33,7 +33,7 @@ FAST_MEMORY = 48 * 2**20  # Bytes; 64 MB is the least that TPUs have.
 CHUNK = 512  # Inputs multiplied at once.
 
 
-def suits(
+def supports(
   weights_EFD: Any, tile: int, parts: int = 1, transposed: bool = False
 ) -> bool:
   """Whether the kernels can multiply with these weights, whose outputs are of
@@ -50,7 +50,7 @@ def suits(
   return _block_out(outputs, row, LARGEST_BLOCK) is not None
 
 
-def suits_one(x_TD: jax.Array, values_DF: jax.Array) -> bool:
+def supports_one(x_TD: jax.Array, values_DF: jax.Array) -> bool:
   """Whether `multiply` can."""
   D, F = values_DF.shape
   block_out = _block_out(F, D * values_DF.dtype.itemsize, ONE_BLOCK)
