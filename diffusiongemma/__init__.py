@@ -14,7 +14,8 @@ read a text, as the sampler sees it), `sample_canvas` (the sampler, for use
 inside `jax.jit`) with `pin` and `Pinned` and the module `strategies`,
 `generate` (prompts to tokens), `load` (a trained run or a Hugging Face folder),
 `arrange` (parameters as this device writes with them fastest), `convert` and
-`export` (one into the other), `quantize` (either, to few bits).
+`export` (one into the other), `quantize` (either, to few bits), `Error` (the
+base of all errors that a user can mend).
 """
 
 from diffusiongemma.config import Config
@@ -27,6 +28,7 @@ from diffusiongemma.diffusion.sampler import Pinned
 from diffusiongemma.diffusion.sampler import Prediction
 from diffusiongemma.diffusion.sampler import pin
 from diffusiongemma.diffusion.sampler import sample_canvas
+from diffusiongemma.errors import Error
 from diffusiongemma.generation.generate import generate
 from diffusiongemma.generation.generate import make_denoise_fn
 from diffusiongemma.generation.prompt import encode_images
@@ -49,6 +51,7 @@ __all__ = [
   'Config',
   'Denoiser',
   'DiffusionConfig',
+  'Error',
   'KVCache',
   'ModelConfig',
   'Pinned',

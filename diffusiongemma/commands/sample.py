@@ -20,6 +20,7 @@ from rich import text as rich_text
 
 from diffusiongemma.commands import terminal
 from diffusiongemma.commands import trace
+from diffusiongemma.errors import Error
 from diffusiongemma.generation import chat
 from diffusiongemma.generation import generate
 from diffusiongemma.generation import images
@@ -44,8 +45,10 @@ A line that ends in \\ goes on in the next one; // begins a line with a /."""
 HOLE = re.compile(r' ?(_{3,})')
 
 
-class SampleError(ValueError):
+class SampleError(Error, ValueError):
   """A request that does not fit the network."""
+
+  exit_code = 2
 
 
 class Request(NamedTuple):
