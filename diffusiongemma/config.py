@@ -7,8 +7,10 @@ usable as static arguments of `jax.jit`; `fields.py` sets them by name.
 """
 
 import dataclasses
+import difflib
 import importlib.util
 import os
+import pathlib
 from typing import Any
 from typing import Literal
 
@@ -16,6 +18,9 @@ from diffusiongemma import fields
 from diffusiongemma import paths
 from diffusiongemma.fields import ConfigError
 from diffusiongemma.fields import field
+
+# A link in a checkout, a folder where the package is installed.
+CONFIGS = pathlib.Path(__file__).parent / 'configs'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -411,11 +416,27 @@ def check_kind(value: Any, kind: type, name: str = 'config') -> None:
   )
 
 
-def load_config(path: str) -> Config:
-  """What `get_config()` of the Python file at `path` returns, which is still to
-  be validated."""
-  if not os.path.isfile(path):
-    raise ConfigError(f'No config file at {path!r}.')
+def find_config(name: str) -> str:
+  """The file of a config: `name` is a path, or that of one in `configs/`,
+  without its `.py`. Raises `ConfigError`."""
+  shipped = {path.stem: str(path) for path in sorted(CONFIGS.glob('*.py'))}
+  if name in shipped:
+    return shipped[name]
+  if os.path.isfile(name):
+    return name
+  stem = os.path.basename(name).removesuffix('.py')
+  nearest = difflib.get_close_matches(stem, shipped, n=1, cutoff=0.5)
+  hint = f' Did you mean {nearest[0]!r}?' if nearest else ''
+  raise ConfigError(
+    f'No config file at {name!r}, and by name there are '
+    f'{", ".join(shipped)}.{hint}'
+  )
+
+
+def load_config(name: str) -> Config:
+  """What `get_config()` of a Python file returns, which is still to be
+  validated; `name` is its path, or its name in `configs/`."""
+  path = find_config(name)
   spec = importlib.util.spec_from_file_location('_config_file', path)
   if spec is None:
     raise ConfigError(f'{path!r} is not a Python file (.py).')

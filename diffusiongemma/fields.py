@@ -268,6 +268,11 @@ def _check_limits(config: Any, prefix: str) -> None:
       _check_number(value, about(item), name)
 
 
+def spell(limit: float) -> str:
+  """A limit as a person reads it."""
+  return '2^63' if limit == 2**63 else f'{limit:.10g}'
+
+
 def _check_number(value: float, limits: About, name: str) -> None:
   # As they are written, NaN is within none of them.
   if limits.at_least is not None:
@@ -280,9 +285,9 @@ def _check_number(value: float, limits: About, name: str) -> None:
   if not high_enough:
     wanted = limits.lower_limit
   elif most is not None and not value <= most:
-    wanted = f'at most {most:.10g}'
+    wanted = f'at most {spell(most)}'
   elif limits.below is not None and not value < limits.below:
-    wanted = f'below {"2^63" if limits.below == 2**63 else limits.below}'
+    wanted = f'below {spell(limits.below)}'
   elif limits.multiple_of and value % limits.multiple_of[0]:
     divisor, reason = limits.multiple_of
     multiple = 'even' if divisor == 2 else f'a multiple of {divisor}'

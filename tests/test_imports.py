@@ -12,7 +12,7 @@ PACKAGE = pathlib.Path(diffusiongemma.__file__).parent
 ORDER = (
   'config errors fields paths powers assets version',
   'ops',
-  'model diffusion',
+  'model diffusion configs',
   'devices',
   'text',
   'generation',
