@@ -68,9 +68,9 @@ class ModelConfig:
     'features of a head in local layers (H)',
     multiple_of=(2, 'rotary pairs'),
   )
-  num_global_kv_heads: int = field(2, 'the same of global layers')
+  num_global_kv_heads: int = field(2, 'key and value heads of global layers')
   global_head_dim: int = field(
-    512, 'the same of global layers', multiple_of=(2, 'rotary pairs')
+    512, 'features of a head in global layers', multiple_of=(2, 'rotary pairs')
   )
   sliding_window: int = field(1024, 'tokens that a local layer sees')
   local_rope_theta: float = field(1e4, 'base of the rotary frequencies, local')
@@ -93,7 +93,7 @@ class ModelConfig:
   )
   norm_epsilon: float = field(1e-6, 'added to the mean square in RMSNorm')
   vision: VisionConfig | None = field(
-    None, 'the image encoder; without one the network reads text alone'
+    None, 'the image encoder; without, it reads text alone'
   )
   dtype: Literal['float32', 'bfloat16'] = field(
     'bfloat16', 'type that is computed in'
@@ -115,7 +115,10 @@ class DiffusionConfig:
     'entropy_bound', 'confidence', 'top_k_confident', 'ancestral'
   ] = field('entropy_bound', 'which predictions a step accepts', free=True)
   entropy_bound: float = field(
-    0.1, 'nats that tokens accepted together may have', at_least=0, free=True
+    0.1,
+    'most nats of all but the least certain of the tokens accepted together',
+    at_least=0,
+    free=True,
   )
   accept_confidence: float = field(
     0.9,
@@ -125,12 +128,15 @@ class DiffusionConfig:
   )
   stability_threshold: int = field(
     1,
-    'steps for which the most probable tokens stay the same at the end',
+    'a canvas ends when its most probable tokens stayed the same so many steps',
     at_least=0,
     free=True,
   )
   confidence_threshold: float = field(
-    0.005, 'mean entropy, in nats, at the end', at_least=0, free=True
+    0.005,
+    'and their mean entropy, in nats, is below this',
+    at_least=0,
+    free=True,
   )
   stop_token_ids: tuple[int, ...] = field(
     (1, 106, 50), 'tokens that end a text'
@@ -237,7 +243,9 @@ class MeshConfig:
   them may be -1, which takes the rest."""
 
   data: int = _axis(-1, 'devices with rows of their own')
-  fsdp: int = _axis(1, 'the same, which share the parameters too')
+  fsdp: int = _axis(
+    1, 'devices with rows of their own that share the parameters'
+  )
   tensor: int = _axis(1, 'devices that share heads and hidden features')
   expert: int = _axis(1, 'devices that share the experts')
 
@@ -251,7 +259,7 @@ class LoraConfig:
   """
 
   rank: int = field(0, 'features of A and B; 0 learns W itself', at_least=0)
-  alpha: float = field(16.0, 'scale of what is added, times the rank')
+  alpha: float = field(16.0, 'scale of A B, times the rank')
   targets: tuple[str, ...] = field(
     ('*/attention/*', '*/shared_mlp/*'),
     'patterns of the matrices that are adapted; experts are */experts/*',

@@ -186,6 +186,24 @@ def test_config_file_without_get_config(tmp_path):
     configs.load_config(str(path))
 
 
-def test_config_file_that_is_not_there():
-  with pytest.raises(configs.ConfigError, match='No config file at'):
-    configs.load_config('configs/none.py')
+@pytest.mark.parametrize(
+  'name, message',
+  [
+    ('configs/none.py', "No config file at 'configs/none.py'.*tiny"),
+    ('tini', "there are 26b_a4b, .*, tiny. Did you mean 'tiny'"),
+    ('conf/tiny.py', "Did you mean 'tiny'"),
+    ('', 'No config file at'),
+  ],
+)
+def test_config_file_that_is_not_there(tmp_path, monkeypatch, name, message):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(configs.ConfigError, match=message):
+    configs.load_config(name)
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_have_names(tmp_path, monkeypatch, path):
+  """Wherever one stands, and whatever folders are there."""
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / path.stem).mkdir()
+  assert configs.load_config(path.stem) == configs.load_config(str(path))

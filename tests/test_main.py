@@ -129,6 +129,7 @@ def test_evaluate(workdir, monkeypatch):
 MISTAKES = {
   'no config': ([], 'Say what to train'),
   'no such config': (['--config=none.py'], 'No config file at'),
+  'misspelt config': (['--config=tinny'], "Did you mean 'tiny'?"),
   'misspelt field': (
     [f'--config={MICRO}', '--config.train.step=1'],
     "Did you mean 'config.train.steps'?",

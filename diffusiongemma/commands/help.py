@@ -95,7 +95,7 @@ def _default(leaf: fields.Leaf) -> str:
   if isinstance(value, tuple) and len(value) > 4:
     return f'({len(value)} values)'
   if isinstance(value, tuple):
-    return ','.join(map(str, value))
+    return ','.join(map(str, value)) or '()'
   if isinstance(value, bool):
     return str(value).lower()
   return (
