@@ -25,7 +25,7 @@ def test_the_console_script_is_there():
 
 
 def test_configs_are_found_where_the_wheel_is_installed(tmp_path):
-  pytest.importorskip('setuptools', reason='setuptools builds the wheel')
+  pytest.importorskip('setuptools', '77', 'setuptools builds the wheel')
   source = tmp_path / 'source'
   source.mkdir()
   for name in ('setup.cfg', 'pyproject.toml', 'LICENSE', 'README.md'):
