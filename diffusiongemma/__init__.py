@@ -15,7 +15,7 @@ prompts), `encode_images` and `SoftTokens` (images in a prompt),
 `sample_canvas` (the sampler, for use inside `jax.jit`) with `Sampling`, `pin`
 and the module `strategies`, `generate_tokens` (prompts to tokens), `loss` (the
 training loss). Between folders: `convert`, `export`, `quantize`. Settings:
-`Config` and its parts.
+`Config` and its parts. `Error` is the base of all errors that a user can mend.
 """
 
 import importlib
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
   from diffusiongemma.diffusion.sampling import Pinned as Pinned
   from diffusiongemma.diffusion.sampling import Sampling as Sampling
   from diffusiongemma.diffusion.sampling import pin as pin
+  from diffusiongemma.errors import Error as Error
   from diffusiongemma.generation.engine import (
     make_denoise_fn as make_denoise_fn,
   )
@@ -86,6 +87,7 @@ _HOME = {
   'Pinned': 'diffusiongemma.diffusion.sampling',
   'Sampling': 'diffusiongemma.diffusion.sampling',
   'pin': 'diffusiongemma.diffusion.sampling',
+  'Error': 'diffusiongemma.errors',
   'make_denoise_fn': 'diffusiongemma.generation.engine',
   'generate_tokens': 'diffusiongemma.generation.generate',
   'encode_images': 'diffusiongemma.generation.prompt',

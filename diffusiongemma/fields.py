@@ -1,20 +1,133 @@
 """Fields of nested frozen dataclasses by their dotted names, `config.a.b`.
 
-They are set from text, and read from plain values. Every name and every type is
-checked, and a wrong name is answered with the nearest right one.
+They are set from text, and read from plain values. Every name, type and limit
+is checked, and a wrong name is answered with the nearest right one. A field
+carries what is known of it alone: its help, its limits, and whether a run may
+go on with another value (`About`).
 """
 
 import ast
+from collections.abc import Iterator
 import dataclasses
 import difflib
 import types
 import typing
 from typing import Any
 from typing import Literal
+from typing import NamedTuple
+from typing import TypeVar
+
+from diffusiongemma.errors import Error
+
+T = TypeVar('T')
+# What an int32 holds, and with room for sums and products a float32.
+_LARGEST = types.MappingProxyType({int: 2**31 - 1, float: 1e30})
 
 
-class ConfigError(ValueError):
+class ConfigError(Error, ValueError):
   """A configuration that can't be used; the message says what to change."""
+
+  exit_code = 2
+
+
+class About(NamedTuple):
+  """What a field carries.
+
+  Attributes:
+    help: what it is, for a person.
+    above, at_least: the lower limit of a number; without one it is positive.
+    below, at_most: the upper one; without one it is what its type holds.
+    multiple_of: (divisor, why it must be one).
+    special: numbers outside the limits, and what they mean.
+    is_path: whether it names a file or a folder.
+    free: whether a run may go on with another value.
+    fixed: why it may not; of a group, of all its fields that are not free.
+  """
+
+  help: str = ''
+  above: float | None = None
+  at_least: float | None = None
+  below: float | None = None
+  at_most: float | None = None
+  multiple_of: tuple[int, str] | None = None
+  special: types.MappingProxyType[int, str] = types.MappingProxyType({})
+  is_path: bool = False
+  free: bool = False
+  fixed: str = ''
+
+  @property
+  def lower_limit(self) -> str:
+    """'positive', 'zero or more', 'above 1, or 0 (off)'."""
+    if self.at_least is not None:
+      limit = f'at least {self.at_least}' if self.at_least else 'zero or more'
+    else:
+      limit = f'above {self.above}' if self.above else 'positive'
+    return limit + ''.join(
+      f', or {value} ({meaning})' for value, meaning in self.special.items()
+    )
+
+
+class Leaf(NamedTuple):
+  """A field that is no group.
+
+  Attributes:
+    name: dotted, `config.train.steps`.
+    default: its value in the config that was asked.
+    choices: the values there are, where they are few.
+    about: what it carries.
+  """
+
+  name: str
+  default: Any
+  choices: tuple[str, ...]
+  about: About
+
+
+def field(
+  default: T, help: str, special: dict[int, str] | None = None, **more: Any
+) -> T:
+  """A field of a dataclass that carries an `About`, whose arguments these
+  are."""
+  special = types.MappingProxyType(special or {})
+  return dataclasses.field(
+    default=default,
+    metadata={'about': About(help, special=special, **more)},
+  )
+
+
+def about(field: dataclasses.Field) -> About:
+  """What a field carries, if anything."""
+  return field.metadata.get('about', About())
+
+
+def leaves(config: Any, prefix: str = 'config') -> Iterator[Leaf]:
+  """All fields that are no groups; those of a group that is absent have their
+  defaults."""
+  hints = typing.get_type_hints(type(config))
+  for item in dataclasses.fields(config):
+    name, value = f'{prefix}.{item.name}', getattr(config, item.name)
+    if group := _group(hints[item.name]):
+      yield from leaves(group() if value is None else value, name)
+    else:
+      yield Leaf(name, value, _choices(hints[item.name]), about(item))
+
+
+def paths(config: Any) -> dict[str, str]:
+  """The values of fields that name a file or a folder."""
+  return {x.name: x.default for x in leaves(config) if x.about.is_path}
+
+
+def why_fixed(kind: type, name: str) -> str:
+  """Why a run may not go on with another value of a field of `kind`, '' if it
+  may."""
+  reason = ''
+  for part in name.split('.')[1:]:
+    (item,) = (f for f in dataclasses.fields(kind) if f.name == part)
+    if about(item).free:
+      return ''
+    reason = about(item).fixed or reason
+    kind = _group(typing.get_type_hints(kind)[part])
+  return reason
 
 
 def override(config: Any, field: str, text: str) -> Any:
@@ -132,6 +245,58 @@ def _group(hint: Any) -> type | None:
   return None
 
 
+def _choices(hint: Any) -> tuple[str, ...]:
+  """The values of a `Literal`, or of a tuple of them."""
+  if typing.get_origin(hint) is tuple:
+    hint = typing.get_args(hint)[0]
+  return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+
+
+def check(config: Any, prefix: str = 'config') -> None:
+  """Raises `ConfigError` naming the first field of another type, or outside its
+  limits."""
+  check_types(config, prefix)
+  _check_limits(config, prefix)
+
+
+def _check_limits(config: Any, prefix: str) -> None:
+  for item in dataclasses.fields(config):
+    name, value = f'{prefix}.{item.name}', getattr(config, item.name)
+    if dataclasses.is_dataclass(value):
+      _check_limits(value, name)
+    elif type(value) in _LARGEST and value not in about(item).special:
+      _check_number(value, about(item), name)
+
+
+def spell(limit: float) -> str:
+  """A limit as a person reads it."""
+  return '2^63' if limit == 2**63 else f'{limit:.10g}'
+
+
+def _check_number(value: float, limits: About, name: str) -> None:
+  # As they are written, NaN is within none of them.
+  if limits.at_least is not None:
+    high_enough = value >= limits.at_least
+  else:
+    high_enough = value > (limits.above or 0)
+  most = limits.at_most
+  if most is None and limits.below is None:
+    most = _LARGEST[type(value)]
+  if not high_enough:
+    wanted = limits.lower_limit
+  elif most is not None and not value <= most:
+    wanted = f'at most {spell(most)}'
+  elif limits.below is not None and not value < limits.below:
+    wanted = f'below {spell(limits.below)}'
+  elif limits.multiple_of and value % limits.multiple_of[0]:
+    divisor, reason = limits.multiple_of
+    multiple = 'even' if divisor == 2 else f'a multiple of {divisor}'
+    wanted = f'{multiple} ({reason})'
+  else:
+    return
+  raise ConfigError(f'{name} must be {wanted}, it is {value}.')
+
+
 def check_types(config: Any, prefix: str) -> None:
   """Raises `ConfigError` naming the first field of another type."""
   for name, hint in typing.get_type_hints(type(config)).items():
@@ -154,8 +319,14 @@ def _check_type(value: Any, hint: Any, name: str) -> None:
   if origin is Literal:
     allowed = typing.get_args(hint)
     good, wanted = value in allowed, ' or '.join(map(repr, allowed))
+  elif origin is tuple and _choices(hint) and isinstance(value, tuple):
+    for item in value:
+      if item not in _choices(hint):
+        neither = ' nor '.join(_choices(hint))
+        raise ConfigError(f'{name}: {item!r} is neither {neither}.')
+    return
   elif origin is tuple:
-    item = typing.get_args(hint)[0]
+    item = str if _choices(hint) else typing.get_args(hint)[0]
     good = isinstance(value, tuple) and all(type(v) is item for v in value)
     wanted = f'a tuple of {item.__name__}'
   else:

@@ -78,6 +78,12 @@ def test_bad_override(field, text, message):
     ('diffusion', {'t_min': 0.9}, 't_min is above'),
     ('data', {'sequence_length': 256}, 'must be longer than'),
     ('train', {'self_conditioning_probability': 1.5}, 'at most 1'),
+    ('train', {'spike_factor': 0.5}, r'above 1, or 0 \(off\), it is 0.5'),
+    ('train', {'ema_decay': 1.0}, 'must be below 1, it is 1.0'),
+    ('train', {'log_every': 2**31}, 'at most 2147483647'),
+    ('optimizer', {'clip_norm': float('inf')}, r'at most 1e\+30'),
+    ('mesh', {'tensor': 0}, r'positive, or -1 \(what is left\), it is 0'),
+    ('mesh', {'tensor': -1}, 'only one axis can be -1'),
   ],
 )
 def test_invalid_values(group, changes, message):
@@ -85,6 +91,63 @@ def test_invalid_values(group, changes, message):
   part = dataclasses.replace(getattr(config, group), **changes)
   with pytest.raises(configs.ConfigError, match=message):
     configs.validate(dataclasses.replace(config, **{group: part}))
+
+
+def test_images_have_limits_too():
+  for change, message in (
+    ({'head_dim': 10}, r'a multiple of 4 \(rotary pairs of two axes\)'),
+    ({'num_kv_heads': 3}, 'must divide config.model.vision.num_heads = 16'),
+    ({'patch_size': 0}, 'config.model.vision.patch_size must be positive'),
+  ):
+    vision = configs.VisionConfig(**change)
+    config = configs.Config(model=configs.ModelConfig(vision=vision))
+    with pytest.raises(configs.ConfigError, match=message):
+      configs.validate(config)
+
+
+ALL_FIELDS = list(fields.leaves(configs.Config()))
+
+
+def test_every_field_has_its_help():
+  helps = [leaf.about.help for leaf in ALL_FIELDS]
+  assert len(helps) > 100 and all(helps)
+  groups = [
+    fields.about(item).help for item in dataclasses.fields(configs.Config)
+  ]
+  assert all(groups)
+
+
+def test_every_field_may_change_or_not_for_one_reason():
+  for leaf in ALL_FIELDS:
+    reason = fields.why_fixed(configs.Config, leaf.name)
+    assert bool(reason) != leaf.about.free, leaf.name
+  assert fields.why_fixed(configs.Config, 'config.model.vision')
+  assert not fields.why_fixed(configs.Config, 'config.train.steps')
+
+
+@pytest.mark.parametrize(
+  'leaf',
+  [x for x in ALL_FIELDS if type(x.default) in (int, float)],
+  ids=lambda x: x.name,
+)
+def test_every_number_has_limits(leaf):
+  """Its default, and its special values, are within them; NaN or a number of a
+  thousand digits never is."""
+  kind = dataclasses.make_dataclass(
+    'Part',
+    [
+      (
+        'x',
+        type(leaf.default),
+        dataclasses.field(metadata={'about': leaf.about}),
+      )
+    ],
+  )
+  for value in (leaf.default, *leaf.about.special):
+    fields.check(kind(value))
+  for value in (float('nan'), -2, 10**1000):
+    with pytest.raises(configs.ConfigError, match='config.x must be'):
+      fields.check(kind(value))
 
 
 def test_json_round_trip():
@@ -123,6 +186,24 @@ def test_config_file_without_get_config(tmp_path):
     configs.load_config(str(path))
 
 
-def test_config_file_that_is_not_there():
-  with pytest.raises(configs.ConfigError, match='No config file at'):
-    configs.load_config('configs/none.py')
+@pytest.mark.parametrize(
+  'name, message',
+  [
+    ('configs/none.py', "No config file at 'configs/none.py'.*tiny"),
+    ('tini', "there are 26b_a4b, .*, tiny. Did you mean 'tiny'"),
+    ('conf/tiny.py', "Did you mean 'tiny'"),
+    ('', 'No config file at'),
+  ],
+)
+def test_config_file_that_is_not_there(tmp_path, monkeypatch, name, message):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(configs.ConfigError, match=message):
+    configs.load_config(name)
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_have_names(tmp_path, monkeypatch, path):
+  """Wherever one stands, and whatever folders are there."""
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / path.stem).mkdir()
+  assert configs.load_config(path.stem) == configs.load_config(str(path))

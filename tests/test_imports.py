@@ -10,9 +10,9 @@ import diffusiongemma
 PACKAGE = pathlib.Path(diffusiongemma.__file__).parent
 # From the ground up: a part imports those before it, and itself.
 ORDER = (
-  'config fields paths powers assets version',
+  'config errors fields paths powers assets version',
   'ops',
-  'model diffusion',
+  'model diffusion configs',
   'devices',
   'text',
   'generation',

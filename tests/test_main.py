@@ -11,6 +11,7 @@ import pytest
 
 from diffusiongemma import main
 from diffusiongemma.devices import memory
+from diffusiongemma.training import evaluate as evaluation
 
 MICRO = str(pathlib.Path(__file__).parent / 'micro_config.py')
 
@@ -120,7 +121,7 @@ def test_evaluate(workdir, monkeypatch):
   assert 8 < numbers['unigram_bits_per_token'] < 9.5
   # Untrained: no better than single tokens, no worse than guessing.
   assert 2.5 < numbers['ar_bits_per_byte'] < 4.5
-  monkeypatch.setattr(main.evaluation, 'evaluate', lambda *given: numbers)
+  monkeypatch.setattr(evaluation, 'evaluate', lambda *given: numbers)
   code, table, _ = run('--mode=evaluate', f'--workdir={workdir}')
   assert code == 0 and f'{numbers["ar_bits_per_byte"]:.3f}' in table
 
@@ -128,6 +129,7 @@ def test_evaluate(workdir, monkeypatch):
 MISTAKES = {
   'no config': ([], 'Say what to train'),
   'no such config': (['--config=none.py'], 'No config file at'),
+  'misspelt config': (['--config=tinny'], "Did you mean 'tiny'?"),
   'misspelt field': (
     [f'--config={MICRO}', '--config.train.step=1'],
     "Did you mean 'config.train.steps'?",

@@ -1,7 +1,9 @@
 """Weights on disk: Orbax checkpoints of a run, Hugging Face's safetensors."""
 
+from diffusiongemma.errors import Error
 
-class CheckpointError(RuntimeError):
+
+class CheckpointError(Error, RuntimeError):
   """A checkpoint that can't be written or read; the message says which."""
 
 

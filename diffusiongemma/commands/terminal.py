@@ -4,7 +4,6 @@ Accepted tokens stand still in full colour, noise is dimmed and changes; the
 prompt and finished canvases stay above.
 """
 
-import io
 import sys
 import unicodedata
 
@@ -17,20 +16,6 @@ from diffusiongemma.diffusion import sampler
 from diffusiongemma.text.tokenizer import Tokenizer
 
 PROMPT, ACCEPTED, NOISE, STATUS = 'bold', 'default', 'bright_black', 'cyan'
-
-
-def print_anything() -> None:
-  """From now on any text can be printed and read, whatever the terminal's
-  encoding: signs that it lacks are printed by their numbers, bytes that it does
-  not know are read as halves of surrogate pairs, as those of arguments are."""
-  for stream, errors in (
-    (sys.stdout, 'backslashreplace'),
-    (sys.stderr, 'backslashreplace'),
-    (sys.stdin, 'surrogateescape'),
-  ):
-    # A stream of standard input that was read from can't be changed any more.
-    if isinstance(stream, io.TextIOWrapper) and stream.errors != errors:
-      stream.reconfigure(errors=errors)
 
 
 def canvas_text(

@@ -33,6 +33,7 @@ import numpy as np
 
 from diffusiongemma.commands import terminal
 from diffusiongemma.diffusion import sampler
+from diffusiongemma.errors import Error
 from diffusiongemma.text import tokenizer as tokenizers
 
 TEMPLATE = tokenizers.ASSETS / 'trace.html'
@@ -47,7 +48,7 @@ _RAMP = ('#d1f3f4', '#93d1ef', '#77a5ee', '#816fdb', '#902cab')
 _MARK = '#18202b'
 
 
-class TraceError(ValueError):
+class TraceError(Error, ValueError):
   """A trace that can't be written."""
 
 

@@ -10,6 +10,8 @@ from typing import Literal
 
 import jax
 
+from diffusiongemma.errors import Error
+
 # Bytes of shared memory that a kernel's program takes at most, those for Hopper
 # apart. An A100 has them, an H100, and newer ones of their kind.
 SHARED_MEMORY = 160 * 1024
@@ -18,7 +20,7 @@ _switched_off = False
 _target: str | None = None
 
 
-class KernelError(ValueError):
+class KernelError(Error, ValueError):
   """`implementation='kernel'`, and no kernel takes the operands here."""
 
 

@@ -7,9 +7,9 @@
 
 `huggingface` has what came with a converted checkpoint: configs, tokenizer,
 chat template; what is trained from one takes it along. A folder belongs to one
-run, which may go on with other values of `FREE_FIELDS` alone: others are
-refused, field by field. What is in it is enough to sample from it anywhere; of
-adapters, together with the weights they are for.
+run, which may go on with other values of fields that are `free` alone: others
+are refused, field by field. What is in it is enough to sample from it anywhere;
+of adapters, together with the weights they are for.
 """
 
 from collections.abc import Callable
@@ -39,66 +39,11 @@ from diffusiongemma.checkpoints import native
 from diffusiongemma.config import Config
 from diffusiongemma.devices import processes
 from diffusiongemma.devices import sharding as shardings
+from diffusiongemma.errors import Error
 from diffusiongemma.model import parameters
 from diffusiongemma.text import tokenizer as tokenizers
 from diffusiongemma.training import metrics
 from diffusiongemma.training import train_state
-
-# What a run may go on with other values of.
-FREE_FIELDS = (
-  # How far it goes and how fast it learns: what was learnt stays as it is.
-  'config.train.steps',
-  'config.train.max_bad_steps',
-  'config.train.spike_factor',
-  'config.optimizer.peak_learning_rate',
-  'config.optimizer.schedule',
-  'config.optimizer.warmup_steps',
-  'config.optimizer.final_rate_fraction',
-  'config.optimizer.weight_decay',
-  'config.optimizer.clip_norm',
-  # What is told and kept of it.
-  'config.train.log_every',
-  'config.train.evaluate_every',
-  'config.train.evaluate_batches',
-  'config.train.sample_every',
-  'config.train.sample_prompt',
-  'config.train.checkpoint_every',
-  'config.train.keep_checkpoints',
-  'config.train.stops_when_unsaved',
-  # How its samples are written.
-  'config.diffusion.max_denoising_steps',
-  'config.diffusion.t_min',
-  'config.diffusion.t_max',
-  'config.diffusion.strategy',
-  'config.diffusion.entropy_bound',
-  'config.diffusion.accept_confidence',
-  'config.diffusion.stability_threshold',
-  'config.diffusion.confidence_threshold',
-  # Where and in what pieces it is computed: the same, but for rounding.
-  'config.train.accumulate_steps',
-  'config.train.remat',
-  'config.mesh.data',
-  'config.mesh.fsdp',
-  'config.mesh.tensor',
-  'config.mesh.expert',
-  # Where its text lies: the examples are compared (`train.start_or_resume`),
-  # and the tokenizers (`claim`).
-  'config.data.path',
-  'config.data.heldout_path',
-  'config.data.heldout_every',
-  'config.data.on_error',
-  'config.data.tokenizer',
-)
-# Why the others stay, by how their names begin.
-FIXED_FIELDS = {
-  'config.model.': 'the parameters are those of this network',
-  'config.lora.': 'the adapters are of this form',
-  'config.quantization.': 'the parameters are stored so',
-  'config.diffusion.': 'the network has learnt with it',
-  'config.data.': 'the order of the data follows from it',
-  'config.optimizer.': "the optimiser's state follows from it",
-  'config.train.': 'it says what is learnt, or from what on',
-}
 
 CONFIG, LOCK, HISTORY = 'config.json', 'lock', 'history.jsonl'
 BASE = 'base.txt'  # The digest of the weights that adapters are for.
@@ -133,7 +78,7 @@ REPLACED = (
 MAX_TEXT_BYTES = 100_000_000  # Of a file beside the weights.
 
 
-class WorkdirError(ValueError):
+class WorkdirError(Error, ValueError):
   """A working directory that can't be used for this; the message says why."""
 
 
@@ -150,7 +95,7 @@ def claim(
   """Makes `workdir` this run's, or checks that it already is.
 
   What a run starts from is copied once: tokenizer, template and so on. The run
-  goes on with its own. Other values of `FREE_FIELDS` are left to `go_on`.
+  goes on with its own. Other values of `free` fields are left to `go_on`.
 
   Args:
     workdir: the folder.
@@ -182,8 +127,7 @@ def claim(
     ) from error
   refused = []
   for name, old, new in differences(there, config):
-    if name not in FREE_FIELDS:
-      (reason,) = (v for k, v in FIXED_FIELDS.items() if name.startswith(k))
+    if reason := fields.why_fixed(Config, name):
       refused.append(f'  {name}: {old!r} there, {new!r} here ({reason})')
   if of_run is None or of_run.model != tokenizer.model:
     refused.append('  the contents of the tokenizer file')

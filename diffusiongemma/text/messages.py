@@ -11,6 +11,8 @@ from collections.abc import Collection
 from collections.abc import Sequence
 from typing import Any
 
+from diffusiongemma.errors import Error
+
 ROLES = ('system', 'developer', 'user', 'assistant', 'model', 'tool')
 
 TEXT_PARTS = ('text', 'input_text', 'output_text')
@@ -32,7 +34,7 @@ _ELSEWHERE = {
 }
 
 
-class TemplateError(ValueError):
+class TemplateError(Error, ValueError):
   """A chat template that can't be used, or a conversation it refuses."""
 
 

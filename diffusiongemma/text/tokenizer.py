@@ -17,6 +17,7 @@ import sentencepiece
 import tokenizers as huggingface_tokenizers
 
 from diffusiongemma import paths
+from diffusiongemma.errors import Error
 
 ASSETS = pathlib.Path(__file__).parents[1] / 'assets'
 SHIPPED_MODEL = ASSETS / 'shakespeare.model'
@@ -29,7 +30,7 @@ _CONTROL = re.compile(
 )
 
 
-class TokenizerError(ValueError):
+class TokenizerError(Error, ValueError):
   """A tokenizer file that can't be used."""
 
 

@@ -39,6 +39,7 @@ from diffusiongemma.config import Config
 from diffusiongemma.devices import memory
 from diffusiongemma.devices import sharding
 from diffusiongemma.diffusion import sampler
+from diffusiongemma.errors import Error
 from diffusiongemma.generation import engine
 from diffusiongemma.model import cache as kv_cache
 from diffusiongemma.model import denoiser
@@ -49,7 +50,7 @@ from diffusiongemma.training import step as steps
 from diffusiongemma.training import train_state
 
 
-class PlanError(ValueError):
+class PlanError(Error, ValueError):
   """A topology that can't be planned for; the message says what is missing."""
 
 

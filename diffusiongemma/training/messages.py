@@ -18,10 +18,11 @@ import json
 from typing import Any
 from typing import NamedTuple
 
+from diffusiongemma.errors import Error
 from diffusiongemma.text import messages
 
 
-class DataError(ValueError):
+class DataError(Error, ValueError):
   """Text that can't be used; the message names the file and the remedy."""
 
 

@@ -26,6 +26,7 @@ from diffusiongemma.checkpoints import native
 from diffusiongemma.config import Config
 from diffusiongemma.devices import processes
 from diffusiongemma.devices import sharding
+from diffusiongemma.errors import Error
 from diffusiongemma.generation import generate
 from diffusiongemma.generation import prompt as prompt_lib
 from diffusiongemma.runs import folder as workdirs
@@ -42,7 +43,7 @@ from diffusiongemma.training import train_state
 EVALUATION_NOISE = 0.3
 
 
-class TrainingError(RuntimeError):
+class TrainingError(Error, RuntimeError):
   """A run that can't go on; the message says what is left of it."""
 
 

@@ -7,7 +7,11 @@ import json
 import numpy as np
 import pytest
 
+from diffusiongemma.commands import chats
 from diffusiongemma.commands import sample
+from diffusiongemma.commands import texts
+from diffusiongemma.commands.request import Request
+from diffusiongemma.commands.request import SampleError
 from diffusiongemma.generation import chat
 from diffusiongemma.generation import generate
 from diffusiongemma.generation import prompt as prompt_lib
@@ -23,7 +27,7 @@ def write(chat_run, capsys, monkeypatch):
 
   def sampled(typed='', run=chat_run, **request):
     monkeypatch.setattr('sys.stdin', io.StringIO(typed))
-    code = sample.sample(run, sample.Request(**request))
+    code = sample.sample(run, Request(**request))
     return code, *capsys.readouterr()
 
   return sampled
@@ -97,7 +101,7 @@ def test_mistakes_in_a_chat_end_no_chat(write, script, tmp_path):
   typed = '/dance\n/image none.png\n/think\n/help\nwhat\n/quit\nnever\n'
   code, output, errors = write(typed)
   assert code == 1 and output.endswith('one\n')
-  assert 'Thinking is on.' in output and sample.HELP in output
+  assert 'Thinking is on.' in output and chats.HELP in output
   assert '/dance is not a command' in errors
   assert "'none.png' is not a file" in errors
 
@@ -138,10 +142,10 @@ def test_a_network_without_turns_goes_on(write, chat_run):
   run = chat_run._replace(config=config, params=params, tokenizer=SHIPPED)
   code, output, _ = write(run=run, prompt='To be', max_new_tokens=8)
   assert code == 0 and output.startswith('To be')
-  with pytest.raises(sample.SampleError, match='knows no turns.*--nochat'):
+  with pytest.raises(SampleError, match='knows no turns.*--nochat'):
     write(run=run, prompt='To be', chat=True)
   for flag in ({'thinking': True}, {'system': 'x'}, {'tools': ({},)}):
-    with pytest.raises(sample.SampleError, match='is for a chat'):
+    with pytest.raises(SampleError, match='is for a chat'):
       write(run=run, prompt='To be', **flag)
   with pytest.raises(prompt_lib.PromptError, match='The prompt is empty'):
     write(run=run)
@@ -166,12 +170,12 @@ def test_infilling_keeps_the_text_around_the_holes(write):
   assert plain.startswith('what is') and plain.endswith(', model\n')
   after = json.loads(write(infill=text, prompt='what', as_json=True)[1])
   assert after['holes'] != result['holes']
-  with pytest.raises(sample.SampleError, match='needs a hole'):
+  with pytest.raises(SampleError, match='needs a hole'):
     write(infill='no __ here')
 
 
 def test_holes_have_a_token_for_each_underscore():
-  pins, holes, length = sample.parse_infill(SHIPPED, '___ be, _____')
+  pins, holes, length = texts.parse_infill(SHIPPED, '___ be, _____')
   after = SHIPPED.encode(' be,')
   assert holes == [(0, 3), (3 + len(after), 8 + len(after))]
   assert [pins[i] for i in sorted(pins)] == after
@@ -191,13 +195,13 @@ def test_a_trace_of_what_was_written(write, tmp_path, request_):
 
 @pytest.mark.parametrize('option', [{'thinking': True}, {'max_new_tokens': 8}])
 def test_an_infilling_takes_no_other_wishes(write, option):
-  with pytest.raises(sample.SampleError, match='is not for --infill'):
+  with pytest.raises(SampleError, match='is not for --infill'):
     write(infill='what ___', **option)
 
 
 def test_a_trace_that_cannot_be_written_stops_before_anything(write, script):
   asked = script()
-  with pytest.raises(sample.SampleError, match='no folder'):
+  with pytest.raises(SampleError, match='no folder'):
     write(prompt='what', trace='/nowhere/a.html')
   assert not asked
 

@@ -5,6 +5,7 @@ import io
 import numpy as np
 from rich import console as rich_console
 
+from diffusiongemma.commands import streams
 from diffusiongemma.commands import terminal
 from diffusiongemma.text import tokenizer as tokenizers
 
@@ -38,27 +39,27 @@ def test_control_characters_never_reach_the_terminal():
 def test_any_text_can_be_printed_and_read(monkeypatch):
   """Also where the terminal's encoding lacks its signs."""
   bytes_in = io.BytesIO('日\n'.encode())
-  streams = {
+  files = {
     'stdin': io.TextIOWrapper(bytes_in, 'ascii'),
     'stdout': io.TextIOWrapper(io.BytesIO(), 'ascii'),
     'stderr': io.TextIOWrapper(io.BytesIO(), 'latin-1'),
   }
-  for name, stream in streams.items():
+  for name, stream in files.items():
     monkeypatch.setattr(f'sys.{name}', stream)
-  terminal.print_anything()
+  streams.print_anything()
   print('a 日本 \udce6')
-  print('é 日', file=streams['stderr'])
-  console = rich_console.Console(file=streams['stdout'])
+  print('é 日', file=files['stderr'])
+  console = rich_console.Console(file=files['stdout'])
   console.print(terminal.rich_text.Text('↵'))
   written = {}
   for name in ('stdout', 'stderr'):
-    streams[name].flush()
-    written[name] = streams[name].buffer.getvalue()
+    files[name].flush()
+    written[name] = files[name].buffer.getvalue()
   assert written['stdout'] == b'a \\u65e5\\u672c \\udce6\n\\u21b5\n'
   assert written['stderr'] == b'\xe9 \\u65e5\n'
   assert input() == '\udce6\udc97\udca5'
   monkeypatch.setattr('sys.stdout', io.StringIO())
-  terminal.print_anything()  # No file: nothing to change.
+  streams.print_anything()  # No file: nothing to change.
 
 
 def test_only_the_prompt_is_bold():

@@ -1,0 +1,147 @@
+"""What `--mode=sample` is asked for, and how it shows what a network writes."""
+
+from collections.abc import Iterator
+import contextlib
+import sys
+from typing import Any
+from typing import NamedTuple
+
+from rich import console as rich_console
+from rich import text as rich_text
+
+from diffusiongemma.commands import terminal
+from diffusiongemma.commands import trace
+from diffusiongemma.errors import Error
+from diffusiongemma.generation import generate
+from diffusiongemma.runs.folder import Run
+from diffusiongemma.text import template as templates
+
+
+class SampleError(Error, ValueError):
+  """A request that does not fit the network."""
+
+  exit_code = 2
+
+
+class Request(NamedTuple):
+  """What a person asks for.
+
+  Attributes:
+    prompt: a text or message; None asks for messages one after the other.
+    system: what the model is told before the first message.
+    images: files, shown with the prompt.
+    thinking: whether the model thinks before it answers.
+    tools: declarations, see `chat.read_tools`.
+    infill: a text with holes.
+    chat: whether prompts are messages; None if the tokenizer knows turns.
+    max_new_tokens: of each text; None is four canvases.
+    seed: of the noise.
+    trace: a file for the denoising steps of the last text.
+    as_json: print one object a text, nothing else.
+  """
+
+  prompt: str | None = None
+  system: str = ''
+  images: tuple[str, ...] = ()
+  thinking: bool = False
+  tools: tuple[dict[str, Any], ...] = ()
+  infill: str | None = None
+  chat: bool | None = None
+  max_new_tokens: int | None = None
+  seed: int = 0
+  trace: str = ''
+  as_json: bool = False
+
+
+def check(run: Run, request: Request) -> Request:
+  """The request with `chat` and `max_new_tokens` as they are for this network.
+
+  Raises:
+    SampleError: the network can't do it.
+  """
+  if request.trace:
+    try:
+      trace.check_path(request.trace)
+    except trace.TraceError as error:
+      raise SampleError(str(error)) from error
+  knows_turns = templates.knows_turns(run.tokenizer)
+  is_chat = knows_turns if request.chat is None else request.chat
+  if is_chat and not (knows_turns or run.chat_template):
+    raise SampleError(
+      'This network knows no turns: its tokenizer has no <|turn>. It goes on '
+      'from a text: --nochat.'
+    )
+  for flag, given in (
+    ('system', request.system),
+    ('think', request.thinking),
+    ('tools', request.tools),
+  ):
+    if given and not is_chat:
+      raise SampleError(f'--{flag} is for a chat; this network has none.')
+  for flag, given in (
+    ('think', request.thinking),
+    ('tools', request.tools),
+    ('max_new_tokens', request.max_new_tokens),
+  ):
+    if given and request.infill is not None:
+      raise SampleError(
+        f'--{flag} is not for --infill, which writes what its holes hold.'
+      )
+  request = request._replace(chat=is_chat)
+  if request.max_new_tokens is None:
+    canvas_length = run.config.diffusion.canvas_length
+    request = request._replace(max_new_tokens=4 * canvas_length)
+  return request
+
+
+@contextlib.contextmanager
+def watching(
+  run: Run, request: Request, shown: str
+) -> Iterator[dict[str, Any]]:
+  """Callbacks for `generate`: a live canvas, and what the trace is made of.
+
+  Without any, the whole canvas is denoised on the device in one go.
+  """
+  steps = run.config.diffusion.max_denoising_steps
+  watchers = []
+  with contextlib.ExitStack() as stack:
+    canvas = terminal.LiveCanvas(run.tokenizer, shown, steps)
+    if canvas.is_terminal and not request.as_json:
+      watchers.append(stack.enter_context(canvas))
+    if request.trace:
+      record = trace.Trace(run.tokenizer, shown, steps)
+      watchers.append(record)
+
+    def on_step(step, state):
+      for watcher in watchers:
+        watcher.on_step(step, state)
+
+    def on_canvas(kept):
+      for watcher in watchers:
+        watcher.on_canvas(kept[0])
+
+    yield {'on_step': on_step, 'on_canvas': on_canvas} if watchers else {}
+  if request.trace:
+    trace.write(record, request.trace)
+
+
+def console() -> rich_console.Console:
+  """The terminal, or the file, that texts are printed on."""
+  return rich_console.Console(file=sys.stdout, highlight=False, soft_wrap=True)
+
+
+def print_text(text: str, style: str = '') -> None:
+  """Prints what a network wrote; nothing in it reaches the terminal as a
+  command."""
+  console().print(rich_text.Text(terminal.printable(text), style))
+
+
+def print_statistics(written: generate.Generation) -> None:
+  """Prints what a text has cost, where anyone is watching."""
+  if console().is_terminal:
+    print_text(
+      f'{len(written.tokens)} tokens in {written.steps} steps '
+      f'({written.tokens_per_forward:.1f} a step), stopped by '
+      f'{written.stopped_by.replace("_", " ")}',
+      terminal.STATUS,
+    )

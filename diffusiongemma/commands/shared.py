@@ -1,0 +1,130 @@
+"""Flags that several modes take, and what follows from them."""
+
+import os
+import pathlib
+import signal
+import sys
+import typing
+
+from absl import flags
+
+from diffusiongemma import paths
+from diffusiongemma.config import Config
+from diffusiongemma.config import ConfigError
+
+if typing.TYPE_CHECKING:
+  from diffusiongemma.runs import folder as workdirs
+
+_PATHS = []  # Names of the flags that are paths.
+
+
+def path(flag: flags.FlagHolder) -> flags.FlagHolder:
+  """A flag whose value is a file or a folder, or a list of them: `find_paths`
+  makes it a local one."""
+  _PATHS.append(flag.name)
+  return flag
+
+
+CONFIG = path(
+  flags.DEFINE_string(
+    'config',
+    None,
+    'A config by its name, as tiny, or a Python file with get_config().',
+  )
+)
+WORKDIR = path(
+  flags.DEFINE_string(
+    'workdir', None, 'Folder of the run. Default: runs/<name of the config>.'
+  )
+)
+HF_DIR = path(
+  flags.DEFINE_string(
+    'hf_dir', None, 'The Hugging Face folder to read; export: to make.'
+  )
+)
+FORMAT = flags.DEFINE_enum('format', 'text', ['text', 'json'], 'What to print.')
+
+# The modes that take a flag of this file; without a row, all do.
+TAKEN_BY = {
+  'config': ('train', 'evaluate', 'sample', 'plan', 'benchmark'),
+  'hf_dir': ('evaluate', 'sample', 'convert', 'export'),
+  'format': ('sample', 'evaluate', 'plan', 'benchmark'),
+}
+
+
+def find_paths() -> None:
+  """Makes flags that are paths local ones. Raises `ConfigError`."""
+  for flag in map(flags.FLAGS.__getitem__, _PATHS):
+    name = f'--{flag.name}'
+    if isinstance(flag.value, list):
+      flag.value = [paths.local(path, name) for path in flag.value]
+    elif flag.value:
+      flag.value = paths.local(flag.value, name)
+
+
+def workdir() -> str:
+  """The folder of the run. Raises `ConfigError`."""
+  if WORKDIR.value:
+    return WORKDIR.value
+  if not CONFIG.value:
+    raise ConfigError('Name the run: --workdir=runs/tiny.')
+  return os.path.join('runs', pathlib.Path(CONFIG.value).stem)
+
+
+def load_config(overrides: dict[str, str]) -> Config:
+  """The config that `--config` names, with single fields changed.
+
+  Raises:
+    ConfigError, WorkdirError, CheckpointError: it can't be used.
+  """
+  from diffusiongemma.runs import overrides as overrides_lib
+
+  if not CONFIG.value:
+    raise ConfigError(
+      'Say what to train: --config=configs/tiny.py, or another config file.'
+    )
+  return overrides_lib.load_config(CONFIG.value, workdir(), overrides)
+
+
+def load_run(overrides: dict[str, str]) -> 'workdirs.Run':
+  """The run, or the Hugging Face folder, to write with or to measure.
+
+  Raises:
+    ConfigError, WorkdirError, CheckpointError: it can't be used.
+  """
+  from diffusiongemma.runs import convert
+  from diffusiongemma.runs import folder as workdirs
+  from diffusiongemma.runs import overrides as overrides_lib
+
+  if HF_DIR.value and WORKDIR.value:
+    raise ConfigError('Give --workdir or --hf_dir, not both.')
+  if HF_DIR.value:
+    folder, own = HF_DIR.value, convert.read_config(HF_DIR.value)
+  else:
+    folder, own = workdir(), workdirs.read_config(workdir())
+  return overrides_lib.load_run(folder, own, overrides)
+
+
+def both_folders(mode: str, overrides: dict[str, str]) -> tuple[str, str]:
+  """(hf_dir, workdir) of a conversion, which changes no field of a config.
+  Raises `ConfigError`."""
+  require(mode, '--hf_dir is the Hugging Face folder, --workdir ours', HF_DIR)
+  require(mode, '--hf_dir is the Hugging Face folder, --workdir ours', WORKDIR)
+  if overrides:
+    raise ConfigError(
+      f'--mode={mode} takes no --config; the checkpoint has its own.'
+    )
+  end_on_signals()
+  return HF_DIR.value, WORKDIR.value
+
+
+def require(mode: str, why: str, flag: flags.FlagHolder) -> None:
+  """Raises `ConfigError` unless the flag is given."""
+  if not flag.value:
+    raise ConfigError(f'--mode={mode} needs --{flag.name}: {why}.')
+
+
+def end_on_signals() -> None:
+  """So that what a stopped conversion has written is removed."""
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, _: sys.exit(128 + number))

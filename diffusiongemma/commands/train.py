@@ -1,0 +1,61 @@
+"""Trains, and goes on with a run that was stopped."""
+
+import functools
+import shlex
+import sys
+
+from absl import flags
+
+from diffusiongemma.commands import shared
+from diffusiongemma.config import ConfigError
+from diffusiongemma.config import QuantizationConfig
+
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator',
+  None,
+  'HOST:PORT of process 0, where several train together; "auto" asks the '
+  'cluster.',
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  'num_processes', None, 'How many processes train together.', lower_bound=1
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  'process_id', None, 'Which of them this is, from 0 on.', lower_bound=0
+)
+
+
+def run(overrides: dict[str, str]) -> int:
+  """Trains; returns the exit code."""
+  from diffusiongemma.devices import processes
+  from diffusiongemma.runs import convert
+  from diffusiongemma.training import train
+
+  processes.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+  config, workdir = shared.load_config(overrides), shared.workdir()
+  if config.quantization != QuantizationConfig():
+    raise ConfigError(
+      'config.quantization is for sampling; train without it, then '
+      '--mode=quantize.'
+    )
+  load_base = functools.partial(convert.load_base, config)
+  code = train.train(
+    config, workdir, load_base if config.train.init_from else None
+  )
+  if not processes.is_first():
+    return code
+  if code == 0:
+    prompt = shlex.quote(config.train.sample_prompt.strip() or '...')
+    print(
+      f'Done; the checkpoint is in {workdir}. Write with it:\n'
+      f'  python -m diffusiongemma.main --mode=sample --workdir={workdir} '
+      f'--prompt={prompt}'
+    )
+  elif code > 128:
+    print(f'Stopped and saved in {workdir}; the same command goes on.')
+  else:
+    print(
+      f'Error: the end of the run is not saved in {workdir}. The same command '
+      'goes on from the newest checkpoint there, or starts again without one.',
+      file=sys.stderr,
+    )
+  return code
