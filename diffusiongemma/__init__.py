@@ -12,7 +12,8 @@ network), `init_cache`, `prefill`, `read_prompt` (long ones), `encode_images`
 and `SoftTokens` (images in a prompt), `make_denoise_fn` (a network that has
 read a text, as the sampler sees it), `sample_canvas` (the sampler, for use
 inside `jax.jit`) with `pin` and `Pinned` and the module `strategies`,
-`generate` (prompts to tokens), `load` (a trained run or a Hugging Face folder),
+`generate` (prompts to tokens), `load` (a `Run`: trained here, or of Hugging
+Face),
 `arrange` (parameters as this device writes with them fastest), `convert` and
 `export` (one into the other), `quantize` (either, to few bits).
 """
@@ -40,8 +41,9 @@ from diffusiongemma.model.denoiser import init_params
 from diffusiongemma.ops.weights import arrange
 from diffusiongemma.runs.convert import convert
 from diffusiongemma.runs.convert import export
-from diffusiongemma.runs.convert import load
 from diffusiongemma.runs.convert import quantize
+from diffusiongemma.runs.load import Run
+from diffusiongemma.runs.load import load
 from diffusiongemma.text.tokenizer import Tokenizer
 from diffusiongemma.version import __version__
 
@@ -54,6 +56,7 @@ __all__ = [
   'Pinned',
   'Prediction',
   'QuantizationConfig',
+  'Run',
   'SoftTokens',
   'Tokenizer',
   'VisionConfig',

@@ -43,7 +43,9 @@ from diffusiongemma.generation import chat
 from diffusiongemma.generation import prompt as prompt_lib
 from diffusiongemma.runs import convert as conversion
 from diffusiongemma.runs import folder as workdirs
+from diffusiongemma.runs import load as load_lib
 from diffusiongemma.runs import overrides as overrides_lib
+from diffusiongemma.runs import source as sources
 from diffusiongemma.tools import benchmark
 from diffusiongemma.tools import plan
 from diffusiongemma.training import corpus as corpora
@@ -295,11 +297,12 @@ def _workdir() -> str:
   return os.path.join('runs', pathlib.Path(_CONFIG.value).stem)
 
 
-def _load_run(overrides: dict[str, str]) -> workdirs.Run:
+def _load_run(overrides: dict[str, str]) -> load_lib.Run:
   if _HF_DIR.value and _WORKDIR.value:
     raise configs.ConfigError('Give --workdir or --hf_dir, not both.')
   if _HF_DIR.value:
-    folder, own = _HF_DIR.value, conversion.read_config(_HF_DIR.value)
+    folder = _HF_DIR.value
+    own = sources.open_huggingface(folder).config
   else:
     folder, own = _workdir(), workdirs.read_config(_workdir())
   return overrides_lib.load_run(folder, own, overrides)
@@ -313,7 +316,7 @@ def _train(overrides: dict[str, str]) -> int:
       '--mode=quantize.'
     )
   workdir = _workdir()
-  load_base = functools.partial(conversion.load_base, config)
+  load_base = functools.partial(load_lib.load_base, config)
   code = train.train(
     config, workdir, load_base if config.train.init_from else None
   )

@@ -32,7 +32,6 @@ from diffusiongemma.checkpoints import huggingface_config
 from diffusiongemma.diffusion import loss as losses
 from diffusiongemma.model import denoiser
 from diffusiongemma.model import masks
-from diffusiongemma.runs import convert as conversion
 from diffusiongemma.training import network as network_lib
 
 VISION = configs.VisionConfig(
@@ -128,7 +127,7 @@ def make_reference(config: configs.ModelConfig, canvas_length: int, seed=0):
 
 def convert(model, config: configs.ModelConfig) -> dict:
   """Their tensors as our parameters, by the table that converts files."""
-  return conversion.from_state_dict(config, model.state_dict())
+  return huggingface.from_state_dict(config, model.state_dict())
 
 
 def difference(ours, theirs) -> float:

@@ -22,13 +22,18 @@ from diffusiongemma import config as configs
 from diffusiongemma import paths
 from diffusiongemma.checkpoints import CheckpointError
 from diffusiongemma.checkpoints import LeftAloneError
+from diffusiongemma.checkpoints import digest as digest_lib
 from diffusiongemma.checkpoints import native
 from diffusiongemma.config import Config
 from diffusiongemma.devices import processes
 from diffusiongemma.devices import sharding
 from diffusiongemma.generation import generate
 from diffusiongemma.generation import prompt as prompt_lib
+from diffusiongemma.model import denoiser
+from diffusiongemma.runs import companions
 from diffusiongemma.runs import folder as workdirs
+from diffusiongemma.runs import history
+from diffusiongemma.runs import lock
 from diffusiongemma.text.tokenizer import Tokenizer
 from diffusiongemma.text.tokenizer import TokenizerError
 from diffusiongemma.training import corpus as corpora
@@ -152,18 +157,18 @@ def _train_on(mesh, share, config, workdir, load_base, until_done) -> int:
   is_new, *_ = processes.gather_json(not workdirs.is_claimed(workdir))
   if start and not is_new:
     start = workdir  # What came with the weights is there since.
-  tokenizer = workdirs.load_tokenizer(config, start)
+  tokenizer = companions.load_tokenizer(config, start)
   corpus = corpora.load_corpus(
     config.data,
     tokenizer,
     config.diffusion.canvas_length,
-    workdirs.find_chat_template(start) if start else None,
+    companions.find_chat_template(start) if start else None,
   )
   _check_sample_prompt(config, tokenizer)
 
   def claim():
     workdirs.claim(workdir, config, tokenizer)
-    until_done.enter_context(workdirs.held(workdir))
+    until_done.enter_context(lock.held(workdir))
     workdirs.claim(workdir, config, tokenizer)  # Another may have been faster.
 
   if processes.is_first() and not is_new:
@@ -187,8 +192,9 @@ def _train_on(mesh, share, config, workdir, load_base, until_done) -> int:
       if config.lora.rank:
         base = load_base()
         is_fresh = manager.latest_step() is None
-        workdirs.check_base(workdir, base, note=is_fresh)
-        base = train_state.with_configured_types(config, base)
+        digests = digest_lib.digests(base)
+        workdirs.check_base(workdir, digests, note=is_fresh)
+        base = denoiser.with_configured_types(config.model, base)
         load_base = lambda: base
       text = {
         'train': data.describe(corpus.train),
@@ -200,7 +206,7 @@ def _train_on(mesh, share, config, workdir, load_base, until_done) -> int:
       step = int(state.step)
       before = config
       if processes.is_first():
-        before = workdirs.go_on(workdir, config, step)
+        before = history.go_on(workdir, config, step)
     with (
       contextlib.closing(
         metrics_lib.MetricsWriter(workdir, step, processes.is_first())
@@ -349,7 +355,7 @@ def start_or_resume(
   iterator = iter(dataset)
   restored = native.restore_newest(manager, *train_state.to_items(abstract))
   if restored is None:
-    params = train_state.with_configured_types(config, load_base())
+    params = denoiser.with_configured_types(config.model, load_base())
     init = jax.jit(
       functools.partial(train_state.init_train_state, config),
       out_shardings=jax.tree.map(lambda x: x.sharding, abstract),

@@ -24,14 +24,16 @@ import diffusiongemma
 from diffusiongemma import config as configs
 from diffusiongemma.checkpoints import CheckpointError
 from diffusiongemma.checkpoints import digest as digest_lib
+from diffusiongemma.checkpoints import huggingface
 from diffusiongemma.checkpoints import huggingface_config
 from diffusiongemma.checkpoints import native
 from diffusiongemma.checkpoints import safetensors
 from diffusiongemma.checkpoints import safetensors_writer
 from diffusiongemma.model import denoiser
+from diffusiongemma.runs import companions
 from diffusiongemma.runs import convert as conversion
 from diffusiongemma.runs import folder as workdirs
-from diffusiongemma.training import train_state
+from diffusiongemma.runs import load
 
 MODEL = configs.ModelConfig(
   vocab_size=61,
@@ -75,7 +77,7 @@ TYPES = {
 def make_folder(folder, dtype='float32', max_shard_bytes=10**9):
   """A Hugging Face folder of random tensors; `{name: array}`."""
   folder.mkdir()
-  table = conversion.huggingface.tensor_table(denoiser.abstract_params(MODEL))
+  table = huggingface.tensor_table(denoiser.abstract_params(MODEL))
   rng = np.random.default_rng(0)
   arrays = {
     name: rng.normal(size=entry.their_shape).astype(TYPES[dtype])
@@ -213,11 +215,10 @@ def test_a_text_network_gets_an_encoder_of_nothing(tmp_path):
 
   config = micro_config.get_config()
   workdir, out = tmp_path / 'run', tmp_path / 'out'
-  workdirs.claim(str(workdir), config, workdirs.load_tokenizer(config))
-  state = train_state.abstract_state(config)
+  workdirs.claim(str(workdir), config, companions.load_tokenizer(config))
   params = jax.tree.map(
     lambda x: jax.random.normal(jax.random.key(0), x.shape, x.dtype),
-    state.params,
+    denoiser.abstract_params(config.model),
   )
   with native.open_checkpoints(str(workdir / 'checkpoints'), 1) as manager:
     native.save(manager, 7, params, {'m': jnp.zeros(3)}, {}, config)
@@ -230,7 +231,7 @@ def test_a_text_network_gets_an_encoder_of_nothing(tmp_path):
     'input_proj', 'position_table', 'projection'
   }  # fmt: skip
   assert same_trees(again.params, params)
-  assert again.tokenizer.encode('ROMEO.') == workdirs.find_tokenizer(
+  assert again.tokenizer.encode('ROMEO.') == companions.find_tokenizer(
     config, str(workdir)
   ).encode('ROMEO.')
 
@@ -549,11 +550,11 @@ def test_comparing_copies_holds_one_tensor(stored, arrays, monkeypatch):
     sizes.append(nbytes)
     return read(descriptor, offset, nbytes, path)
 
-  table = conversion.huggingface.tensor_table(denoiser.abstract_params(MODEL))
-  found = conversion.huggingface.find_tensors(str(folder), table)
+  table = huggingface.tensor_table(denoiser.abstract_params(MODEL))
+  found = huggingface.find_tensors(str(folder), table)
   monkeypatch.setattr(safetensors.files, 'read_bytes', read_bytes)
-  for entry, array in conversion.huggingface.read_arrays(table, found):
-    assert array.shape == entry.shape
+  for name, entry in table.items():
+    assert huggingface.read_array(entry, found[name]).shape == entry.shape
   assert max(sizes) == 64
   assert sum(sizes) == sum(
     tensor.nbytes for _, *copies in found.values() for tensor in copies
@@ -813,7 +814,7 @@ def test_few_bits_are_for_sampling(hf_dir, workdir, tmp_path):
   for attempt in (
     lambda: diffusiongemma.export(str(target), str(tmp_path / 'out')),
     lambda: diffusiongemma.quantize(str(target), str(tmp_path / 'again'), FEW),
-    lambda: conversion.adopt(
+    lambda: load.adopt(
       configs.Config(train=configs.TrainConfig(init_from=str(target))),
       str(tmp_path / 'run'),
     ),

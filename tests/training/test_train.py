@@ -24,7 +24,11 @@ from diffusiongemma.checkpoints import digest as digest_lib
 from diffusiongemma.checkpoints import native
 from diffusiongemma.diffusion import loss
 from diffusiongemma.generation import generate
+from diffusiongemma.runs import companions
 from diffusiongemma.runs import folder as workdirs
+from diffusiongemma.runs import history
+from diffusiongemma.runs import learnt
+from diffusiongemma.runs import lock
 from diffusiongemma.training import corpus as corpora
 from diffusiongemma.training import evaluate
 from diffusiongemma.training import metrics
@@ -163,7 +167,7 @@ def test_a_signal_ends_an_evaluation_at_once(
   config = dataclasses.replace(config, train=train_config)
   assert train.train(config, str(tmp_path)) == 128 + signal.SIGTERM
   assert count == calls
-  assert workdirs.load(str(tmp_path)).step == 2
+  assert learnt.restore(str(tmp_path)).step == 2
 
 
 def test_damaged_newest_checkpoint_is_not_resumed_from(straight, tmp_path):
@@ -212,7 +216,7 @@ def test_what_a_run_leaves_and_says(straight):
 
 def test_a_folder_in_which_another_trains_is_refused(straight):
   workdir, _ = straight
-  with workdirs.held(str(workdir)):
+  with lock.held(str(workdir)):
     output = finish(
       start(workdir, '--config.train.sample_prompt=ROMEO.'), code=1
     )
@@ -225,7 +229,7 @@ def test_a_lock_that_leads_elsewhere_is_none(tmp_path, caplog):
   victim = tmp_path / 'victim'
   victim.write_text('dear')
   (tmp_path / 'lock').symlink_to(victim)
-  with workdirs.held(str(tmp_path)):
+  with lock.held(str(tmp_path)):
     pass
   assert victim.read_text() == 'dear' and 'is not locked' in caplog.text
 
@@ -288,7 +292,7 @@ def config(micro):
 
 
 def test_workdir_of_another_config_is_refused(config, straight):
-  tokenizer = workdirs.load_tokenizer(config)
+  tokenizer = companions.load_tokenizer(config)
   free = dataclasses.replace(config.train, log_every=1, keep_checkpoints=9)
   same = dataclasses.replace(config, train=free)
   workdirs.claim(straight[0], same, tokenizer)
@@ -306,7 +310,7 @@ def test_workdir_of_another_config_is_refused(config, straight):
 
 
 def test_what_may_not_change_is_refused_with_its_reason(config, straight):
-  tokenizer = workdirs.load_tokenizer(config)
+  tokenizer = companions.load_tokenizer(config)
   for name, value, reason in (
     ('model.num_experts', '8', 'the parameters are those of this network'),
     ('data.packing', 'true', 'the order of the data follows from it'),
@@ -384,7 +388,7 @@ def test_a_finished_run_goes_on(quickly, tmp_path):
     'The learning rate goes on at 0.205, where it would have been 0.001.',
   ):
     assert line in told
-  assert workdirs.load(str(folder)).step == 30
+  assert learnt.restore(str(folder)).step == 30
   told = quickly(
     train__steps=30, optimizer__peak_learning_rate=0.5, train__log_every=1
   )
@@ -472,7 +476,7 @@ def test_settings_that_can_not_be_noted_leave_all_as_it_was(quickly, tmp_path):
   other = fields.override(config, 'train.steps', '9')
   failure = pytest.raises(workdirs.WorkdirError, match='that have changed')
   with disk.full_disk(10), failure:
-    workdirs.go_on(str(folder), other, 2)
+    history.go_on(str(folder), other, 2)
   assert files_of(folder) == before
 
 
@@ -492,12 +496,12 @@ def test_what_killed_processes_left_half_written_is_removed(tmp_path):
   ]
   for name in (*left, *kept):
     (tmp_path / name).write_text('half')
-  with workdirs.held(str(tmp_path)):
+  with lock.held(str(tmp_path)):
     there = lambda names: [name for name in names if (tmp_path / name).exists()]
     assert not there(left) and there(kept) == kept
     (tmp_path / left[0]).touch()
     second = pytest.raises(workdirs.WorkdirError, match='Another run trains')
-    with second, workdirs.held(str(tmp_path)):
+    with second, lock.held(str(tmp_path)):
       pass
     assert there(left) == left[:1], 'it is being written'
 
@@ -509,7 +513,7 @@ def test_tokenizer_must_fit_the_network(micro):
     ('diffusion.stop_token_ids', '50'),
   ):
     with pytest.raises(configs.ConfigError, match=field.replace('.', r'\.')):
-      workdirs.load_tokenizer(fields.override(micro, field, value))
+      companions.load_tokenizer(fields.override(micro, field, value))
 
 
 def test_a_run_of_bad_steps_stops_with_the_last_good_state(tmp_path):
