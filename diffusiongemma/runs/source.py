@@ -184,6 +184,7 @@ def _open_adapters(path: str, config: Config) -> Source:
 
   def arrays():
     learnt, base = read_adapters(), open_base().arrays()
+    # Read once to compare and once to merge, so that one array is held.
     digests = {
       digest_lib.name_of(name): digest_lib.digest(base.read(name))
       for name in base.types

@@ -22,6 +22,8 @@ from diffusiongemma.runs import folder as workdirs
 from diffusiongemma.runs import learnt
 from diffusiongemma.runs import load
 from diffusiongemma.training import corpus as corpora
+from diffusiongemma.training import notices
+from diffusiongemma.training import quality
 from diffusiongemma.training import train
 
 MICRO = str(pathlib.Path(__file__).parents[1] / 'micro_config.py')
@@ -34,7 +36,7 @@ def little_to_do(tmp_path_factory):
   text = tmp_path_factory.mktemp('text') / 'a.txt'
   text.write_text('Shall I compare thee to a summer day? ' * 50)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train, 'report_quality', lambda *args: None)
+    patch.setattr(quality, 'report_quality', lambda *args: None)
     patch.setattr(corpora, 'SHIPPED_CORPUS', text)
     yield
 
@@ -149,7 +151,7 @@ def test_a_run_of_adapters_goes_on(base, adapted, tmp_path):
     raise KeyboardInterrupt
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train, 'report_quality', lambda *args: stop(*args[-2:]))
+    patch.setattr(quality, 'report_quality', lambda *args: stop(*args[-2:]))
     with pytest.raises(KeyboardInterrupt):
       run(half, tmp_path)
   assert stopped == [1] and learnt.restore(str(tmp_path)).step == 1
@@ -292,5 +294,5 @@ def test_it_is_told_when_what_is_frozen_is_random(freeze, start, told):
     optimizer=configs.OptimizerConfig(freeze=freeze),
     train=configs.TrainConfig(init_from=start),
   )
-  said = ' '.join(train.told_at_start(config))
+  said = ' '.join(notices.at_start(config))
   assert ('stay random' in said) == told
