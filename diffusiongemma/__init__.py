@@ -63,6 +63,7 @@ if TYPE_CHECKING:
   from diffusiongemma.runs.convert import convert as convert
   from diffusiongemma.runs.convert import export as export
   from diffusiongemma.runs.convert import quantize as quantize
+  from diffusiongemma.runs.load import Run as Run
   from diffusiongemma.text.tokenizer import Tokenizer as Tokenizer
 
 # Where the public names are; each is imported when it is first asked for, so
@@ -102,6 +103,7 @@ _HOME = {
   'convert': 'diffusiongemma.runs.convert',
   'export': 'diffusiongemma.runs.convert',
   'quantize': 'diffusiongemma.runs.convert',
+  'Run': 'diffusiongemma.runs.load',
   'Tokenizer': 'diffusiongemma.text.tokenizer',
 }
 __all__ = [*_HOME, '__version__']

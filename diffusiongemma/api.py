@@ -38,9 +38,9 @@ from diffusiongemma.generation import generate as generation
 from diffusiongemma.generation import network as network_lib
 from diffusiongemma.generation import prompt as prompt_lib
 from diffusiongemma.ops import weights
-from diffusiongemma.runs import convert
-from diffusiongemma.runs.folder import Run
-from diffusiongemma.runs.folder import no_tokenizer
+from diffusiongemma.runs import load as load_lib
+from diffusiongemma.runs.companions import no_tokenizer
+from diffusiongemma.runs.load import Run
 from diffusiongemma.text import template as templates
 from diffusiongemma.training import corpus
 from diffusiongemma.training import data
@@ -114,7 +114,7 @@ def load(
       weights.
     CheckpointError: what is there is damaged or of another kind.
   """
-  run = convert.load(path, config, sharding, verify)
+  run = load_lib.load(path, config, sharding, verify)
   if sharding is not None:
     return run
   return run._replace(params=weights.arrange(run.params, donate=True))

@@ -20,7 +20,7 @@ import sentencepiece
 
 from diffusiongemma import config as configs
 from diffusiongemma.model import denoiser
-from diffusiongemma.runs import folder as workdir
+from diffusiongemma.runs import load
 from diffusiongemma.text import tokenizer as tokenizers
 
 # Tests compile much and compute little: XLA need not optimise. Its older
@@ -112,7 +112,7 @@ def chat_tokenizer() -> tokenizers.Tokenizer:
 
 
 @pytest.fixture(scope='session')
-def chat_run(chat_tokenizer) -> workdir.Run:
+def chat_run(chat_tokenizer) -> load.Run:
   """A random network that knows turns, of canvases of eight tokens."""
   config = configs.Config(
     model=configs.ModelConfig(
@@ -140,4 +140,4 @@ def chat_run(chat_tokenizer) -> workdir.Run:
   )
   model = denoiser.Denoiser(config.model)
   params = denoiser.init_params(model, jax.random.key(0))
-  return workdir.Run(config, chat_tokenizer, 0, params)
+  return load.Run(config, chat_tokenizer, 0, params)

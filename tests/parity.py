@@ -19,6 +19,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax
 import jax.numpy as jnp
+import joint_loss
 import numpy as np
 import optax
 import torch
@@ -33,7 +34,6 @@ from diffusiongemma.diffusion import loss as losses
 from diffusiongemma.generation import network as network_lib
 from diffusiongemma.model import denoiser
 from diffusiongemma.model import masks
-from diffusiongemma.runs import convert as conversion
 
 VISION = configs.VisionConfig(
   embed_dim=24,
@@ -128,7 +128,7 @@ def make_reference(config: configs.ModelConfig, canvas_length: int, seed=0):
 
 def convert(model, config: configs.ModelConfig) -> dict:
   """Their tensors as our parameters, by the table that converts files."""
-  return conversion.from_state_dict(config, model.state_dict())
+  return huggingface.from_state_dict(config, model.state_dict())
 
 
 def difference(ours, theirs) -> float:
@@ -470,7 +470,7 @@ def our_gradients(pair: Pair) -> tuple[float, dict]:
   @jax.value_and_grad
   def loss_and_grad(params):
     network = network_of(model, params)
-    return losses.diffusion_loss(network, batch, drawn, 0.7)[0]
+    return joint_loss.joint_loss(network, batch, drawn, 0.7)[0]
 
   loss, grads = loss_and_grad(pair.params)
   table = huggingface.tensor_table(grads)
@@ -619,7 +619,7 @@ def memorise(pair: Pair, tokens_BS: np.ndarray) -> dict:
         key, batch, pair.canvas_length, pair.config.vocab_size, 0.5
       )
       grads = jax.grad(
-        lambda p: losses.diffusion_loss(
+        lambda p: joint_loss.joint_loss(
           network_of(model, p), batch, drawn, 1.0
         )[0]
       )(params)

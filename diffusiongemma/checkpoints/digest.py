@@ -46,6 +46,11 @@ def digests(tree: Any) -> dict[str, str]:
   return {jax.tree_util.keystr(path): digest(leaf) for path, leaf in leaves}
 
 
+def name_of(path: tuple[str, ...]) -> str:
+  """The name that `digests` gives the array at a path of nested dicts."""
+  return jax.tree_util.keystr(tuple(map(jax.tree_util.DictKey, path)))
+
+
 def _mix(x: jax.Array) -> jax.Array:
   """uint32 to uint32, every bit of which depends on every bit."""
   x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)

@@ -10,19 +10,24 @@ the same bits, or under any one of them. Names as in `transformers` 5.24.
 """
 
 from collections.abc import Collection
-from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
 import math
 from typing import Any
 from typing import NamedTuple
 
 from absl import logging
+from flax import traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from diffusiongemma.checkpoints import CheckpointError
 from diffusiongemma.checkpoints import files
 from diffusiongemma.checkpoints import foreign
 from diffusiongemma.checkpoints import safetensors
+from diffusiongemma.config import ModelConfig
+from diffusiongemma.model import denoiser
 from diffusiongemma.model import parameters
 
 # (our path, their name, whether it is transposed); * is the layer's number.
@@ -302,26 +307,38 @@ def _check_tensor(tensor: safetensors.Tensor, entry: Entry) -> None:
     )
 
 
-def read_arrays(
-  table: dict[str, Entry], tensors: dict[str, list[safetensors.Tensor]]
-) -> Iterator[tuple[Entry, np.ndarray]]:
-  """Our arrays one after the other; no more than one is held.
+def read_array(
+  entry: Entry, tensors: Sequence[safetensors.Tensor]
+) -> np.ndarray:
+  """One array as ours, the same bits.
 
   Args:
-    table: see `tensor_table`.
-    tensors: see `find_tensors`.
+    entry: of the table.
+    tensors: where it lies, once or more; see `find_tensors`.
 
   Raises:
     CheckpointError: copies of a tied tensor differ, or a file changes
       meanwhile.
   """
-  for name, entry in table.items():
-    first, *copies = tensors[name]
-    array = safetensors.read_tensor(first)
-    for copy in copies:
-      if not safetensors.has_bits(copy, array):
-        raise CheckpointError(
-          f'{copy.name} in {copy.path} differs from {first.name} in '
-          f'{first.path}, but {_ONE_WEIGHT}.'
-        )
-    yield entry, entry.to_ours(array)
+  first, *copies = tensors
+  array = safetensors.read_tensor(first)
+  for copy in copies:
+    if not safetensors.has_bits(copy, array):
+      raise CheckpointError(
+        f'{copy.name} in {copy.path} differs from {first.name} in '
+        f'{first.path}, but {_ONE_WEIGHT}.'
+      )
+  return entry.to_ours(array)
+
+
+def from_state_dict(
+  config: ModelConfig, state: Mapping[str, np.ndarray]
+) -> dict:
+  """Our parameters from a `transformers` model's tensors, by their names."""
+  table = tensor_table(denoiser.abstract_params(config))
+  return traverse_util.unflatten_dict(
+    {
+      entry.path: jnp.asarray(entry.to_ours(np.asarray(state[name])))
+      for name, entry in table.items()
+    }
+  )

@@ -171,7 +171,7 @@ def save_arrays(
     os.makedirs(directory)
     _check_room(directory, num_bytes)
     for path, array in arrays:
-      sums[_key(path)] = digest_lib.digest(array)
+      sums[digest_lib.name_of(path)] = digest_lib.digest(array)
       node = piece
       for part in path[:-1]:
         node = node.setdefault(part, {})
@@ -199,11 +199,6 @@ def save_arrays(
     raise CheckpointError(
       f'The parameters could not be saved in {directory}: {_reason(error)}.'
     ) from error
-
-
-def _key(path: tuple[str, ...]) -> str:
-  """The name of an array in `digests`."""
-  return jax.tree_util.keystr(tuple(map(jax.tree_util.DictKey, path)))
 
 
 def _reason(error: Exception) -> str:
@@ -409,11 +404,12 @@ def _unreadable(manager: ocp.CheckpointManager, step: int) -> str:
 
 def stored_types(
   manager: ocp.CheckpointManager, step: int
-) -> dict[tuple[str, ...], np.dtype]:
-  """`{path: type}` of the parameters on disk. Raises `CheckpointError`."""
+) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+  """`{path: shape and type}` of the parameters on disk. Raises
+  `CheckpointError`."""
   leaves = jax.tree_util.tree_leaves_with_path(_metadata(manager, step))
   return {
-    tuple(key.key for key in keys): np.dtype(leaf.dtype)
+    tuple(key.key for key in keys): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     for keys, leaf in leaves
   }
 
@@ -451,6 +447,7 @@ def array_reader(
   expected = _digests_in(digests, 'params', step)
 
   def read(path):
+    name = digest_lib.name_of(path)
     try:
       leaf = stored
       for part in path:
@@ -469,11 +466,11 @@ def array_reader(
         array = array[part]
     except Exception as error:
       raise CheckpointError(
-        f'Checkpoint {step}: {_key(path)} cannot be read: {_reason(error)}.'
+        f'Checkpoint {step}: {name} cannot be read: {_reason(error)}.'
       ) from error
-    if expected.get(_key(path)) != digest_lib.digest(array):
+    if expected.get(name) != digest_lib.digest(array):
       raise CheckpointError(
-        f'Checkpoint {step} is damaged: params {_key(path)} differs from what '
+        f'Checkpoint {step} is damaged: params {name} differs from what '
         'was saved.'
       )
     return array

@@ -15,7 +15,7 @@ from diffusiongemma.errors import Error
 from diffusiongemma.generation import chat
 from diffusiongemma.generation import images
 from diffusiongemma.generation import prompt as prompt_lib
-from diffusiongemma.runs.folder import Run
+from diffusiongemma.runs.load import Run
 from diffusiongemma.text import template as templates
 
 HELP = """\

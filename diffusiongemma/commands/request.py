@@ -13,7 +13,7 @@ from diffusiongemma.commands import terminal
 from diffusiongemma.commands import trace
 from diffusiongemma.errors import Error
 from diffusiongemma.generation import generate
-from diffusiongemma.runs.folder import Run
+from diffusiongemma.runs.load import Run
 from diffusiongemma.text import template as templates
 
 

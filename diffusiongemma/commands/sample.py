@@ -10,7 +10,7 @@ from diffusiongemma.errors import Error
 
 if typing.TYPE_CHECKING:
   from diffusiongemma.commands.request import Request
-  from diffusiongemma.runs.folder import Run
+  from diffusiongemma.runs.load import Run
 
 _PROMPT = flags.DEFINE_string(
   'prompt', None, 'The message, or the text to go on from.'

@@ -13,7 +13,7 @@ from diffusiongemma.config import Config
 from diffusiongemma.config import ConfigError
 
 if typing.TYPE_CHECKING:
-  from diffusiongemma.runs import folder as workdirs
+  from diffusiongemma.runs.load import Run
 
 _PATHS = []  # Names of the flags that are paths.
 
@@ -86,20 +86,20 @@ def load_config(overrides: dict[str, str]) -> Config:
   return overrides_lib.load_config(CONFIG.value, workdir(), overrides)
 
 
-def load_run(overrides: dict[str, str]) -> 'workdirs.Run':
+def load_run(overrides: dict[str, str]) -> 'Run':
   """The run, or the Hugging Face folder, to write with or to measure.
 
   Raises:
     ConfigError, WorkdirError, CheckpointError: it can't be used.
   """
-  from diffusiongemma.runs import convert
   from diffusiongemma.runs import folder as workdirs
+  from diffusiongemma.runs import huggingface_folder
   from diffusiongemma.runs import overrides as overrides_lib
 
   if HF_DIR.value and WORKDIR.value:
     raise ConfigError('Give --workdir or --hf_dir, not both.')
   if HF_DIR.value:
-    folder, own = HF_DIR.value, convert.read_config(HF_DIR.value)
+    folder, own = HF_DIR.value, huggingface_folder.read_config(HF_DIR.value)
   else:
     folder, own = workdir(), workdirs.read_config(workdir())
   return overrides_lib.load_run(folder, own, overrides)

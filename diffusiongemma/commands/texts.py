@@ -17,7 +17,7 @@ from diffusiongemma.commands.request import Request
 from diffusiongemma.generation import chat
 from diffusiongemma.generation import generate
 from diffusiongemma.generation import prompt as prompt_lib
-from diffusiongemma.runs.folder import Run
+from diffusiongemma.runs.load import Run
 from diffusiongemma.text import template as templates
 from diffusiongemma.text import tokenizer as tokenizers
 

@@ -27,7 +27,7 @@ _PROCESS_ID = flags.DEFINE_integer(
 def run(overrides: dict[str, str]) -> int:
   """Trains; returns the exit code."""
   from diffusiongemma.devices import processes
-  from diffusiongemma.runs import convert
+  from diffusiongemma.runs import load
   from diffusiongemma.training import train
 
   processes.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
@@ -37,7 +37,7 @@ def run(overrides: dict[str, str]) -> int:
       'config.quantization is for sampling; train without it, then '
       '--mode=quantize.'
     )
-  load_base = functools.partial(convert.load_base, config)
+  load_base = functools.partial(load.load_base, config)
   code = train.train(
     config, workdir, load_base if config.train.init_from else None
   )

@@ -1,18 +1,18 @@
-"""The training objective: denoising plus autoregressive cross entropy.
+"""What training objectives are made of: noise, and two cross entropies.
 
   t ~ U(1e-4, 1 - 1e-4),  z ~ q(z_t | x_sel),  sel ~ U(valid canvases), or all
   s = 0, or with probability p the soft embedding of passes before (no grad)
-  loss = mean_i CE(f(z, s | prompt, canvases < sel), x_sel_i)
-         + ar_weight * mean_j CE(prefill(x)_j, x_j+1)
+  denoising_loss = mean_i CE(f(z, s | prompt, canvases < sel), x_sel_i)
+  read_text      = mean_j CE(prefill(x)_j, x_j+1)
 
 The mean is over all C positions of a canvas, kept ones too, with no 1/t
-weight. This is a loss: neither a likelihood nor a bound of one. `loo_ce`
-teaches f to tell x_i from all of z but z_i (leave-one-out), by handing it the
-evidence of z_i:  CE(f + log(1 + V alpha / (1 - alpha)) onehot(z), x). `ar`
-leaves the denoiser out.
+weight. With `leave_one_out`, f learns to tell x_i from all of z but z_i, by
+being handed the evidence of z_i:  CE(f + log(1 + V alpha / (1 - alpha))
+onehot(z), x).
 """
 
 from collections.abc import Callable
+from typing import Any
 from typing import NamedTuple
 
 import flax
@@ -185,78 +185,85 @@ def draw_noise(
   )
 
 
-def diffusion_loss(
+def read_text(
   network: Network,
   batch: dict,
-  drawn: Noise,
-  ar_loss_weight: float,
-  *,
-  objective: str = 'ce',
-  counts: Counts | None = None,
-) -> tuple[jax.Array, dict]:
-  """The joint loss of one batch.
+  canvas_length: int,
+  counts: Counts,
+  is_learnt: bool = True,
+) -> tuple[jax.Array, Any, Any]:
+  """Prefill, from which canvases are denoised, and the loss of what it reads.
 
   Args:
     network: the functions of a network.
     batch: see `check_batch`.
-    drawn: see `draw_noise`.
-    ar_loss_weight: weight of the autoregressive term.
-    objective: 'ce', 'loo_ce' or 'ar', see the top of the file.
-    counts: what sums are divided by, instead of `count` of this batch: for a
-      part of a larger one.
+    canvas_length: C.
+    counts: what sums are divided by.
+    is_learnt: without, the loss is 0, and the text of the last canvas is not
+      read.
 
   Returns:
-    (loss in nats a token, metrics): `loss_denoise`, `loss_ar`, both in nats a
-    token; `accuracy`, the share of corrupted positions whose argmax is right;
-    and whatever `network.prefill` returns third, under `auxiliary`. Every row
-    with a canvas counts the same, and every canvas of a row.
+    (autoregressive loss in nats a token, cache, what `network.prefill` returns
+    third).
   """
-  C = drawn.canvas_BL.shape[1] // drawn.start_BK.shape[1]
-  check_batch(batch, C)
-  counts = counts or count(batch, drawn)
-  loss_ar = jnp.zeros((), jnp.float32)
-  if ar_loss_weight or objective == 'ar':
+  if is_learnt:
     h_BSD, cache, auxiliary = network.prefill(
       batch['tokens_BS'], batch['length_B'], first_BP=batch['first_BS']
     )
     # Right padding and the last column have no next token to predict.
     targets_BS = jnp.roll(batch['tokens_BS'], -1, axis=1)
     mask_BS = jnp.roll(batch['target_mask_BS'], -1, axis=1).at[:, -1].set(False)
-    loss_ar, _ = cross_entropy.weighted(
+    nats, _ = cross_entropy.weighted(
       network.logits, h_BSD, targets_BS, mask_BS / counts.targets
     )
-  else:
-    # No canvas sees further than where the last one can begin.
-    P = batch['tokens_BS'].shape[1] - C
-    _, cache, auxiliary = network.prefill(
-      batch['tokens_BS'][:, :P],
-      jnp.minimum(batch['length_B'], P),
-      first_BP=batch['first_BS'][:, :P],
-    )
-  if objective == 'ar':
-    loss_denoise = accuracy = jnp.zeros((), jnp.float32)
-  else:
-    h_BLD = denoise_canvases(network, cache, drawn)
-    clean_BL = slice_canvases(batch['tokens_BS'], drawn.start_BK, C)
-    evidence = None
-    if objective == 'loo_ce':
-      evidence = (drawn.canvas_BL, jnp.repeat(drawn.t_BK, C, axis=1))
-    valid_BL = jnp.repeat(drawn.valid_BK, C, axis=1)
-    share_BL = valid_BL / jnp.maximum(valid_BL.sum(1, keepdims=True), 1)
-    loss_denoise, right_BL = cross_entropy.weighted(
-      network.logits, h_BLD, clean_BL, share_BL / counts.rows, evidence
-    )
-    judged_BL = drawn.corrupted_BL & valid_BL
-    accuracy = jnp.sum(jnp.where(judged_BL, right_BL, 0)) / counts.corrupted
-  loss = loss_denoise + ar_loss_weight * loss_ar
-  metrics = {
-    'loss': loss,
-    'loss_denoise': loss_denoise,
-    'loss_ar': loss_ar,
-    'accuracy': accuracy,
-    'auxiliary': auxiliary,
-  }
-  return loss, metrics
+    return nats, cache, auxiliary
+  # No canvas sees further than where the last one can begin.
+  P = batch['tokens_BS'].shape[1] - canvas_length
+  _, cache, auxiliary = network.prefill(
+    batch['tokens_BS'][:, :P],
+    jnp.minimum(batch['length_B'], P),
+    first_BP=batch['first_BS'][:, :P],
+  )
+  return jnp.zeros((), jnp.float32), cache, auxiliary
+
+
+def denoising_loss(
+  network: Network,
+  cache: Any,
+  batch: dict,
+  drawn: Noise,
+  counts: Counts,
+  leave_one_out: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+  """The loss of the canvases, each after the text before it.
+
+  Args:
+    network: the functions of a network.
+    cache: of the batch's text, see `read_text`.
+    batch: see `check_batch`.
+    drawn: see `draw_noise`.
+    counts: what sums are divided by.
+    leave_one_out: hand the network the evidence of each token, so that it
+      learns from the others alone; see the top of the file.
+
+  Returns:
+    (nats a token, share of corrupted positions whose argmax is right). Every
+    row with a canvas counts the same, and every canvas of a row.
+  """
+  C = drawn.canvas_BL.shape[1] // drawn.start_BK.shape[1]
+  h_BLD = denoise_canvases(network, cache, drawn)
+  clean_BL = slice_canvases(batch['tokens_BS'], drawn.start_BK, C)
+  evidence = None
+  if leave_one_out:
+    evidence = (drawn.canvas_BL, jnp.repeat(drawn.t_BK, C, axis=1))
+  valid_BL = jnp.repeat(drawn.valid_BK, C, axis=1)
+  share_BL = valid_BL / jnp.maximum(valid_BL.sum(1, keepdims=True), 1)
+  nats, right_BL = cross_entropy.weighted(
+    network.logits, h_BLD, clean_BL, share_BL / counts.rows, evidence
+  )
+  judged_BL = drawn.corrupted_BL & valid_BL
+  accuracy = jnp.sum(jnp.where(judged_BL, right_BL, 0)) / counts.corrupted
+  return nats, accuracy
 
 
 def count(batch: dict, drawn: Noise) -> Counts:

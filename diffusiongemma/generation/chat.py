@@ -21,6 +21,7 @@ import jax
 from diffusiongemma.config import Config
 from diffusiongemma.diffusion.sampling import AS_CONFIGURED
 from diffusiongemma.diffusion.sampling import Sampling
+from diffusiongemma.errors import Error
 from diffusiongemma.generation import engine
 from diffusiongemma.generation import generate
 from diffusiongemma.model import cache as kv_cache
@@ -32,8 +33,10 @@ from diffusiongemma.text.tokenizer import Tokenizer
 TURN_ENDS = ('<turn|>', '<|tool_response>')
 
 
-class ToolsError(ValueError):
+class ToolsError(Error, ValueError):
   """Declarations of tools that can't be used."""
+
+  exit_code = 2
 
 
 class Model(NamedTuple):

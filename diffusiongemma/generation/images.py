@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from diffusiongemma.config import VisionConfig
+from diffusiongemma.errors import Error
 
 BUDGETS = (70, 140, 280, 560, 1120)
 
@@ -26,7 +27,7 @@ BUDGETS = (70, 140, 280, 560, 1120)
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM', 'AVIF')
 
 
-class ImageError(ValueError):
+class ImageError(Error, ValueError):
   """An image or a prompt with images that can't be used."""
 
 

@@ -23,13 +23,16 @@ from diffusiongemma import powers
 from diffusiongemma.config import Config
 from diffusiongemma.config import ModelConfig
 from diffusiongemma.devices import sharding
+from diffusiongemma.errors import Error
 from diffusiongemma.generation import images as image_lib
 from diffusiongemma.model import cache as kv_cache
 from diffusiongemma.model import denoiser
 
 
-class PromptError(ValueError):
+class PromptError(Error, ValueError):
   """A prompt that can't be continued; the message says why."""
+
+  exit_code = 2
 
 
 def check_kind(prompts: Sequence[Sequence[int]]) -> None:

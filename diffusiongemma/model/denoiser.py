@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusiongemma import ops
+from diffusiongemma.config import Config
 from diffusiongemma.config import ModelConfig
 from diffusiongemma.model import cache as kv_cache
 from diffusiongemma.model import heads
@@ -391,6 +392,20 @@ def abstract_params(config: ModelConfig) -> dict:
   """Shapes of the parameters; their types are those of fresh ones."""
   model = Denoiser(config)
   return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+
+
+def fresh_params(config: Config) -> dict:
+  """Random parameters of a run's network; the same seed gives the same."""
+  return init_params(Denoiser(config.model), jax.random.key(config.train.seed))
+
+
+def with_configured_types(config: ModelConfig, params: dict) -> dict:
+  """Loaded parameters in the types that the config asks for."""
+  return jax.tree.map(
+    lambda x, wanted: jnp.asarray(x, wanted.dtype),
+    params,
+    abstract_params(config),
+  )
 
 
 def _set_up(module: nn.Module) -> None:

@@ -54,6 +54,13 @@ def init_adapters(config: LoraConfig, params: dict, key: jax.Array) -> dict:
   return traverse_util.unflatten_dict(adapters)
 
 
+def abstract_adapters(config: LoraConfig, params: dict) -> dict:
+  """Shapes and types of the adapters of a network, from its shapes. Raises
+  `ConfigError` as `init_adapters`."""
+  key = jax.random.key(0)
+  return jax.eval_shape(lambda: init_adapters(config, params, key))
+
+
 def find_targets(config: LoraConfig, params: dict) -> list[tuple[str, ...]]:
   """Paths of the matrices that are adapted. Raises `ConfigError`."""
   paths = {'/'.join(p): p for p in traverse_util.flatten_dict(params)}
@@ -91,6 +98,18 @@ def merge(config: LoraConfig, params: dict, adapters: dict) -> dict:
   return _with_adapters(
     params, adapters, lambda w, a, b: merged(config, w, a, b)
   )
+
+
+def merge_array(
+  config: LoraConfig, path: tuple[str, ...], w: jax.Array, adapters: dict
+) -> jax.Array:
+  """The parameter at `path` of what `merge` gives."""
+  a_and_b = adapters
+  for part in path:
+    a_and_b = a_and_b.get(part, {})
+  if not a_and_b:
+    return w
+  return merged(config, w, a_and_b['a'], a_and_b['b'])
 
 
 def merged(

@@ -10,8 +10,8 @@ from diffusiongemma import config as configs
 from diffusiongemma import fields
 from diffusiongemma import ops
 from diffusiongemma.devices import sharding
-from diffusiongemma.runs import convert as conversion
-from diffusiongemma.runs import folder as workdirs
+from diffusiongemma.runs import companions
+from diffusiongemma.runs import load as load_lib
 
 
 def parse(arguments: list[str], flags: list[str]) -> dict[str, str]:
@@ -61,7 +61,7 @@ def load_config(
   """
   config = apply(overrides, configs.load_config(path))
   if config.train.init_from:
-    adopted = conversion.adopt(config, workdir)
+    adopted = load_lib.adopt(config, workdir)
     # What was changed on the command line stays changed.
     rest = {k: v for k, v in overrides.items() if k != 'train.init_from'}
     config = apply(rest, adopted)
@@ -72,7 +72,7 @@ def load_config(
 
 def load_run(
   folder: str, own: configs.Config, overrides: dict[str, str]
-) -> workdirs.Run:
+) -> load_lib.Run:
   """A run, or what is in a Hugging Face folder, to write with: with single
   fields of `own`, its config, changed, on a mesh if they describe one, else as
   this device takes its parameters.
@@ -89,9 +89,9 @@ def load_run(
     sharding.validate(config, tuple(mesh.shape.values()), batch=False)
     jax.set_mesh(mesh)
     where = sharding.parameter_sharding(mesh)
-  run = conversion.load(folder, config, where)
+  run = load_lib.load(folder, config, where)
   if run.tokenizer is None:
-    raise workdirs.no_tokenizer(folder)
+    raise companions.no_tokenizer(folder)
   return run._replace(params=ops.weights.arrange(run.params, donate=True))
 
 

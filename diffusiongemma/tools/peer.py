@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from diffusiongemma.checkpoints import huggingface
 from diffusiongemma.checkpoints import huggingface_config
 from diffusiongemma.config import Config
-from diffusiongemma.runs import convert as conversion
+from diffusiongemma.runs import huggingface_folder
 
 # Ways in which `transformers` runs: name -> (whether compiled, its column).
 WAYS = {
@@ -37,15 +38,14 @@ class Transformers:
     self.torch, self.version = torch, transformers.__version__
     self.generation = diffusion_gemma.generation_diffusion_gemma
     self.caches = transformers.cache_utils
-    values = huggingface_config.to_config(
-      conversion.with_smallest_vision(config), config.diffusion, 'float32'
-    )
+    network = huggingface_folder.with_smallest_vision(config)
+    values = huggingface_config.to_config(network, config.diffusion, 'float32')
     own = diffusion_gemma.DiffusionGemmaConfig.from_dict(values)
     torch.manual_seed(0)
     self.model = diffusion_gemma.DiffusionGemmaForBlockDiffusion(own)
     self.model = self.model.float().eval()
     self.optimizer = None
-    self.params = conversion.from_state_dict(
+    self.params = huggingface.from_state_dict(
       config.model, self.model.state_dict()
     )
 

@@ -47,7 +47,6 @@ from diffusiongemma.model import parameters
 from diffusiongemma.ops import dispatch
 from diffusiongemma.tools import hlo
 from diffusiongemma.training import step as steps
-from diffusiongemma.training import train_state
 
 
 class PlanError(Error, ValueError):
@@ -326,7 +325,7 @@ def _lower_sampling(
   model = config.model
 
   def given():
-    params = train_state.fresh_params(config)
+    params = denoiser.fresh_params(config)
     if model.vision is not None:
       params = {k: v for k, v in params.items() if k != 'vision'}
     cache = kv_cache.init_cache(model, batch_size, context)

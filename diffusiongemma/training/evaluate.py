@@ -31,6 +31,7 @@ from diffusiongemma.diffusion import noise
 from diffusiongemma.generation import network as network_lib
 from diffusiongemma.training import corpus as corpora
 from diffusiongemma.training import data
+from diffusiongemma.training import objectives
 
 NOISE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -80,8 +81,8 @@ def _denoise_sums(config, params, tokens_BS, length_B, key, t):
     key, clean_BL, t_BL, config.model.vocab_size
   )
   h_BLD = network.denoise(canvas_BL, None, cache, start_BK)
-  is_loo = config.train.objective == 'loo_ce'
-  evidence = (canvas_BL, t_BL) if is_loo else None
+  objective = objectives.find(config.train.objective)
+  evidence = (canvas_BL, t_BL) if objective.LEAVES_ONE_OUT else None
   nats_BL, _ = cross_entropy.per_position(
     network.logits, h_BLD, clean_BL, evidence
   )
@@ -191,7 +192,7 @@ def quick(
   windows = windows.take(chosen)
   nats = ar_nats_per_token(config, params, windows, before_batch)
   numbers = {'heldout_loss_ar': nats}
-  if config.train.objective != 'ar':
+  if objectives.find(config.train.objective).DENOISES:
     denoise = denoise_nats_per_token(config, params, windows, t, before_batch)
     numbers['heldout_loss_corrupted'] = denoise.corrupted
     numbers['heldout_loss_kept'] = denoise.kept
@@ -239,7 +240,8 @@ def evaluate(
   numbers['unigram_bits_per_token'] = unigram_bits(
     corpus.train, config.model.vocab_size
   )
-  if config.train.objective == 'loo_ce':
+  objective = objectives.find(config.train.objective)
+  if objective.LEAVES_ONE_OUT:
     canvases = data.heldout_canvases(
       corpus.heldout,
       config.data.sequence_length,
@@ -253,7 +255,7 @@ def evaluate(
       bits = nats / math.log(2)
       numbers[f'{name}_bits_per_token'] = bits
       numbers[f'{name}_bits_per_byte'] = bits * tokens_per_byte
-  for t in NOISE_LEVELS if config.train.objective != 'ar' else ():
+  for t in NOISE_LEVELS if objective.DENOISES else ():
     tell(f'denoising at t = {t}')
     at_t = denoise_nats_per_token(config, params, windows, t)
     numbers[f'denoise_loss_t{t}_corrupted_bits'] = at_t.corrupted / math.log(2)

@@ -17,10 +17,8 @@ from rich import console as rich_console
 from rich import progress as rich_progress
 
 from diffusiongemma.checkpoints import folder as folders
-
-METRICS = 'metrics.jsonl'
-BAD_STEPS = 'bad_steps.jsonl'  # Steps that were left out, and their data.
-FILES = (METRICS, BAD_STEPS)
+from diffusiongemma.runs.folder import BAD_STEPS
+from diffusiongemma.runs.folder import METRICS
 
 
 class MetricsWriter:

@@ -26,6 +26,7 @@ from diffusiongemma.generation import network as network_lib
 from diffusiongemma.model import denoiser
 from diffusiongemma.model import moe
 from diffusiongemma.training import data
+from diffusiongemma.training import objectives
 from diffusiongemma.training import optimizer as optimizers
 from diffusiongemma.training import train_state
 
@@ -40,20 +41,14 @@ def make_train_step(
   `compute_gradients`.
   """
   optimizer = optimizers.make_optimizer(config)
-  train, seed = config.train, jax.random.key(config.train.seed)
+  objective = objectives.find(config.train.objective)
+  seed = jax.random.key(config.train.seed)
   out_shardings = shardings and (shardings, None)
 
   @functools.partial(jax.jit, donate_argnums=0, out_shardings=out_shardings)
   def train_step(state, batch, base=None):
-    drawn = loss.draw_noise(
-      jax.random.fold_in(seed, state.step),
-      batch,
-      config.diffusion.canvas_length,
-      config.model.vocab_size,
-      train.self_conditioning_probability,
-      train.canvases,
-      train.self_conditioning_passes,
-    )
+    key = jax.random.fold_in(seed, state.step)
+    drawn = objective.draw(key, batch, config)
     gradients, metrics = compute_gradients(
       config, state.params, batch, drawn, base, rows_at_once
     )
@@ -148,7 +143,7 @@ def compute_gradients(
   Rows share a guess where one device works through them at once: of
   `rows_at_once` rows, by default as many as there are on this mesh.
   """
-  train = config.train
+  train, objective = config.train, objectives.find(config.train.objective)
   parts = train.accumulate_steps
   counts = jax.tree.map(lambda n: n / parts, loss.count(batch, drawn))
   rows = rows_at_once or _rows_at_once(config, len(drawn.start_BK))
@@ -158,14 +153,7 @@ def compute_gradients(
     params = optimizers.stop_frozen(config, params)
     params = train_state.network_params(config, params, base)
     network = network_lib.bind(config, params, train.remat)
-    value, metrics = loss.diffusion_loss(
-      network,
-      batch,
-      drawn,
-      train.ar_loss_weight,
-      objective=train.objective,
-      counts=counts,
-    )
+    value, metrics = objective.loss(network, batch, drawn, counts, config)
     routings = metrics.pop('auxiliary')
     metrics.update(moe.routing_statistics(routings, batch['length_B']))
     return value, metrics

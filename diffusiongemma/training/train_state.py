@@ -56,34 +56,22 @@ class TrainState:
   ema: Any = None
 
 
-def fresh_params(config: Config) -> dict:
-  """Random parameters; the same seed gives the same ones."""
-  model = denoiser.Denoiser(config.model)
-  return denoiser.init_params(model, jax.random.key(config.train.seed))
-
-
 def fresh_params_at(config: Config, where: native.ShardingOf) -> dict:
-  """`fresh_params`, each where it is to lie."""
+  """Random parameters, each where it is to lie."""
   abstract = denoiser.abstract_params(config.model)
   shardings = jax.tree.map(
     lambda x: x.sharding, sharding.placed(abstract, where)
   )
-  return jax.jit(lambda: fresh_params(config), out_shardings=shardings)()
-
-
-def with_configured_types(config: Config, params: dict) -> dict:
-  """Loaded parameters in the types that the config asks for."""
-  abstract = denoiser.abstract_params(config.model)
-  return jax.tree.map(
-    lambda x, wanted: jnp.asarray(x, wanted.dtype), params, abstract
-  )
+  return jax.jit(
+    lambda: denoiser.fresh_params(config), out_shardings=shardings
+  )()
 
 
 def init_train_state(config: Config, params: dict | None = None) -> TrainState:
   """The state before the first step, of the network with these parameters or
   a fresh one. The parameters are then the state's."""
   if params is None:
-    params = fresh_params(config)
+    params = denoiser.fresh_params(config)
   if config.lora.rank:
     _, adapter_key = jax.random.split(jax.random.key(config.train.seed))
     params = lora.init_adapters(config.lora, params, adapter_key)

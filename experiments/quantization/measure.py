@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import diffusiongemma as dg
 from diffusiongemma import checkpoints
 from diffusiongemma import config as configs
 from diffusiongemma import ops
 from diffusiongemma.diffusion import noise
 from diffusiongemma.model import denoiser
 from diffusiongemma.model import parameters
-from diffusiongemma.runs import convert as conversion
 from diffusiongemma.runs import folder as workdirs
 from diffusiongemma.training import corpus as corpora
 from diffusiongemma.training import evaluate
@@ -88,7 +88,7 @@ def main() -> None:
   parser.add_argument('--out', required=True)
   given = parser.parse_args()
   try:
-    run = conversion.load(given.workdir)
+    run = dg.load(given.workdir)
     config, C = run.config, run.config.diffusion.canvas_length
     corpus = corpora.load_corpus(config.data, run.tokenizer, C)
   except EXPECTED_ERRORS as problem:

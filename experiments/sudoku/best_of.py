@@ -29,7 +29,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import diffusiongemma as dg
-from diffusiongemma.runs import folder as workdirs
 from experiments import machine
 from experiments import plots
 from experiments.sudoku import make_puzzles
@@ -40,7 +39,7 @@ from experiments.sudoku import solve
 SURE = -0.003
 
 
-def make_judge(run: workdirs.Run) -> Callable:
+def make_judge(run: dg.Run) -> Callable:
   """(cache, tokens_BL) -> the sums, float32 [B]."""
   model = dg.Denoiser(run.config.model, lower_once=True)
 
@@ -73,9 +72,7 @@ class Posed(NamedTuple):
     return self.meaning_V[tokens_L[self.place_L]]
 
 
-def pose(
-  run: workdirs.Run, prompt: str, symmetry: make_puzzles.Symmetry
-) -> Posed:
+def pose(run: dg.Run, prompt: str, symmetry: make_puzzles.Symmetry) -> Posed:
   symbols = np.array([solve.EMPTY, *map(str, range(1, len(symmetry.digits)))])
   grid = symmetry.apply(np.searchsorted(symbols, list(prompt)))
   ids = np.array([run.tokenizer.encode(symbol)[0] for symbol in symbols])
@@ -87,7 +84,7 @@ def pose(
 
 
 def answer(
-  run: workdirs.Run,
+  run: dg.Run,
   solver: Callable,
   judge: Callable,
   prompts: list[str],
@@ -111,7 +108,7 @@ def answer(
 
 
 def measure(
-  run: workdirs.Run,
+  run: dg.Run,
   prompts: list[str],
   responses: list[str],
   tries: int,

@@ -36,7 +36,6 @@ import numpy as np
 
 import diffusiongemma as dg
 from diffusiongemma.checkpoints import CheckpointError
-from diffusiongemma.runs import folder as workdirs
 from experiments import machine
 from experiments import plots
 
@@ -83,13 +82,13 @@ def _parse(line: bytes, cells: int | None) -> tuple[str, str]:
   return prompt, response
 
 
-def encode(run: workdirs.Run, prompts: Sequence[str]) -> np.ndarray:
+def encode(run: dg.Run, prompts: Sequence[str]) -> np.ndarray:
   """Token ids [B, P] of prompts of one length, bos first."""
   rows = [[run.tokenizer.bos_id, *run.tokenizer.encode(p)] for p in prompts]
   return np.array(rows, np.int32)
 
 
-def read(run: workdirs.Run, prompts: Sequence[str]) -> dg.KVCache:
+def read(run: dg.Run, prompts: Sequence[str]) -> dg.KVCache:
   """A cache that holds the prompts, which are all of one length."""
   tokens_BP = jnp.array(encode(run, prompts))
   B, P = tokens_BP.shape
@@ -99,7 +98,7 @@ def read(run: workdirs.Run, prompts: Sequence[str]) -> dg.KVCache:
   )
 
 
-def pin_givens(run: workdirs.Run, prompts: Sequence[str]) -> dg.Pinned:
+def pin_givens(run: dg.Run, prompts: Sequence[str]) -> dg.Pinned:
   """The givens, in their places on the canvas."""
   rows = [
     {i: int(row[1 + i]) for i, cell in enumerate(prompt) if cell != EMPTY}
@@ -110,7 +109,7 @@ def pin_givens(run: workdirs.Run, prompts: Sequence[str]) -> dg.Pinned:
 
 
 def make_solver(
-  run: workdirs.Run,
+  run: dg.Run,
   diffusion: dg.DiffusionConfig,
   self_conditioning: bool = True,
 ) -> Callable:
@@ -231,7 +230,7 @@ def score(
 
 
 def measure_denoising(
-  run: workdirs.Run,
+  run: dg.Run,
   prompts: Sequence[str],
   responses: Sequence[str],
   budgets: Sequence[int],
@@ -277,7 +276,7 @@ def measure_denoising(
 
 
 def measure_ar(
-  run: workdirs.Run,
+  run: dg.Run,
   prompts: Sequence[str],
   responses: Sequence[str],
   batch_size: int,
@@ -316,7 +315,7 @@ def summarise(records: list[dict]) -> dict:
   return {**summary, 'records': records}
 
 
-def describe_run(run: workdirs.Run, workdir: str) -> dict:
+def describe_run(run: dg.Run, workdir: str) -> dict:
   """Where a network came from; `training_seconds` may be unknown: None."""
   return {
     'workdir': workdir,
@@ -328,7 +327,7 @@ def describe_run(run: workdirs.Run, workdir: str) -> dict:
   }
 
 
-def training_seconds(run: workdirs.Run, workdir: str) -> float | None:
+def training_seconds(run: dg.Run, workdir: str) -> float | None:
   """Time of the training steps, from the tokens per second in metrics.jsonl:
   saves and evaluations are not in it. None where it can't be read."""
   try:
@@ -409,7 +408,7 @@ def draw(results: Mapping, path: pathlib.Path) -> None:
   figure.savefig(path)
 
 
-def load(workdir: str, prompts: Sequence[str]) -> workdirs.Run:
+def load(workdir: str, prompts: Sequence[str]) -> dg.Run:
   """The run, if it can answer these prompts. Raises `PuzzleError` if not."""
   run = dg.load(workdir)
   cells, canvas = len(prompts[0]), run.config.diffusion.canvas_length
@@ -435,7 +434,7 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
 
 def open_run(
   given: argparse.Namespace,
-) -> tuple[workdirs.Run, list[str], list[str]]:
+) -> tuple[dg.Run, list[str], list[str]]:
   """(run, prompts, responses); what is wrong with them ends the program."""
   try:
     prompts, responses = read_puzzles(given.puzzles, given.count)

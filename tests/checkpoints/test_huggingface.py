@@ -17,7 +17,7 @@ from diffusiongemma.checkpoints import CheckpointError
 from diffusiongemma.checkpoints import huggingface
 from diffusiongemma.checkpoints import huggingface_config
 from diffusiongemma.model import denoiser
-from diffusiongemma.runs import convert as conversion
+from diffusiongemma.runs import huggingface_folder
 from experiments.conversion import transformers_versions
 
 REFERENCE = pathlib.Path(__file__).parents[1] / 'reference'
@@ -53,7 +53,7 @@ def test_every_released_tensor_has_its_place(released):
 def test_the_config_file_is_the_released_network():
   ours = configs.load_config(str(RELEASED_CONFIG))
   configs.validate(ours)
-  theirs = conversion.read_config(str(REFERENCE))
+  theirs = huggingface_folder.read_config(str(REFERENCE))
   assert ours == theirs
 
 
@@ -118,7 +118,7 @@ def test_configs_of_every_version_of_transformers(version):
   is_old = version in ('5.11.0', '5.14.1')
   assert rope['rope_type'] == ('default' if is_old else 'axial')
   assert ('per_layer_config' in written['text_config']) is not is_old
-  config = conversion.read_config(str(folder))
+  config = huggingface_folder.read_config(str(folder))
   assert config.model == transformers_versions.NETWORK
   # It stores no sampler but that of a generation_config.
   stops = transformers_versions.DIFFUSION.stop_token_ids

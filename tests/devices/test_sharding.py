@@ -29,8 +29,8 @@ from diffusiongemma import fields
 from diffusiongemma.devices import sharding
 from diffusiongemma.diffusion import chunks
 from diffusiongemma.diffusion import loss
+from diffusiongemma.model import denoiser
 from diffusiongemma.training import step as steps
-from diffusiongemma.training import train_state
 
 micro = configs.load_config(sys.argv[1])
 model = dataclasses.replace(
@@ -45,7 +45,7 @@ config = dataclasses.replace(micro, model=model)
 V = model.vocab_size
 C, S, B = 8, 32, 8
 key = jax.random.key(0)
-params = train_state.fresh_params(config)
+params = denoiser.fresh_params(config)
 batch = {
   'tokens_BS': jax.random.randint(key, (B, S), 3, V),
   'length_B': jnp.arange(S - B, S) + 1,

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import joint_loss
 import numpy as np
 import pytest
 
@@ -88,14 +89,14 @@ def test_accuracy_is_that_of_corrupted_positions(network, model_config, batch):
   fake = dict(denoise=undo, logits=logits, soft_embedding=nothing)
   fake = network._replace(**fake, frozen=network.frozen._replace(**fake))
   drawn = drawn_for(batch, 0)
-  _, metrics = loss.diffusion_loss(fake, batch, drawn, 0.0)
+  _, metrics = joint_loss.joint_loss(fake, batch, drawn, 0.0)
   assert metrics['accuracy'] == 1.0
   # Of a batch in two parts, one of which has no canvas.
   valid_BK = jnp.array([[True], [False]])
   drawn = drawn.replace(valid_BK=valid_BK)
   counts = jax.tree.map(lambda n: n / 2, loss.count(batch, drawn))
   parts = [
-    loss.diffusion_loss(
+    joint_loss.joint_loss(
       fake,
       jax.tree.map(lambda x, row=row: x[row : row + 1], batch),
       jax.tree.map(lambda x, row=row: x[row : row + 1], drawn),
@@ -135,7 +136,7 @@ def test_the_canvas_sees_what_is_before_it_and_nothing_else(
 
       return model.apply({'params': params}, tokens_BS, length_B, method=method)
 
-    _, metrics = loss.diffusion_loss(
+    _, metrics = joint_loss.joint_loss(
       network._replace(prefill=prefill), batch, drawn, 1.0
     )
     return metrics['loss_denoise']
@@ -152,7 +153,7 @@ def test_the_canvas_sees_what_is_before_it_and_nothing_else(
 def test_later_text_does_not_change_the_denoising_loss(network, batch):
   """By perturbation: other tokens after the canvas, the same loss."""
   drawn = drawn_for(batch, 0)
-  run = jax.jit(lambda b: loss.diffusion_loss(network, b, drawn, 1.0)[1])
+  run = jax.jit(lambda b: joint_loss.joint_loss(network, b, drawn, 1.0)[1])
   position = jnp.arange(S)[None]
   after = position >= drawn.start_BK + C
   other = jnp.where(after, (batch['tokens_BS'] + 11) % 97, batch['tokens_BS'])
@@ -163,7 +164,7 @@ def test_later_text_does_not_change_the_denoising_loss(network, batch):
 
 def test_content_of_padding_is_irrelevant(network, batch):
   drawn = drawn_for(batch, 1)
-  run = jax.jit(lambda b: loss.diffusion_loss(network, b, drawn, 1.0)[0])
+  run = jax.jit(lambda b: joint_loss.joint_loss(network, b, drawn, 1.0)[0])
   padding = jnp.arange(S)[None] >= batch['length_B'][:, None]
   other = jnp.where(padding, 50, batch['tokens_BS'])
   assert run(batch) == run({**batch, 'tokens_BS': other})
@@ -224,7 +225,7 @@ def test_a_guess_is_a_constant(model_config, params, network, batch, guesses_B):
 def test_losses_are_means_over_the_right_places(model_config, network, batch):
   drawn = drawn_for(batch, 1, guesses=0)
   tokens_BS = np.asarray(batch['tokens_BS'])
-  _, metrics = loss.diffusion_loss(network, batch, drawn, 1.0)
+  _, metrics = joint_loss.joint_loss(network, batch, drawn, 1.0)
   h_BSD, cache, _ = network.prefill(batch['tokens_BS'], batch['length_B'])
   log_p = np.asarray(jax.nn.log_softmax(network.logits(h_BSD)))
   nats = [
@@ -357,7 +358,7 @@ def test_without_its_weight_text_of_no_use_to_a_canvas_is_not_read(
       read.append(tokens_BS.shape[1])
       return network.prefill(tokens_BS, *args, **kwargs)
 
-    _, metrics = loss.diffusion_loss(
+    _, metrics = joint_loss.joint_loss(
       network._replace(prefill=prefill), batch, drawn, ar_loss_weight
     )
     return metrics['loss_denoise']
@@ -410,7 +411,7 @@ def test_all_canvases_at_once_are_the_mean_of_single_ones(
 
   @jax.jit
   def run(batch, drawn):
-    value, metrics = loss.diffusion_loss(
+    value, metrics = joint_loss.joint_loss(
       network, batch, drawn, 1.0, objective=objective
     )
     return metrics['loss_denoise']
@@ -480,7 +481,7 @@ def test_evidence_makes_a_leave_one_out_predictor_the_posterior():
 
 def test_rows_without_a_canvas_do_not_count(network, batch):
   drawn = all_canvases(batch)
-  run = jax.jit(lambda *given: loss.diffusion_loss(network, *given, 1.0)[1])
+  run = jax.jit(lambda *given: joint_loss.joint_loss(network, *given, 1.0)[1])
   none = batch['canvas_start_BK'].at[1].set(-1)
   noise = drawn.replace(valid_BK=drawn.valid_BK.at[1].set(False))
   both = run({**batch, 'canvas_start_BK': none}, noise)
@@ -493,7 +494,7 @@ def test_rows_without_a_canvas_do_not_count(network, batch):
 
 def test_objectives(network, batch):
   drawn = all_canvases(batch)
-  run = lambda objective, network=network: loss.diffusion_loss(
+  run = lambda objective, network=network: joint_loss.joint_loss(
     network, batch, drawn, 0.5, objective=objective
   )[1]
   ce, loo, ar = run('ce'), run('loo_ce'), run('ar')

@@ -11,7 +11,7 @@ import pytest
 
 import diffusiongemma as dg
 from diffusiongemma.diffusion import sampler
-from diffusiongemma.runs import folder as workdir
+from diffusiongemma.runs import load
 from diffusiongemma.text import tokenizer as tokenizers
 from experiments.sudoku import make_puzzles
 from experiments.sudoku import solve
@@ -47,7 +47,7 @@ def run():
     ),
   )
   tokenizer = tokenizers.SentencePieceTokenizer(make_puzzles.make_tokenizer(6))
-  return workdir.Run(config, tokenizer, 70, random_params(config.model))
+  return load.Run(config, tokenizer, 70, random_params(config.model))
 
 
 def random_params(config):

@@ -14,7 +14,6 @@ from diffusiongemma import ops
 from diffusiongemma.generation import generate
 from diffusiongemma.model import denoiser
 from diffusiongemma.model import parameters
-from diffusiongemma.training import train_state
 
 MICRO = pathlib.Path(__file__).parents[1] / 'micro_config.py'
 MIXED = configs.QuantizationConfig('int4', 'int8', 'int8', group_size=8)
@@ -27,7 +26,7 @@ def config():
 
 @pytest.fixture(scope='module')
 def params(config):
-  return train_state.fresh_params(config)
+  return denoiser.fresh_params(config)
 
 
 def dequantized(params):
@@ -134,12 +133,12 @@ import numpy as np
 from diffusiongemma import config as configs
 from diffusiongemma.devices import sharding
 from diffusiongemma.generation import generate
+from diffusiongemma.model import denoiser
 from diffusiongemma.model import parameters
-from diffusiongemma.training import train_state
 
 config = configs.load_config(sys.argv[1])
 kinds = configs.QuantizationConfig('int4', 'int8', 'int8', group_size=8)
-params = parameters.quantize(kinds, train_state.fresh_params(config))
+params = parameters.quantize(kinds, denoiser.fresh_params(config))
 prompts, key = [[2, 5, 7], [2, 9, 4, 11]], jax.random.key(0)
 alone = generate.generate_tokens(config, params, prompts, key, 8).rows
 mesh = sharding.make_mesh(configs.MeshConfig(1, 2, 2, 2))

@@ -79,7 +79,7 @@ def compile_loop(config, topology, room=32):
   with plan.lowering_for(mesh):
     lowered, _ = plan._lower_sampling(config, 1, room, mesh)
     text = lowered.compile().as_text()
-  params = plan.train_state.fresh_params
+  params = plan.denoiser.fresh_params
   leaves = jax.tree.leaves(jax.eval_shape(lambda: params(config)))
   # One matrix of an expert is what a step may take out of all of them.
   sizes = {math.prod(x.shape) for x in leaves if x.ndim > 1}

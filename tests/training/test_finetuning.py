@@ -15,12 +15,16 @@ import diffusiongemma as dg
 from diffusiongemma import config as configs
 from diffusiongemma import fields
 from diffusiongemma.checkpoints import native
+from diffusiongemma.model import denoiser
 from diffusiongemma.model import lora
-from diffusiongemma.runs import convert as conversion
+from diffusiongemma.runs import companions
 from diffusiongemma.runs import folder as workdirs
+from diffusiongemma.runs import learnt
+from diffusiongemma.runs import load
 from diffusiongemma.training import corpus as corpora
+from diffusiongemma.training import notices
+from diffusiongemma.training import quality
 from diffusiongemma.training import train
-from diffusiongemma.training import train_state
 
 MICRO = str(pathlib.Path(__file__).parents[1] / 'micro_config.py')
 LORA = configs.LoraConfig(rank=2)
@@ -32,7 +36,7 @@ def little_to_do(tmp_path_factory):
   text = tmp_path_factory.mktemp('text') / 'a.txt'
   text.write_text('Shall I compare thee to a summer day? ' * 50)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train, 'report_quality', lambda *args: None)
+    patch.setattr(quality, 'report_quality', lambda *args: None)
     patch.setattr(corpora, 'SHIPPED_CORPUS', text)
     yield
 
@@ -61,13 +65,13 @@ def make_config(steps, workdir='', **changes):
   )
   config = dataclasses.replace(config, **groups)
   if config.train.init_from:
-    config = conversion.adopt(config, workdir)
+    config = load.adopt(config, workdir)
   configs.validate(config)
   return config
 
 
 def run(config, workdir):
-  load_base = functools.partial(conversion.load_base, config)
+  load_base = functools.partial(load.load_base, config)
   start = load_base if config.train.init_from else None
   assert train.train(config, str(workdir), start) == 0
   return str(workdir)
@@ -128,7 +132,7 @@ def test_adapters_are_all_that_is_learnt_and_saved(base, adapted):
   assert all(layer['shared_mlp'].values())
   assert not any(layer['experts'].values()) and not changed['embedding']
   assert not any(jax.tree.leaves(layer['router']))
-  saved = workdirs.load(adapted).params
+  saved = learnt.restore(adapted).params
   assert set(saved) == {'layer_00'}
   assert set(saved['layer_00']) == {'attention', 'shared_mlp'}
   assert_same(dg.load(base).params, before.params)
@@ -147,13 +151,13 @@ def test_a_run_of_adapters_goes_on(base, adapted, tmp_path):
     raise KeyboardInterrupt
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train, 'report_quality', lambda *args: stop(*args[-2:]))
+    patch.setattr(quality, 'report_quality', lambda *args: stop(*args[-2:]))
     with pytest.raises(KeyboardInterrupt):
       run(half, tmp_path)
-  assert stopped == [1] and workdirs.load(str(tmp_path)).step == 1
+  assert stopped == [1] and learnt.restore(str(tmp_path)).step == 1
   run(half, tmp_path)
   assert_same(
-    workdirs.load(str(tmp_path)).params, workdirs.load(adapted).params
+    learnt.restore(str(tmp_path)).params, learnt.restore(adapted).params
   )
 
 
@@ -241,8 +245,8 @@ def test_a_hugging_face_folder_lends_tokenizer_and_template(base, tmp_path):
   }
   # And a run of what was trained would take them further.
   third = make_config(1, init_from=tuned)
-  tokenizer = workdirs.load_tokenizer(third, tuned)
-  further = dict(workdirs.files_beside(tuned, tokenizer))
+  tokenizer = companions.load_tokenizer(third, tuned)
+  further = dict(companions.files_beside(tuned, tokenizer))
   assert further['huggingface/chat_template.jinja'] == b'{{ bos_token }}own'
 
 
@@ -266,8 +270,8 @@ def test_random_adapters_of_random_weights_can_be_read_again(tmp_path, capsys):
   assert 'training on the shipped Shakespeare' in output
   assert 'Goodput' in output and 'checkpoints' in output
   merged = dg.load(folder).params
-  base = train_state.fresh_params(workdirs.read_config(folder))
-  adapters = workdirs.load(folder).params
+  base = denoiser.fresh_params(workdirs.read_config(folder))
+  adapters = learnt.restore(folder).params
   apart = lora.attach(LORA, base, adapters)
   of_apart = apart['layer_00']['attention']['q_proj']
   update = np.tensordot(of_apart.a, of_apart.b, axes=1) * of_apart.scale
@@ -290,5 +294,5 @@ def test_it_is_told_when_what_is_frozen_is_random(freeze, start, told):
     optimizer=configs.OptimizerConfig(freeze=freeze),
     train=configs.TrainConfig(init_from=start),
   )
-  said = ' '.join(train.told_at_start(config))
+  said = ' '.join(notices.at_start(config))
   assert ('stay random' in said) == told

@@ -14,12 +14,12 @@ import many_devices
 import numpy as np
 import pytest
 
+import diffusiongemma as dg
 from diffusiongemma import config as configs
 from diffusiongemma import fields
 from diffusiongemma.checkpoints import native
 from diffusiongemma.devices import processes
 from diffusiongemma.devices import sharding
-from diffusiongemma.runs import folder as workdirs
 from diffusiongemma.training import train
 
 MICRO = str(pathlib.Path(__file__).parents[1] / 'micro_config.py')
@@ -282,7 +282,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
   reads what eight have saved."""
   many_devices.run(MOVE, tmp_path, MICRO, devices=8)
   straight, moved = (
-    workdirs.load(str(tmp_path / name)) for name in ('straight', 'moved')
+    dg.load(str(tmp_path / name)) for name in ('straight', 'moved')
   )
   assert straight.step == moved.step == 20
   leaves = jax.tree_util.tree_leaves_with_path(moved.params)

@@ -12,25 +12,25 @@ import json
 import os
 import random
 
+import hf_folder
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_conversion
 
 import diffusiongemma
 from diffusiongemma.checkpoints import CheckpointError
+from diffusiongemma.checkpoints import huggingface
 from diffusiongemma.checkpoints import huggingface_config
 from diffusiongemma.checkpoints import safetensors_writer
-from diffusiongemma.runs import convert as conversion
 
 parity = pytest.importorskip('parity', reason='needs torch, transformers')
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
 
 # With room for a canvas of the default length.
-MODEL = dataclasses.replace(test_conversion.MODEL, context_length=1024)
-DECODER, ENCODER = test_conversion.DECODER, test_conversion.ENCODER
+MODEL = dataclasses.replace(hf_folder.MODEL, context_length=1024)
+DECODER, ENCODER = hf_folder.DECODER, hf_folder.ENCODER
 FOLDERS = int(os.environ.get('FOLDERS', 24))
 SEED = int(os.environ.get('SEED', 0))
 
@@ -68,7 +68,7 @@ def base(tmp_path_factory):
   folder = tmp_path_factory.mktemp('base')
   parity.make_reference(MODEL, 8).save_pretrained(folder)
   config = json.loads((folder / 'config.json').read_text())
-  return config, test_conversion.arrays_of(folder)
+  return config, hf_folder.arrays_of(folder)
 
 
 # Changes of the config: (kind, change of the values).
@@ -261,13 +261,13 @@ CONFIG_CHANGES = (
 
 def add_copies(arrays, rng):
   """All, or some."""
-  copies = test_conversion.copies_of(arrays)
+  copies = hf_folder.copies_of(arrays)
   names = rng.sample(sorted(copies), rng.choice((1, 3, len(copies))))
   return arrays | {name: copies[name] for name in names}
 
 
 def change_copy(arrays, rng):
-  copies = test_conversion.copies_of(arrays)
+  copies = hf_folder.copies_of(arrays)
   copies = {n: x for n, x in copies.items() if n not in arrays}
   name = rng.choice(sorted(copies))
   return arrays | copies | {name: copies[name] + np.float32(1)}
@@ -275,7 +275,7 @@ def change_copy(arrays, rng):
 
 def drop(arrays, rng):
   names = [n for n in arrays if not n.endswith('layer_scalar')]
-  return test_conversion.without(arrays, rng.choice(names))
+  return hf_folder.without(arrays, rng.choice(names))
 
 
 def drop_scalars(arrays, rng):
@@ -344,7 +344,7 @@ TENSOR_CHANGES = (
   ('both prefixes', add_unprefixed),
   ('two in a folder', change_unprefixed),
   ('two prefixes', lambda a, rng: {f'model.{n}': x for n, x in a.items()}),
-  ('encoder names alone', lambda a, rng: test_conversion.encoder_names(a)),
+  ('encoder names alone', lambda a, rng: hf_folder.encoder_names(a)),
 )
 
 
@@ -526,7 +526,7 @@ def read_theirs(folder):
   if report['missing_keys']:
     return None, None, None
   state = {n: x.float().numpy() for n, x in model.state_dict().items()}
-  params = conversion.from_state_dict(network, state)
+  params = huggingface.from_state_dict(network, state)
   return network, params, logits.float().numpy()
 
 
@@ -561,7 +561,7 @@ def compare(folder):
   # What is stored stays as it is; transformers rounds it to the config's type.
   dtype = jnp.dtype(config.model.param_dtype)
   round_ = lambda x: x.astype(dtype).astype(jnp.float32)
-  if not test_conversion.same_trees(
+  if not hf_folder.same_trees(
     jax.tree.map(round_, params), jax.tree.map(round_, their_params)
   ):
     return SAME, OTHER, ['parameters']

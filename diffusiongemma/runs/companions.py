@@ -1,0 +1,168 @@
+"""What lies beside the weights: tokenizer, chat template, configs, licence.
+
+A run has its tokenizer and template in its folder, or, where they came with a
+checkpoint of Hugging Face's, all of that in `huggingface` there. What is made
+from a network takes them along, byte for byte.
+"""
+
+from collections.abc import Iterator
+import os
+
+from diffusiongemma import config as configs
+from diffusiongemma.checkpoints import CheckpointError
+from diffusiongemma.checkpoints import files
+from diffusiongemma.config import Config
+from diffusiongemma.runs import WorkdirError
+from diffusiongemma.text import tokenizer as tokenizers
+
+COMPANIONS_DIR = 'huggingface'
+# What lies beside the weights of Hugging Face and goes with them.
+COMPANIONS = (
+  'config.json',
+  'generation_config.json',
+  'tokenizer.json',
+  'tokenizer.model',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  'chat_template.jinja',
+  'chat_template.json',
+  'processor_config.json',
+  'preprocessor_config.json',
+  'README.md',
+  'LICENSE',
+)
+TOKENIZERS = ('tokenizer.json', 'tokenizer.model')
+CHAT_TEMPLATES = (
+  'chat_template.jinja',
+  'chat_template.json',
+  'tokenizer_config.json',
+)
+MAX_TEXT_BYTES = 100_000_000  # Of a file beside the weights.
+
+
+def no_tokenizer(folder: str) -> WorkdirError:
+  """What is raised for a folder without one."""
+  return WorkdirError(
+    f'{folder} has no tokenizer; put its tokenizer.json or tokenizer.model '
+    'there.'
+  )
+
+
+def load_tokenizer(config: Config, start: str = '') -> tokenizers.Tokenizer:
+  """The tokenizer that a run is trained with, checked: that in the folder
+  `start`, or else the one that the config names.
+
+  Raises:
+    ConfigError: it is not that of the config.
+    WorkdirError: the folder has none.
+  """
+  if start:
+    tokenizer = find_tokenizer(config, start)
+    if tokenizer is None:
+      raise no_tokenizer(start)
+    return tokenizer
+  tokenizer = tokenizers.load_tokenizer(config.data.tokenizer)
+  name = config.data.tokenizer or 'the shipped one'
+  _check_tokenizer(config, tokenizer, name)
+  return tokenizer
+
+
+def files_beside(
+  start: str, tokenizer: tokenizers.Tokenizer | None = None
+) -> Iterator[tuple[str, bytes]]:
+  """(name there, content) of what a run's folder has beside its checkpoints:
+  what lies beside the weights in `start`, if it starts from any, else the
+  tokenizer."""
+  if not start:
+    yield tokenizer.file_name, tokenizer.model
+    return
+  companions = os.path.join(start, COMPANIONS_DIR)
+  if os.path.isdir(os.path.join(start, 'checkpoints')):
+    for name in (*TOKENIZERS, *CHAT_TEMPLATES):
+      if os.path.lexists(os.path.join(start, name)):
+        yield name, files.read_file(start, name, MAX_TEXT_BYTES)
+  else:
+    companions = start
+  for name, content in read_companions(companions):
+    yield os.path.join(COMPANIONS_DIR, name), content
+
+
+def read_companions(folder: str) -> Iterator[tuple[str, bytes]]:
+  """(name, content) of what lies beside the weights."""
+  for name in COMPANIONS:
+    if os.path.lexists(os.path.join(folder, name)):
+      yield name, files.read_file(folder, name, MAX_TEXT_BYTES)
+
+
+def find_tokenizer(config: Config, folder: str) -> tokenizers.Tokenizer | None:
+  """The tokenizer in a run's folder or a Hugging Face one, None without.
+
+  Raises:
+    ConfigError: it is not that of the config.
+    CheckpointError: the file leads elsewhere, or is too large.
+    TokenizerError: it is damaged.
+  """
+  for name in TOKENIZERS:
+    for place in (folder, os.path.join(folder, COMPANIONS_DIR)):
+      path = os.path.join(place, name)
+      if os.path.lexists(path):
+        content = bytes(files.read_file(place, name, MAX_TEXT_BYTES))
+        tokenizer = tokenizers.make_tokenizer(content, path)
+        _check_tokenizer(config, tokenizer, path)
+        return tokenizer
+  return None
+
+
+def find_chat_template(folder: str) -> str | None:
+  """The chat template in a run's folder or a Hugging Face one, None without.
+
+  Raises:
+    CheckpointError: the file that should have it can't be read.
+  """
+  for place in (folder, os.path.join(folder, COMPANIONS_DIR)):
+    if os.path.lexists(os.path.join(place, 'chat_template.jinja')):
+      content = files.read_file(place, 'chat_template.jinja', MAX_TEXT_BYTES)
+      try:
+        return content.decode()
+      except UnicodeDecodeError as error:
+        raise CheckpointError(
+          f'{place}/chat_template.jinja is not UTF-8: byte {error.start}.'
+        ) from error
+    for name in ('chat_template.json', 'tokenizer_config.json'):
+      if not os.path.lexists(os.path.join(place, name)):
+        continue
+      template = files.read_json(place, name).get('chat_template')
+      if isinstance(template, list):  # Several, by name.
+        named = [t for t in template if isinstance(t, dict)]
+        of_name = {t.get('name'): t.get('template') for t in named}
+        template = of_name.get('default')
+      if isinstance(template, str):
+        return template
+  return None
+
+
+def _check_tokenizer(
+  config: Config, tokenizer: tokenizers.Tokenizer, name: str
+) -> None:
+  """The network may have more ids than the tokenizer has pieces: released
+  vocabularies are rounded up."""
+  diffusion = config.diffusion
+  if tokenizer.vocab_size > config.model.vocab_size:
+    raise configs.ConfigError(
+      f'The tokenizer has {tokenizer.vocab_size} pieces ({name}), more than '
+      f'config.model.vocab_size = {config.model.vocab_size}.'
+    )
+  for name, wanted, found in (
+    ('diffusion.pad_token_id', diffusion.pad_token_id, tokenizer.pad_id),
+    ('diffusion.bos_token_id', diffusion.bos_token_id, tokenizer.bos_id),
+  ):
+    if wanted != found:
+      raise configs.ConfigError(
+        f'config.{name} is {wanted}; that of the tokenizer is {found}.'
+      )
+  if tokenizer.eos_id not in diffusion.stop_token_ids:
+    raise configs.ConfigError(
+      f'config.diffusion.stop_token_ids lacks {tokenizer.eos_id}, which ends '
+      "the tokenizer's documents."
+    )

@@ -1,0 +1,56 @@
+"""What a run has learnt: the parameters in its newest whole checkpoint."""
+
+import contextlib
+
+from diffusiongemma import config as configs
+from diffusiongemma.checkpoints import native
+from diffusiongemma.config import Config
+from diffusiongemma.config import QuantizationConfig
+from diffusiongemma.devices import sharding as shardings
+from diffusiongemma.model import denoiser
+from diffusiongemma.model import lora
+from diffusiongemma.model import parameters
+from diffusiongemma.runs import folder as workdirs
+
+
+def restore(
+  workdir: str,
+  config: Config | None = None,
+  sharding: native.ShardingOf | None = None,
+  verify: bool = True,
+) -> native.Restored:
+  """The network that a run has learnt, or with `config.lora` the adapters
+  alone. Nothing of an optimiser is built or read.
+
+  Args:
+    workdir: the folder of the run.
+    config: settings to use instead of its own.
+    sharding: where each array goes; without, to the first device.
+    verify: compares the digest of every array.
+
+  Raises:
+    WorkdirError: there is no run, or no finished checkpoint of it.
+    CheckpointError: all of its checkpoints are damaged.
+    ConfigError: `config` wants parameters of other bits than there are.
+  """
+  own = workdirs.read_config(workdir)
+  config = config or own
+  if config.quantization != own.quantization:
+    remedy = 'leave config.quantization as it is'
+    if own.quantization == QuantizationConfig():
+      remedy = f'--mode=quantize --source={workdir} --workdir=NEW'
+    raise configs.ConfigError(
+      f'The parameters in {workdir} are already stored as its config says: '
+      f'{remedy}.'
+    )
+  learnt = denoiser.abstract_params(config.model)
+  if config.lora.rank:
+    learnt = lora.abstract_adapters(config.lora, learnt)
+  learnt = parameters.abstract_quantized(config.quantization, learnt)
+  learnt = parameters.to_stored(learnt)
+  if sharding is not None:
+    learnt = shardings.placed(learnt, sharding)
+  with contextlib.closing(workdirs.open_checkpoints(workdir)) as manager:
+    restored = native.restore_newest(manager, learnt, verify=verify)
+  params = parameters.from_stored(config.quantization, restored.params)
+  return restored._replace(params=params)

@@ -1,0 +1,270 @@
+"""A network in a folder, opened and not yet read: what it is, and how to read.
+
+  source = open_source('runs/tiny')   a run, adapters, a Hugging Face folder
+  source.restore(sharding, verify)    all parameters at once, on their devices
+  source.arrays().read(path)          one after the other, on the host
+
+Nothing but the config is read before it is asked for. Another kind of source is
+one more function that returns a `Source`.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+import contextlib
+import functools
+import math
+import os
+from typing import Literal
+from typing import NamedTuple
+
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusiongemma import paths
+from diffusiongemma.checkpoints import digest as digest_lib
+from diffusiongemma.checkpoints import huggingface
+from diffusiongemma.checkpoints import native
+from diffusiongemma.config import Config
+from diffusiongemma.config import QuantizationConfig
+from diffusiongemma.model import denoiser
+from diffusiongemma.model import lora
+from diffusiongemma.model import parameters
+from diffusiongemma.runs import WorkdirError
+from diffusiongemma.runs import companions
+from diffusiongemma.runs import folder as workdirs
+from diffusiongemma.runs import huggingface_folder
+from diffusiongemma.runs import learnt as learnt_lib
+from diffusiongemma.text import tokenizer as tokenizers
+
+Path = tuple[str, ...]
+
+
+class Arrays(NamedTuple):
+  """The parameters of a source as they are stored, to read one at a time.
+
+  Attributes:
+    step: training steps done.
+    types: {path: shape and type} in the order of the tree; a quantised
+      parameter is two, `values` and `scales`.
+    read: path -> array on the host, the stored bits. Raises `CheckpointError`
+      where they can't be read, or a run's are not those that were saved.
+  """
+
+  step: int
+  types: dict[Path, jax.ShapeDtypeStruct]
+  read: Callable[[Path], np.ndarray]
+
+  @property
+  def num_bytes(self) -> int:
+    """Of all arrays together."""
+    return count_bytes(self.types)
+
+
+class Source(NamedTuple):
+  """A network in a folder.
+
+  Attributes:
+    path: the folder.
+    kind: what is in it.
+    config: its settings, or those to use instead.
+    arrays: () -> its newest parameters, one by one, adapters merged. Raises
+      `WorkdirError` where there are none, or adapters meet other weights than
+      they were trained on; `CheckpointError` where what is there is damaged.
+    restore: (sharding or None, whether to verify) -> all of them on their
+      devices, in a nested dict; see `load.load`. A run goes back to its newest
+      whole step.
+    tokenizer: () -> the one it was trained with, None where there is none.
+    chat_template: () -> Jinja, None where there is none.
+    companions: () -> (name in a run's folder, content) of what lies beside the
+      weights.
+  """
+
+  path: str
+  kind: Literal['run', 'adapters', 'huggingface']
+  config: Config
+  arrays: Callable[[], Arrays]
+  restore: Callable[[native.ShardingOf | None, bool], native.Restored]
+  tokenizer: Callable[[], tokenizers.Tokenizer | None]
+  chat_template: Callable[[], str | None]
+  companions: Callable[[], Iterator[tuple[str, bytes]]]
+
+
+def open_source(path: str, config: Config | None = None) -> Source:
+  """A run or a Hugging Face folder.
+
+  Args:
+    path: the folder.
+    config: settings to use instead of its own; `train.init_from` is where
+      adapters find their weights.
+
+  Raises:
+    ConfigError: the path is not local.
+    WorkdirError: it is neither.
+    CheckpointError: its config can't be read, or is that of another network.
+  """
+  path = paths.local(path)
+  if huggingface_folder.is_huggingface(path):
+    return open_huggingface(path, config)
+  return open_run(path, config)
+
+
+def open_run(path: str, config: Config | None = None) -> Source:
+  """A run, or one of adapters. Arguments and errors as `open_source`."""
+  config = config or workdirs.read_config(path)
+  if config.lora.rank:
+    return _open_adapters(path, config)
+
+  def arrays():
+    with contextlib.closing(workdirs.open_checkpoints(path)) as manager:
+      step = manager.latest_step()
+      return Arrays(
+        step,
+        native.stored_types(manager, step),
+        native.array_reader(manager, step),
+      )
+
+  restore = functools.partial(learnt_lib.restore, path, config)
+  return _make_source(path, 'run', config, arrays, restore)
+
+
+def open_huggingface(path: str, config: Config | None = None) -> Source:
+  """A Hugging Face folder, whose parameters are quantised while they are
+  restored if `config` says so. Arguments and errors as `open_source`."""
+  config = config or huggingface_folder.read_config(path)
+
+  def arrays():
+    table = huggingface.tensor_table(denoiser.abstract_params(config.model))
+    is_tied = huggingface_folder.is_tied(path)
+    tensors = huggingface.find_tensors(path, table, is_tied)
+    entries = {entry.path: entry for entry in table.values()}
+    types = {
+      name: jax.ShapeDtypeStruct(entry.shape, tensors[entry.name][0].dtype)
+      for name, entry in entries.items()
+    }
+    return Arrays(
+      0,
+      types,
+      lambda name: huggingface.read_array(
+        entries[name], tensors[entries[name].name]
+      ),
+    )
+
+  def restore(sharding=None, verify=True):
+    del verify  # There is nothing to compare with.
+    stored = arrays()
+    flat = {}
+    for name in stored.types:
+      w = _to_device(stored.read(name), name, sharding)
+      flat[name] = parameters.quantize_array(config.quantization, name, w)
+    return native.Restored(0, traverse_util.unflatten_dict(flat))
+
+  return _make_source(path, 'huggingface', config, arrays, restore)
+
+
+def _open_adapters(path: str, config: Config) -> Source:
+  """Adapters, merged with what they adapt while it is read."""
+
+  def open_base():
+    start = config.train.init_from
+    if not start:
+      return _random_source(config)
+    if os.path.isdir(start):
+      return open_source(start)
+    raise WorkdirError(
+      f'{path} holds adapters of the weights in {start}, which are not there. '
+      'Put them back, or say where they are: --config.train.init_from=...'
+    )
+
+  def read_adapters(verify=True):
+    learnt = learnt_lib.restore(path, config, verify=verify)
+    as_numpy = jax.tree.map(np.asarray, learnt.params)  # For any sharding.
+    return learnt._replace(params=as_numpy)
+
+  def arrays():
+    learnt, base = read_adapters(), open_base().arrays()
+    # Read once to compare and once to merge, so that one array is held.
+    digests = {
+      digest_lib.name_of(name): digest_lib.digest(base.read(name))
+      for name in base.types
+    }
+    workdirs.check_base(path, digests)
+    abstract = denoiser.abstract_params(config.model)
+    types = traverse_util.flatten_dict(abstract)
+
+    def read(name):
+      w = jnp.asarray(base.read(name), types[name].dtype)
+      return np.asarray(lora.merge_array(config.lora, name, w, learnt.params))
+
+    return Arrays(learnt.step, types, read)
+
+  def restore(sharding=None, verify=True):
+    learnt = read_adapters(verify)
+    base = open_base().restore(sharding, verify).params
+    workdirs.check_base(path, digest_lib.digests(base))
+    base = denoiser.with_configured_types(config.model, base)
+    return learnt._replace(params=lora.merge(config.lora, base, learnt.params))
+
+  return _make_source(path, 'adapters', config, arrays, restore)
+
+
+def _random_source(config: Config) -> Source:
+  """The network that adapters adapt which start from nothing."""
+
+  def arrays():
+    params = traverse_util.flatten_dict(denoiser.fresh_params(config))
+    types = {
+      path: jax.ShapeDtypeStruct(w.shape, w.dtype) for path, w in params.items()
+    }
+    return Arrays(0, types, lambda path: np.asarray(params[path]))
+
+  def restore(sharding=None, verify=True):
+    del sharding, verify
+    return native.Restored(0, denoiser.fresh_params(config))
+
+  nothing = lambda: None
+  return Source(
+    '', 'run', config, arrays, restore, nothing, nothing, lambda: iter(())
+  )
+
+
+def _make_source(path, kind, config, arrays, restore) -> Source:
+  """A source of the folder `path`, beside whose weights lies what it says."""
+  return Source(
+    path,
+    kind,
+    config,
+    arrays,
+    restore,
+    tokenizer=lambda: companions.find_tokenizer(config, path),
+    chat_template=lambda: companions.find_chat_template(path),
+    companions=lambda: companions.files_beside(path),
+  )
+
+
+def check_not_quantized(source: Source) -> None:
+  """Raises `WorkdirError` for a run whose bits are gone."""
+  is_whole = source.config.quantization == QuantizationConfig()
+  if source.kind != 'huggingface' and not is_whole:
+    raise WorkdirError(
+      f'The parameters in {source.path} are quantised, which is for sampling: '
+      'give the run that they were made from.'
+    )
+
+
+def count_bytes(types: dict[Path, jax.ShapeDtypeStruct]) -> int:
+  """Of arrays of these shapes and types on disk, before they are compressed;
+  there 4 bits take a byte."""
+  leaves = jax.tree.leaves(types)
+  return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+
+
+def _to_device(
+  array: np.ndarray, path: Path, sharding: native.ShardingOf | None
+) -> jax.Array:
+  """On its devices, each of which gets its own part and no more."""
+  if sharding is None:
+    return jnp.asarray(array)
+  where = sharding(path, array.shape)
+  return jax.make_array_from_callback(array.shape, where, lambda i: array[i])

@@ -1,0 +1,69 @@
+"""What is printed when a run starts: what was left open, and what changed."""
+
+from diffusiongemma.config import Config
+from diffusiongemma.runs import folder as workdirs
+from diffusiongemma.training import data
+from diffusiongemma.training import optimizer as optimizers
+
+
+def at_start(config: Config) -> list[str]:
+  """What the config leaves open, and what is used instead."""
+  lines = []
+  if not config.data.path:
+    lines.append(
+      'No config.data.path is given: training on the shipped Shakespeare.'
+    )
+  if config.lora.rank and not config.train.init_from:
+    lines.append(
+      'No config.train.init_from is given: the adapters are those of random '
+      'weights, useful only as a test.'
+    )
+  if config.optimizer.freeze and not config.train.init_from:
+    lines.append(
+      'No config.train.init_from is given: the weights that '
+      'config.optimizer.freeze names stay random.'
+    )
+  return lines
+
+
+def of_changes(before: Config, config: Config, step: int) -> list[str]:
+  """Fields that a run continues with other values of, and what follows."""
+  lines = [
+    f'{name}: {old!r} before, {new!r} from here on.'
+    for name, old, new in workdirs.differences(before, config)
+  ]
+  was, now = (
+    float(optimizers.make_schedule(c.optimizer, c.train.steps)(step))
+    for c in (before, config)
+  )
+  if was != now:
+    lines.append(
+      f'The learning rate goes on at {now:.3g}, where it would have been '
+      f'{was:.3g}.'
+    )
+  return lines
+
+
+def of_text(
+  before: Config,
+  config: Config,
+  text_before: dict[str, data.Description] | None,
+  text: dict[str, data.Description],
+) -> list[str]:
+  """What to know of the text that a run continues with, if its last checkpoint
+  describes (or might describe) another one."""
+  changed = [name for name, *_ in workdirs.differences(before, config)]
+  if text_before is None:
+    if any(name.startswith('config.data.') for name in changed):
+      return [
+        'The checkpoints do not say what examples they have learnt from: see '
+        'to it that these are the same, in the same order.'
+      ]
+    return []
+  was, now = text_before['heldout'], text['heldout']
+  if was == now:
+    return []
+  return [
+    f'The held-out text is another one: {was} before, {now} now. Losses on it '
+    'do not compare with those before.'
+  ]

@@ -1,0 +1,115 @@
+"""How good a run is by now: held-out losses, and a sample of its text."""
+
+from collections.abc import Callable
+
+import jax
+
+from diffusiongemma import config as configs
+from diffusiongemma.config import Config
+from diffusiongemma.generation import generate
+from diffusiongemma.generation import prompt as prompt_lib
+from diffusiongemma.text.tokenizer import Tokenizer
+from diffusiongemma.text.tokenizer import TokenizerError
+from diffusiongemma.training import corpus as corpora
+from diffusiongemma.training import evaluate
+from diffusiongemma.training import metrics as metrics_lib
+
+EVALUATION_NOISE = 0.3
+
+
+class _StoppedError(Exception):
+  """A signal has come while a network was evaluated."""
+
+
+def _sample_prompt(config: Config, tokenizer: Tokenizer) -> list[int]:
+  """The tokens of `config.train.sample_prompt`."""
+  return [tokenizer.bos_id, *tokenizer.encode(config.train.sample_prompt)]
+
+
+def check_sample_prompt(config: Config, tokenizer: Tokenizer) -> None:
+  """Raises `ConfigError` for one that would end the run when it is due."""
+  if not config.train.sample_prompt:
+    return
+  try:
+    prompt = _sample_prompt(config, tokenizer)
+    prompt_lib.check(config, prompt, config.diffusion.canvas_length)
+  except (prompt_lib.PromptError, TokenizerError) as error:
+    raise configs.ConfigError(f'config.train.sample_prompt: {error}') from error
+
+
+def report_quality(
+  config: Config,
+  corpus: corpora.Corpus,
+  tokenizer: Tokenizer,
+  writer: metrics_lib.MetricsWriter,
+  progress: metrics_lib.Progress,
+  must_stop: Callable[[], bool],
+  step: int,
+  params: dict,
+) -> None:
+  """Writes held-out losses and a sample, after steps at which they are due;
+  ends early when a signal has come.
+
+  Args:
+    config: of the run.
+    corpus: whose held-out text is read.
+    tokenizer: of the run.
+    writer, progress: where the numbers go.
+    must_stop: whether a signal has come; see `stopping.stop_signals`.
+    step: steps done.
+    params: of the network.
+  """
+
+  def stop_if_asked(*unused):
+    if must_stop():
+      raise _StoppedError
+
+  train = config.train
+  is_last = step == train.steps
+  try:
+    if step % train.evaluate_every == 0 or is_last:
+      line = _report_losses(config, corpus, writer, step, params, stop_if_asked)
+      progress.print(f'step {step}/{train.steps}  {line}')
+    if train.sample_prompt and (step % train.sample_every == 0 or is_last):
+      text = _write_sample(config, tokenizer, params, stop_if_asked)
+      writer.write_text(step, text)
+      progress.print(f'step {step}/{train.steps}  sample:\n{text}\n')
+  except _StoppedError:
+    progress.print(
+      f'Step {step} is not evaluated to its end; --mode=evaluate measures the '
+      'run.'
+    )
+
+
+def _report_losses(config, corpus, writer, step, params, stop_if_asked) -> str:
+  """Records held-out losses; a line about them."""
+  numbers = evaluate.quick(
+    config,
+    params,
+    corpus,
+    config.train.evaluate_batches,
+    EVALUATION_NOISE,
+    stop_if_asked,
+  )
+  writer.write(step, numbers)
+  line = f'held out: AR {numbers["heldout_loss_ar"]:.3f} nats a token'
+  if 'heldout_loss_corrupted' in numbers:
+    line += (
+      f', denoising at t = {EVALUATION_NOISE} '
+      f'{numbers["heldout_loss_corrupted"]:.3f} on corrupted positions'
+    )
+  return line
+
+
+def _write_sample(config, tokenizer, params, stop_if_asked) -> str:
+  """The sample prompt and a canvas after it."""
+  (written,), *_ = generate.generate_tokens(
+    config,
+    params,
+    [_sample_prompt(config, tokenizer)],
+    jax.random.key(config.train.seed),
+    config.diffusion.canvas_length,
+    # Several processes write the canvas, which is short, in one program.
+    on_step=stop_if_asked if jax.process_count() == 1 else None,
+  )
+  return config.train.sample_prompt + tokenizer.decode(written.tokens)

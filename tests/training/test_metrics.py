@@ -1,0 +1,39 @@
+"""Where numbers go, and what of them is kept."""
+
+import json
+import os
+
+import disk
+import numpy as np
+
+from diffusiongemma.training import metrics
+
+
+def test_metrics_without_room_cost_no_run(tmp_path, caplog):
+  """Nor does what is left of them go."""
+  path = tmp_path / 'metrics.jsonl'
+  line = json.dumps({'step': 5, 'loss': 1.0}) + '\n'
+  path.write_text(line * 100)
+  with disk.full_disk(1000):
+    writer = metrics.MetricsWriter(str(tmp_path), 10)
+    writer.write(15, {'loss': np.float32(2.0)})
+    writer.write_text(15, 'text')
+    writer.close()
+  assert 'Metrics are not recorded: File too large' in caplog.text.replace(
+    '[Errno 27] ', ''
+  )
+  assert path.read_text() == line * 100 and len(os.listdir(tmp_path)) == 1
+
+
+def test_metrics_of_unsaved_steps_are_dropped(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  path.write_text(
+    ''.join(json.dumps({'step': s, 'loss': 1.0}) + '\n' for s in (5, 10, 15))
+    + '{"step": 20, "lo'
+  )
+  writer = metrics.MetricsWriter(str(tmp_path), 10)
+  writer.write(15, {'loss': np.float32(2.0)})
+  writer.close()
+  lines = [json.loads(line) for line in path.read_text().splitlines()]
+  assert [line['step'] for line in lines] == [5, 10, 15]
+  assert lines[-1]['loss'] == 2.0
