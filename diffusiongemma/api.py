@@ -44,6 +44,7 @@ from diffusiongemma.runs.load import Run
 from diffusiongemma.text import template as templates
 from diffusiongemma.training import corpus
 from diffusiongemma.training import data
+from diffusiongemma.training import objectives
 
 # A text, token ids that begin with bos, or several of either.
 Prompt = str | Sequence[int]
@@ -295,25 +296,19 @@ def loss(
     key: of all noise: canvases, times, corruption.
 
   Returns:
-    (loss in nats a token, metrics in the same unit), see `diffusion_loss`.
+    (loss in nats per token, metrics), see `objectives`.
 
   Raises:
     ConfigError: `config` is no `Config`.
     ValueError: the batch is another.
   """
   configs.check_kind(config, Config)
-  train = config.train
   losses.check_batch(batch, config.diffusion.canvas_length)
-  drawn = losses.draw_noise(
-    *(key, batch, config.diffusion.canvas_length, config.model.vocab_size),
-    *(train.self_conditioning_probability, train.canvases),
-    train.self_conditioning_passes,
-  )
-  value, metrics = losses.diffusion_loss(
-    network_lib.bind(config, params, train.remat),
-    *(batch, drawn, train.ar_loss_weight),
-    objective=train.objective,
-  )
+  objective = objectives.find(config.train.objective)
+  drawn = objective.draw(key, batch, config)
+  network = network_lib.bind(config, params, config.train.remat)
+  counts = losses.count(batch, drawn)
+  value, metrics = objective.loss(network, batch, drawn, counts, config)
   del metrics['auxiliary']
   return value, metrics
 
@@ -401,7 +396,7 @@ def _likelihood(run: Run, tokens: list[int], key: jax.Array) -> Likelihood:
   log_p_BS = _log_p(config, run.params, tokens_BS, length_B)
   log_p = np.asarray(log_p_BS)[0, : len(tokens) - 1]
   bound = error = None
-  if config.train.objective == 'loo_ce':
+  if objectives.find(config.train.objective).LEAVES_ONE_OUT:
     C = config.diffusion.canvas_length
     length = min(config.data.sequence_length, config.model.context_length)
     example = corpus.Example(np.array(tokens[1:], np.int32))
