@@ -24,8 +24,6 @@ HELP = """\
 /new          forget the conversation
 /quit         end (as Ctrl-D does; Ctrl-C stops a reply)
 A line that ends in \\ goes on in the next one; // begins a line with a /."""
-# What a person can mend: it is told, and the chat goes on.
-_MENDABLE = (Error, prompt_lib.PromptError, images.ImageError)
 
 
 def make_model(run: Run, request: Request) -> chat.Model:
@@ -107,7 +105,7 @@ class _Chat:
     """Does it; what goes wrong is told, and nothing of it stays."""
     try:
       action(*arguments)
-    except _MENDABLE as error:
+    except Error as error:
       self.failed = True
       print(f'Error: {error}', file=sys.stderr)
     except KeyboardInterrupt:

@@ -6,7 +6,6 @@ import typing
 from absl import flags
 
 from diffusiongemma.commands import shared
-from diffusiongemma.errors import Error
 
 if typing.TYPE_CHECKING:
   from diffusiongemma.commands.request import Request
@@ -54,31 +53,22 @@ _MAX_NEW_TOKENS = flags.DEFINE_integer(
 
 def run(overrides: dict[str, str]) -> int:
   """Writes; returns the exit code."""
-  from diffusiongemma.commands import request as requests
-  from diffusiongemma.generation import chat
-  from diffusiongemma.generation import images
-  from diffusiongemma.generation import prompt as prompt_lib
+  from diffusiongemma.commands.request import Request
 
-  try:
-    request = requests.Request(
-      prompt=_PROMPT.value,
-      system=_SYSTEM.value,
-      images=tuple(_IMAGE.value),
-      thinking=_THINK.value,
-      tools=_read_tools(),
-      infill=_INFILL.value,
-      chat=_CHAT.value,
-      max_new_tokens=_MAX_NEW_TOKENS.value,
-      seed=_SEED.value,
-      trace=_TRACE.value,
-      as_json=shared.FORMAT.value == 'json',
-    )
-    return sample(shared.load_run(overrides), request)
-  # These have no exit codes of their own yet.
-  except (prompt_lib.PromptError, chat.ToolsError) as error:
-    raise requests.SampleError(str(error)) from error
-  except images.ImageError as error:
-    raise Error(str(error)) from error
+  request = Request(
+    prompt=_PROMPT.value,
+    system=_SYSTEM.value,
+    images=tuple(_IMAGE.value),
+    thinking=_THINK.value,
+    tools=_read_tools(),
+    infill=_INFILL.value,
+    chat=_CHAT.value,
+    max_new_tokens=_MAX_NEW_TOKENS.value,
+    seed=_SEED.value,
+    trace=_TRACE.value,
+    as_json=shared.FORMAT.value == 'json',
+  )
+  return sample(shared.load_run(overrides), request)
 
 
 def _read_tools() -> tuple[dict[str, typing.Any], ...]:
