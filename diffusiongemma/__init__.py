@@ -29,7 +29,6 @@ if TYPE_CHECKING:
   from diffusiongemma.api import Written as Written
   from diffusiongemma.api import chat as chat
   from diffusiongemma.api import generate as generate
-  from diffusiongemma.api import load as load
   from diffusiongemma.api import log_likelihood as log_likelihood
   from diffusiongemma.api import loss as loss
   from diffusiongemma.api import stream as stream
@@ -64,6 +63,7 @@ if TYPE_CHECKING:
   from diffusiongemma.runs.convert import export as export
   from diffusiongemma.runs.convert import quantize as quantize
   from diffusiongemma.runs.load import Run as Run
+  from diffusiongemma.runs.load import load as load
   from diffusiongemma.text.tokenizer import Tokenizer as Tokenizer
 
 # Where the public names are; each is imported when it is first asked for, so
@@ -73,7 +73,6 @@ _HOME = {
   'Written': 'diffusiongemma.api',
   'chat': 'diffusiongemma.api',
   'generate': 'diffusiongemma.api',
-  'load': 'diffusiongemma.api',
   'log_likelihood': 'diffusiongemma.api',
   'loss': 'diffusiongemma.api',
   'stream': 'diffusiongemma.api',
@@ -104,6 +103,7 @@ _HOME = {
   'export': 'diffusiongemma.runs.convert',
   'quantize': 'diffusiongemma.runs.convert',
   'Run': 'diffusiongemma.runs.load',
+  'load': 'diffusiongemma.runs.load',
   'Tokenizer': 'diffusiongemma.text.tokenizer',
 }
 __all__ = [*_HOME, '__version__']

@@ -7,7 +7,10 @@
   log_likelihood(run, 'a text').log_p
   loss(config, params, batch, key)             for a training loop of one's own
 
-Each is a few lines over functions that take parameters and token ids.
+Each is a few lines over functions that take parameters and token ids. Text is
+written with parameters as this device multiplies by them fastest
+(`weights.arrange`), which are made at the first call; `run.params` stays as it
+is.
 """
 
 from collections.abc import Iterator
@@ -15,9 +18,9 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import functools
-import os
 from typing import Any
 from typing import NamedTuple
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +41,6 @@ from diffusiongemma.generation import generate as generation
 from diffusiongemma.generation import network as network_lib
 from diffusiongemma.generation import prompt as prompt_lib
 from diffusiongemma.ops import weights
-from diffusiongemma.runs import load as load_lib
 from diffusiongemma.runs.companions import no_tokenizer
 from diffusiongemma.runs.load import Run
 from diffusiongemma.text import template as templates
@@ -89,38 +91,6 @@ class Likelihood(NamedTuple):
   denoising_bound_error: float | None
 
 
-def load(
-  path: str | os.PathLike,
-  config: Config | None = None,
-  sharding: Any = None,
-  verify: bool = True,
-) -> Run:
-  """Reads a run, or a Hugging Face folder, to write with.
-
-  Without `sharding` the parameters are arranged as this device multiplies by
-  them fastest; they can be trained and saved all the same.
-
-  Args:
-    path: what training or conversion had as `--workdir`, or a folder with
-      Hugging Face's config.json and safetensors.
-    config: settings to use instead of its own, for another sampler.
-    sharding: (path, shape) -> where each array goes, see
-      `sharding.parameter_sharding`; without, to the first device.
-    verify: compares the digests of a run's arrays, so that a flipped bit is
-      an error. Hugging Face's files have none.
-
-  Raises:
-    ConfigError: the path is not local.
-    WorkdirError: there is nothing to load, or adapters were trained on other
-      weights.
-    CheckpointError: what is there is damaged or of another kind.
-  """
-  run = load_lib.load(path, config, sharding, verify)
-  if sharding is not None:
-    return run
-  return run._replace(params=weights.arrange(run.params, donate=True))
-
-
 def generate(
   run: Run,
   prompt: Prompt | Sequence[Prompt],
@@ -159,7 +129,7 @@ def generate(
   _check_run(run)
   prompts, is_one = _token_ids(run, prompt)
   given = generation.generate_tokens(
-    *(run.config, run.params, prompts, _key(key)),
+    *(run.config, _arranged(run.params), prompts, _key(key)),
     _count(run, max_new_tokens),
     _with_fields(sampling, fields),
     pinned=[pinned] if is_one and pinned is not None else pinned,
@@ -192,7 +162,7 @@ def stream(
       'stream takes one prompt; generate takes more.'
     )
   canvases = generation.write_canvases(
-    *(run.config, run.params, prompts, _key(key)),
+    *(run.config, _arranged(run.params), prompts, _key(key)),
     _count(run, max_new_tokens),
     _with_fields(sampling, fields),
     pinned=None if pinned is None else [pinned],
@@ -242,7 +212,8 @@ def chat(
       )
     template = templates.default_template()
   model = chats.Model(
-    *(run.config, run.params, run.tokenizer, template, tuple(tools)),
+    *(run.config, _arranged(run.params), run.tokenizer, template),
+    tuple(tools),
     *(thinking, _count(run, max_new_tokens)),
   )
   reply, _ = chats.take_turn(
@@ -311,6 +282,24 @@ def loss(
   value, metrics = objective.loss(network, batch, drawn, counts, config)
   del metrics['auxiliary']
   return value, metrics
+
+
+# By the first of the matrices that are arranged: (a weak reference to it, the
+# parameters). They go when that matrix goes.
+_ARRANGED: dict[int, tuple[weakref.ref, dict]] = {}
+
+
+def _arranged(params: dict) -> dict:
+  """`weights.arrange`, once for as long as the parameters are there."""
+  matrix = params['layer_00']['experts']['gate_up']
+  key = id(matrix)
+  if key not in _ARRANGED:
+    arranged = weights.arrange(params)
+    if arranged is params or not isinstance(matrix, jax.Array):
+      return arranged
+    forget = lambda _: _ARRANGED.pop(key, None)
+    _ARRANGED[key] = (weakref.ref(matrix, forget), arranged)
+  return _ARRANGED[key][1]
 
 
 def _check_run(run: Run) -> None:

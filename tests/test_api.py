@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import gc
 import pathlib
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import optax
 import pytest
 
 import diffusiongemma as dg
+from diffusiongemma import api
 from diffusiongemma import config as configs
 from diffusiongemma import ops
 from diffusiongemma.diffusion import strategies
@@ -25,7 +27,28 @@ TEXT = 'what is this '
 
 @pytest.fixture(scope='module')
 def run(chat_run):
-  return chat_run._replace(params=ops.weights.arrange(chat_run.params))
+  return chat_run
+
+
+def test_parameters_are_arranged_once_and_go_with_the_run(run):
+  params = jax.tree.map(jnp.copy, run.params)
+  own = run._replace(params=params)
+  before = len(api._ARRANGED)
+  written = dg.generate(own, TEXT, max_new_tokens=8)
+  (arranged,) = (
+    tree
+    for tree in [api._arranged(params)]
+    if isinstance(
+      tree['layer_00']['experts']['gate_up'], ops.weights.Transposed
+    )
+  )
+  assert api._arranged(params) is arranged
+  assert written == dg.generate(own, TEXT, max_new_tokens=8)
+  assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(own.params))
+  assert len(api._ARRANGED) == before + 1
+  del own, params, arranged
+  gc.collect()
+  assert len(api._ARRANGED) == before
 
 
 def test_a_text_token_ids_and_lists_of_either(run):
@@ -118,7 +141,7 @@ def test_what_cannot_be_is_a_sentence(run):
     (lambda: dg.generate(run, 'x', strategy='best'), 'There are entropy'),
     (lambda: dg.generate(run, 'x', sampling=0.7), 'must be a Sampling'),
     (lambda: dg.stream(run, ['x', 'y']), 'takes one prompt'),
-    (lambda: dg.generate(run, 'x', max_new_tokens=0), 'positive whole'),
+    (lambda: dg.generate(run, 'x', max_new_tokens=0), 'must be positive'),
     (lambda: dg.log_likelihood(run, [2]), 'A text of 1 tokens'),
     (lambda: dg.loss(run.config.model, run.params, {}, None), 'a Config'),
   )
@@ -161,8 +184,9 @@ def test_a_leave_one_out_run_has_a_bound(run):
   assert 3 * guess < found.denoising_bound < guess / 3
 
 
-def test_the_loss_is_learnt_in_a_loop_of_ones_own(run):
-  """From parameters as `load` has arranged them; they are saved as others."""
+@pytest.mark.parametrize('arrange', [lambda params: params, dg.arrange])
+def test_the_loss_is_learnt_in_a_loop_of_ones_own(run, arrange):
+  """From arranged parameters too, which are stored as others."""
   config = run.config
   C = config.diffusion.canvas_length
   tokens_BS = np.tile(np.arange(3, 35, dtype=np.int32), (2, 1))
@@ -184,7 +208,8 @@ def test_the_loss_is_learnt_in_a_loop_of_ones_own(run):
     updates, state = optimizer.update(gradients, state)
     return optax.apply_updates(params, updates), state, value, metrics
 
-  params, state, values = run.params, optimizer.init(run.params), []
+  params = arrange(run.params)
+  state, values = optimizer.init(params), []
   for n in range(12):
     params, state, value, metrics = step(params, state, jax.random.key(n))
     values.append(float(value))

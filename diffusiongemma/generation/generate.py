@@ -149,9 +149,13 @@ def write_canvases(
   """`generate_tokens`, canvas by canvas; arguments and errors are its own. What
   is no longer asked for is not written."""
   configs.check_kind(config, Config)
-  if type(max_new_tokens) is not int or max_new_tokens < 1:
+  if type(max_new_tokens) is not int:
     raise prompt_lib.PromptError(
-      f'max_new_tokens = {max_new_tokens!r} must be a positive whole number.'
+      f'max_new_tokens = {max_new_tokens!r} must be a whole number.'
+    )
+  if max_new_tokens < 1:
+    raise prompt_lib.PromptError(
+      f'max_new_tokens = {max_new_tokens} must be positive.'
     )
   sampling_lib.check(sampling)
   if sampling.pinned is not None:

@@ -40,7 +40,7 @@ def script(chat_run, monkeypatch):
   def replies(*texts):
     asked, remaining = [], iter(texts)
 
-    def generated(config, params, prompts, key, max_new_tokens, **options):
+    def generated(config, params, prompts, key, max_new_tokens, *_, **options):
       asked.append((chat_run.tokenizer.decode(prompts[0]), options))
       text = next(remaining)
       tokens = chat_run.tokenizer.encode_template(text, '\ue000')
@@ -48,7 +48,7 @@ def script(chat_run, monkeypatch):
       row = generate.Generation(tokens, 4, len(tokens) / 4, stopped_by)
       return generate.Generated([row], None, None)
 
-    monkeypatch.setattr(generate, 'generate', generated)
+    monkeypatch.setattr(generate, 'generate_tokens', generated)
     return asked
 
   return replies

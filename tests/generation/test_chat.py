@@ -312,13 +312,13 @@ def test_turns_go_on_from_what_was_read(model, monkeypatch, thinking):
   """The same replies as when everything is read anew, with less reading."""
   model = model._replace(thinking=thinking)
   read = []
-  original = generate.generate
+  original = generate.generate_tokens
 
   def watched(config, params, prompts, *rest, **options):
     read.append(len(prompts[0]))
     return original(config, params, prompts, *rest, **options)
 
-  monkeypatch.setattr(generate, 'generate', watched)
+  monkeypatch.setattr(generate, 'generate_tokens', watched)
   conversation = chat.Conversation()
   for text in ('what is this', 'what', 'is this what'):
     forgetful = chat.Conversation(

@@ -121,7 +121,7 @@ def test_prompts_of_one_bucket_compile_once(config, params):
     ([], 4, 'The prompt is empty'),
     ([2] + [5] * 300, 4, 'more than the context of 256: shorten it'),
     ([2] + [5] * 200, 100, 'ask for at most 54 new tokens'),
-    ([2, 5], 0, 'must be a positive'),
+    ([2, 5], 0, 'must be positive'),
     ([2, 97], 4, 'outside the vocabulary of 97'),
     ([2, -1], 4, 'outside the vocabulary of 97'),
   ],
@@ -184,7 +184,7 @@ def test_what_is_no_parameters_or_number_is_refused(config, params):
   with pytest.raises(prompt_lib.PromptError, match='run.params; it is a tuple'):
     write((params,), C)
   with pytest.raises(
-    prompt_lib.PromptError, match="'8' must be a positive whole"
+    prompt_lib.PromptError, match="'8' must be a whole number"
   ):
     write(params, '8')
   cache = kv_cache.init_cache(config.model, 2, 8)

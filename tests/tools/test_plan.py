@@ -152,7 +152,8 @@ def test_ways_for_single_devices_are_not_counted():
   def run(x_MD):
     once = lambda x_MD: x_MD @ jnp.ones((16, 4))
     more = lambda x_MD: once(x_MD @ x_MD.T @ x_MD)
-    return ops.dispatch.run(once, x_MD, cpu=more, cuda=more)
+    ways = {'cpu': lambda: more, 'cuda': lambda: more}
+    return ops.dispatch.run(once, x_MD, **ways)
 
   assert plan.count_flops(jax.make_jaxpr(run)(x_MD)) == 2 * 8 * 16 * 4
 
