@@ -1,0 +1,129 @@
+"""Fine-tune a network on chats and talk to it.
+
+Each line of a JSONL file is one conversation: `{"messages": [...]}`. What the
+assistant says is learnt, with the token that ends its turn.
+
+Command:  python examples/finetune_on_chats.py
+  With RUN=FOLDER that run, or Hugging Face folder, is fine-tuned instead; its
+  tokenizer must know turns.
+Expected: four answers, most of them learnt by heart by the small network.
+"""
+
+# %%
+import io
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import sentencepiece
+
+import diffusiongemma as dg
+
+folder = pathlib.Path(tempfile.mkdtemp())
+root = pathlib.Path(dg.__file__).parents[1]
+
+
+def command(*arguments):
+  """Runs the package's command line and shows the last lines it prints."""
+  done = subprocess.run(
+    [sys.executable, '-m', 'diffusiongemma.main', *arguments],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    check=False,
+  )
+  print('\n'.join(done.stdout.splitlines()[-6:]))
+  assert done.returncode == 0, done.stdout
+
+
+# %% [markdown]
+# The conversations. `{"prompt": ..., "response": ...}` and the forms of
+# ShareGPT, Alpaca, TRL and OpenAI are read too.
+
+# %%
+ANSWERS = {
+  'Who loves Juliet?': 'Romeo does.',
+  'Who is king of Scotland?': 'Macbeth is.',
+  'Who made the storm?': 'Prospero did.',
+  'Who is the prince of Denmark?': 'Hamlet is.',
+}
+
+
+def chat(question, answer):
+  return [
+    {'role': 'user', 'content': question},
+    {'role': 'assistant', 'content': answer},
+  ]
+
+
+chats = folder / 'chats.jsonl'
+lines = [json.dumps({'messages': chat(*pair)}) for pair in ANSWERS.items()]
+chats.write_text('\n'.join(lines))
+
+# %% [markdown]
+# The network to start from. Without `RUN` it is a small one: a tokenizer that
+# knows the tokens of turns is made first, then a few steps of training. It
+# knows nothing, and is there to make this script run anywhere.
+
+
+# %%
+def small_tokenizer():
+  """A SentencePiece model whose control tokens are those of Gemma."""
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(['user model ' + ' '.join(chats.read_text())] * 9),
+    model_writer=model,
+    vocab_size=320,
+    model_type='bpe',
+    byte_fallback=True,
+    add_dummy_prefix=False,
+    remove_extra_whitespaces=False,
+    normalization_rule_name='identity',
+    hard_vocab_limit=False,
+    pad_id=0,
+    eos_id=1,
+    bos_id=2,
+    unk_id=3,
+    pad_piece='<pad>',
+    eos_piece='<eos>',
+    bos_piece='<bos>',
+    user_defined_symbols=['<|turn>', '<turn|>', '\n'],
+    minloglevel=2,
+  )
+  return model.getvalue()
+
+
+small = f'--config={root / "examples" / "small.py"}'
+start = os.environ.get('RUN')
+if not start:
+  start = folder / 'base'
+  (folder / 'chat.model').write_bytes(small_tokenizer())
+  command(
+    *(small, f'--workdir={start}', f'--config.data.path={chats}'),
+    *(f'--config.data.heldout_path={chats}', '--config.train.steps=1'),
+    *(f'--config.data.tokenizer={folder / "chat.model"}',),
+    *('--config.model.vocab_size=320', '--config.train.sample_prompt=Who'),
+  )
+
+# %% [markdown]
+# Fine-tuning: `init_from` names the run or the Hugging Face folder. Its network,
+# sampler, tokenizer and chat template are used. For adapters instead of all
+# weights add `--config.lora.rank=16`.
+
+# %%
+tuned = folder / 'tuned'
+command(
+  *(small, f'--workdir={tuned}', f'--config.train.init_from={start}'),
+  *(f'--config.data.path={chats}', f'--config.data.heldout_path={chats}'),
+  *('--config.train.steps=300', '--config.train.checkpoint_every=300'),
+  *('--config.train.log_every=100', '--config.train.sample_prompt=Who'),
+)
+
+# %%
+run = dg.load(tuned)
+for question, answer in ANSWERS.items():
+  reply = dg.chat(run, chat(question, answer)[:1], max_new_tokens=16)
+  print(question, '->', reply.text, f'(learnt: {answer})')
