@@ -109,9 +109,9 @@ if not start:
   )
 
 # %% [markdown]
-# Fine-tuning: `init_from` names the run or the Hugging Face folder. Its network,
-# sampler, tokenizer and chat template are used. For adapters instead of all
-# weights add `--config.lora.rank=16`.
+# Fine-tuning: `init_from` names the run or the Hugging Face folder. Its
+# network, sampler, tokenizer and chat template are used. For adapters instead
+# of all weights add `--config.lora.rank=16`.
 
 # %%
 tuned = folder / 'tuned'

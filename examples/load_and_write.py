@@ -35,15 +35,22 @@ print(written.text)
 print(len(written.tokens), 'tokens in', written.steps, 'denoising steps')
 
 # %% [markdown]
-# `stream` yields each canvas as soon as it is denoised. Strategy and
-# temperature can be set for each call.
+# `stream` yields each canvas as soon as it is denoised.
 
 # %%
-for piece in dg.stream(run, 'ROMEO.', max_new_tokens=32, temperature=0.7):
+for piece in dg.stream(run, 'ROMEO.', max_new_tokens=32):
   print(piece.text, end='', flush=True)
-print()
+
+# %% [markdown]
+# Strategy, temperature and steps may differ from call to call.
+
+# %%
 rows = dg.generate(
-  run, ['ROMEO.', 'JULIET.'], max_new_tokens=16, strategy='confidence'
+  run,
+  ['ROMEO.', 'JULIET.'],
+  max_new_tokens=16,
+  strategy='confidence',
+  temperature=0.7,
 )
 for row in rows:
   print(repr(row.text))

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from small import get_config
 
 import diffusiongemma as dg
+from diffusiongemma.api import Run
 from diffusiongemma.diffusion import sampler
-from diffusiongemma.runs import folder as runs
 from diffusiongemma.text import tokenizer as tokenizers
 
 LETTERS = ' abcdefghijklmnopqrstuvwxyz'
@@ -88,6 +88,6 @@ if os.environ.get('RUN'):
 else:
   small = get_config()
   params = dg.init_params(dg.Denoiser(small.model), jax.random.key(0))
-  run = runs.Run(small, tokenizers.load_tokenizer(), 0, params)
+  run = Run(small, tokenizers.load_tokenizer(), 0, params)
 written = dg.generate(run, 'ROMEO.', max_new_tokens=16, strategy=left_to_right)
 print(repr(written.text))

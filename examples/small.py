@@ -15,7 +15,7 @@ def get_config() -> dg.Config:
     model=dg.ModelConfig(
       vocab_size=2048,
       embed_dim=32,
-      attention_pattern=('local', 'global'),
+      attention_pattern=('global',),
       num_heads=2,
       num_kv_heads=1,
       head_dim=16,
@@ -43,8 +43,9 @@ def get_config() -> dg.Config:
       steps=40,
       self_conditioning_probability=0.0,
       log_every=20,
-      evaluate_every=1000,
-      sample_every=1000,
+      evaluate_every=40,
+      evaluate_batches=1,
+      sample_prompt='',
       checkpoint_every=40,
     ),
   )
