@@ -64,9 +64,25 @@ lines = [json.dumps({'messages': chat(*pair)}) for pair in ANSWERS.items()]
 chats.write_text('\n'.join(lines))
 
 # %% [markdown]
-# The network to start from. Without `RUN` it is a small one: a tokenizer that
-# knows the tokens of turns is made first, then a few steps of training. It
-# knows nothing, and is there to make this script run anywhere.
+# Fine-tuning: `init_from` names a run or a Hugging Face folder, whose network,
+# sampler, tokenizer and chat template are used. For adapters instead of all
+# weights add `--config.lora.rank=16`.
+
+# %%
+tuned = folder / 'tuned'
+settings = [
+  f'--config={root / "examples" / "small.py"}',
+  f'--workdir={tuned}',
+  f'--config.data.path={chats}',
+  f'--config.data.heldout_path={chats}',
+  '--config.train.steps=300',
+  '--config.train.checkpoint_every=300',
+  '--config.train.log_every=100',
+]
+
+# %% [markdown]
+# Without `RUN` there is nothing to start from: the small network learns the
+# chats from scratch, with a tokenizer that has Gemma's tokens for turns.
 
 
 # %%
@@ -96,31 +112,16 @@ def small_tokenizer():
   return model.getvalue()
 
 
-small = f'--config={root / "examples" / "small.py"}'
-start = os.environ.get('RUN')
-if not start:
-  start = folder / 'base'
-  (folder / 'chat.model').write_bytes(small_tokenizer())
-  command(
-    *(small, f'--workdir={start}', f'--config.data.path={chats}'),
-    *(f'--config.data.heldout_path={chats}', '--config.train.steps=1'),
-    *(f'--config.data.tokenizer={folder / "chat.model"}',),
-    *('--config.model.vocab_size=320', '--config.train.sample_prompt=Who'),
-  )
-
-# %% [markdown]
-# Fine-tuning: `init_from` names the run or the Hugging Face folder. Its
-# network, sampler, tokenizer and chat template are used. For adapters instead
-# of all weights add `--config.lora.rank=16`.
-
-# %%
-tuned = folder / 'tuned'
-command(
-  *(small, f'--workdir={tuned}', f'--config.train.init_from={start}'),
-  *(f'--config.data.path={chats}', f'--config.data.heldout_path={chats}'),
-  *('--config.train.steps=300', '--config.train.checkpoint_every=300'),
-  *('--config.train.log_every=100', '--config.train.sample_prompt=Who'),
-)
+if os.environ.get('RUN'):
+  settings += [f'--config.train.init_from={os.environ["RUN"]}']
+else:
+  tokenizer = folder / 'chat.model'
+  tokenizer.write_bytes(small_tokenizer())
+  settings += [
+    f'--config.data.tokenizer={tokenizer}',
+    '--config.model.vocab_size=320',
+  ]
+command(*settings)
 
 # %%
 run = dg.load(tuned)
