@@ -75,9 +75,10 @@ settings = [
   f'--workdir={tuned}',
   f'--config.data.path={chats}',
   f'--config.data.heldout_path={chats}',
-  '--config.train.steps=300',
-  '--config.train.checkpoint_every=300',
-  '--config.train.log_every=100',
+  '--config.train.steps=600',
+  '--config.train.evaluate_every=600',
+  '--config.train.checkpoint_every=600',
+  '--config.train.log_every=200',
 ]
 
 # %% [markdown]
