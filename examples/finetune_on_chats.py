@@ -61,7 +61,7 @@ def chat(question, answer):
 
 chats = folder / 'chats.jsonl'
 lines = [json.dumps({'messages': chat(*pair)}) for pair in ANSWERS.items()]
-chats.write_text('\n'.join(lines))
+chats.write_text('\n'.join(lines * 50))  # Long enough to shuffle well.
 
 # %% [markdown]
 # Fine-tuning: `init_from` names a run or a Hugging Face folder, whose network,
@@ -90,8 +90,9 @@ settings = [
 def small_tokenizer():
   """A SentencePiece model whose control tokens are those of Gemma."""
   model = io.BytesIO()
+  texts = ['user', 'model', *ANSWERS, *ANSWERS.values()]
   sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(['user model ' + ' '.join(chats.read_text())] * 9),
+    sentence_iterator=iter(texts * 9),
     model_writer=model,
     vocab_size=320,
     model_type='bpe',
