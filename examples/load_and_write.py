@@ -5,7 +5,7 @@ on with, whole or piece by piece, holes are filled, and the probability of a
 text is measured.
 
 Command:  RUN=runs/tiny python examples/load_and_write.py
-  Without RUN a network of `examples/small.py` is trained for 40 steps first.
+  Without RUN a network of `examples/small.py` is trained for 20 steps first.
 Expected: with `runs/tiny`, lines in the manner of Shakespeare; with the small
   network, commas, line breaks and a few words. Then the log-likelihood of a
   line, and None, as the network has no bound.

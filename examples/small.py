@@ -40,12 +40,12 @@ def get_config() -> dg.Config:
     data=config.DataConfig(sequence_length=64, batch_size=8),
     optimizer=config.OptimizerConfig(peak_learning_rate=1e-2, warmup_steps=10),
     train=config.TrainConfig(
-      steps=40,
+      steps=20,
       self_conditioning_probability=0.0,
-      log_every=20,
-      evaluate_every=40,
+      log_every=200,
+      evaluate_every=500,
       evaluate_batches=1,
       sample_prompt='',
-      checkpoint_every=40,
+      checkpoint_every=500,
     ),
   )

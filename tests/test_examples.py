@@ -20,6 +20,7 @@ def test_script_runs(name, tmp_path):
     **os.environ,
     'PYTHONPATH': str(FOLDER.parent),
     'TMPDIR': str(tmp_path),
+    'STEPS': '20',
   }
   environment.pop('RUN', None)
   done = subprocess.run(
