@@ -1,5 +1,6 @@
 """Every example runs, and its notebook has the same text and code."""
 
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -14,22 +15,33 @@ sys.path.insert(0, str(FOLDER))
 import make_notebooks  # noqa: E402
 
 
-@pytest.mark.parametrize('name', make_notebooks.NAMES)
-def test_script_runs(name, tmp_path):
+@pytest.fixture(scope='module')
+def results(tmp_path_factory):
+  """A future of each script's process, two at a time."""
   environment = {
     **os.environ,
     'PYTHONPATH': str(FOLDER.parent),
-    'TMPDIR': str(tmp_path),
+    'TMPDIR': str(tmp_path_factory.mktemp('examples')),
     'STEPS': '20',
   }
   environment.pop('RUN', None)
-  done = subprocess.run(
-    [sys.executable, FOLDER / f'{name}.py'],
-    capture_output=True,
-    env=environment,
-    text=True,
-    check=False,
-  )
+
+  def run(name):
+    return subprocess.run(
+      [sys.executable, FOLDER / f'{name}.py'],
+      capture_output=True,
+      env=environment,
+      text=True,
+      check=False,
+    )
+
+  with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:
+    yield {name: pool.submit(run, name) for name in make_notebooks.NAMES}
+
+
+@pytest.mark.parametrize('name', make_notebooks.NAMES)
+def test_script_runs(name, results):
+  done = results[name].result()
   assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
   assert done.stdout.strip()
 
