@@ -1,6 +1,6 @@
 """What there is to say on a command line: modes, flags, fields of the config.
 
-python -m diffusiongemma.commands.help README.md   writes its table of fields
+python -m diffusiongemma.commands.help BUILD.md   writes its table of fields
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from absl import flags
 from diffusiongemma import config as configs
 from diffusiongemma import fields
 
-BEGIN, END = '<!-- fields: generated -->', '<!-- end of fields -->'
+BEGIN, END = '<!-- fields -->', '<!-- /fields -->'
 WIDTH = 80
 
 

@@ -13,7 +13,7 @@ depends on the mesh around a call, `jax.set_mesh(mesh)`:
   mesh = make_mesh(MeshConfig(tensor=8))
   run = diffusiongemma.load(folder, sharding=parameter_sharding(mesh))
   with jax.set_mesh(mesh):
-    diffusiongemma.generate(run.config, run.params, ...)
+    diffusiongemma.generate(run, ...)
 
 The batch lies along three axes, so none of them is idle outside the experts.
 The table of the vocabulary is never put together: what is looked up in it, and

@@ -64,11 +64,3 @@ def test_what_may_not_change_is_refused_with_its_reason(config, claimed):
     assert f'config.{name}: ' in str(caught.value)
     assert f'here ({reason})' in str(caught.value)
     assert f'config.train.init_from={claimed}' in str(caught.value)
-
-
-def test_every_field_may_change_or_not_for_one_reason():
-  names = fields.flatten(configs.Config())
-  assert set(workdirs.FREE_FIELDS) <= set(names)
-  for name in set(names) - set(workdirs.FREE_FIELDS):
-    begins = [k for k in workdirs.FIXED_FIELDS if name.startswith(k)]
-    assert len(begins) == 1, name

@@ -21,7 +21,7 @@ def test_load_reads_either_kind(hf_dir, workdir):
 
 def test_loaded_parameters_compute(workdir):
   run = diffusiongemma.load(workdir)
-  (written,), *_ = diffusiongemma.generate(
+  (written,), *_ = diffusiongemma.generate_tokens(
     run.config, run.params, [[2, 5, 6]], jax.random.key(0), max_new_tokens=8
   )
   assert written.tokens
