@@ -21,7 +21,6 @@ from small import get_config
 
 import diffusiongemma as dg
 from diffusiongemma.diffusion import sampler
-from diffusiongemma.runs.load import Run
 from diffusiongemma.text import tokenizer as tokenizers
 
 LETTERS = ' abcdefghijklmnopqrstuvwxyz'
@@ -88,6 +87,6 @@ if os.environ.get('RUN'):
 else:
   small = get_config()
   params = dg.init_params(dg.Denoiser(small.model), jax.random.key(0))
-  run = Run(small, tokenizers.load_tokenizer(), 0, params)
+  run = dg.Run(small, tokenizers.load_tokenizer(), 0, params)
 written = dg.generate(run, 'ROMEO.', max_new_tokens=16, strategy=left_to_right)
 print(repr(written.text))

@@ -17,7 +17,6 @@ from small import get_config
 import diffusiongemma as dg
 from diffusiongemma import config as configs
 from diffusiongemma.devices import sharding
-from diffusiongemma.runs.load import Run
 from diffusiongemma.text import tokenizer as tokenizers
 from diffusiongemma.training import corpus
 from diffusiongemma.training import data
@@ -80,10 +79,10 @@ np.testing.assert_allclose(loss_on_one, loss_on_four, rtol=1e-5)
 
 # %%
 written = dg.generate(
-  Run(config, tokenizer, 0, on_one), 'ROMEO.', max_new_tokens=16
+  dg.Run(config, tokenizer, 0, on_one), 'ROMEO.', max_new_tokens=16
 )
 with jax.set_mesh(mesh):
-  run = Run(config, tokenizer, 0, on_four)
+  run = dg.Run(config, tokenizer, 0, on_four)
   divided = dg.generate(run, 'ROMEO.', max_new_tokens=16)
 print(repr(divided.text))
 assert divided.tokens == written.tokens

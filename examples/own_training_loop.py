@@ -15,7 +15,6 @@ import optax
 from small import get_config
 
 import diffusiongemma as dg
-from diffusiongemma.runs.load import Run
 from diffusiongemma.text import tokenizer as tokenizers
 from diffusiongemma.training import corpus
 from diffusiongemma.training import data
@@ -68,5 +67,5 @@ assert losses[-1] < losses[0] - 1
 # The parameters write like those of any run.
 
 # %%
-run = Run(config, tokenizer, 40, params)
+run = dg.Run(config, tokenizer, 40, params)
 print(repr(dg.generate(run, 'ROMEO.', max_new_tokens=16).text))
