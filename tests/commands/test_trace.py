@@ -56,6 +56,7 @@ def random_state(rng, step, vocab_size, L=16, accepted=0.5):
     unchanged_B=np.zeros(2, np.int32),
     converged_B=np.zeros(2, bool),
     steps_B=np.full(2, step, np.int32),
+    left_B=np.full(2, 48 - step, np.int32),
   )
 
 

@@ -9,6 +9,7 @@ import pytest
 
 SETUP = """
 import ctypes, re
+from diffusiongemma.devices import runtime
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p

@@ -30,6 +30,10 @@ from diffusiongemma.devices import sharding
 from diffusiongemma.diffusion import chunks
 from diffusiongemma.diffusion import loss
 from diffusiongemma.model import denoiser
+from diffusiongemma.generation import generate
+from diffusiongemma.generation import prompt as prompt_lib
+from diffusiongemma.model import lora
+from diffusiongemma.ops import attention
 from diffusiongemma.training import step as steps
 
 micro = configs.load_config(sys.argv[1])

@@ -20,7 +20,7 @@ from diffusiongemma import fields
 from diffusiongemma.checkpoints import native
 from diffusiongemma.devices import processes
 from diffusiongemma.devices import sharding
-from diffusiongemma.training import train
+from diffusiongemma.training import resume
 
 MICRO = str(pathlib.Path(__file__).parents[1] / 'micro_config.py')
 
@@ -206,10 +206,10 @@ def test_packed_rows_are_read_on_in_as_many_shares():
   restored = native.Restored(10, {}, data=places)
   for index in (0, 1):
     share = sharding.Share(index, 2)
-    assert train._own_place(config, restored, share) == {'place': index}
+    assert resume._own_place(config, restored, share) == {'place': index}
   for share in (sharding.WHOLE_BATCH, sharding.Share(1, 4)):
     with pytest.raises(native.CheckpointError, match='packed in 2 shares'):
-      train._own_place(config, restored, share)
+      resume._own_place(config, restored, share)
 
 
 # Heads, features and experts for eight devices.
