@@ -239,7 +239,7 @@ def test_kernels_find_room_in_shared_memory(gpu_mesh):
   assert 'grouped_gate' in text and 'grouped_matmul' in text
   text = compile_for(
     *(gpu_mesh, functools.partial(ops.vocabulary.summarize, softcap=30.0)),
-    *(array(2 * T, D), array(32768, D), array(), array(2 * T, 2)),
+    *(array(2 * T, D), array(32768, D), array(), array(2 * T, 15)),
   )
   assert 'vocabulary_statistics' in text and 'vocabulary_mean' in text
   matrices_DF = [matrix((2816, 2112), 'int8', -2)] * 2
