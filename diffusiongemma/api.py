@@ -20,7 +20,6 @@ import dataclasses
 import functools
 from typing import Any
 from typing import NamedTuple
-import weakref
 
 import jax
 import jax.numpy as jnp
@@ -79,8 +78,7 @@ class Likelihood(NamedTuple):
     tokens: the ids, the first of which is not predicted.
     log_p_of_token: float32, of each token after the first.
     denoising_bound: what log p of denoising is at least, in nats, for a run
-      that has learnt with `loo_ce`; None for others, and for a text without a
-      whole canvas of room.
+      that has learnt with `loo_ce`; None for others.
     denoising_bound_error: the standard error of that estimate.
   """
 
@@ -110,8 +108,6 @@ def generate(
     max_new_tokens: of each text; None is four canvases.
     key: a seed, or a key of `jax.random.key`: the same writes the same.
     sampling: strategy, temperature, steps, hooks; what is not as configured.
-    **fields: fields of `sampling`, one by one: `strategy='ancestral'`,
-      `temperature=0.7`.
     pinned: tokens that the new text must have, by their place in it; for a
       list of prompts a list.
     pictures: images for the image tokens of the prompt, in order; for a list of
@@ -129,7 +125,7 @@ def generate(
   _check_run(run)
   prompts, is_one = _token_ids(run, prompt)
   given = generation.generate_tokens(
-    *(run.config, _arranged(run.params), prompts, _key(key)),
+    *(run.config, weights.arrange(run.params), prompts, _key(key)),
     _count(run, max_new_tokens),
     _with_fields(sampling, fields),
     pinned=[pinned] if is_one and pinned is not None else pinned,
@@ -162,7 +158,7 @@ def stream(
       'stream takes one prompt; generate takes more.'
     )
   canvases = generation.write_canvases(
-    *(run.config, _arranged(run.params), prompts, _key(key)),
+    *(run.config, weights.arrange(run.params), prompts, _key(key)),
     _count(run, max_new_tokens),
     _with_fields(sampling, fields),
     pinned=None if pinned is None else [pinned],
@@ -194,8 +190,8 @@ def chat(
     max_new_tokens: of the reply; None is four canvases.
     key: a seed, or a key of `jax.random.key`.
     sampling: what is not as configured.
-    **fields: fields of `sampling`, one by one.
     pictures: one for each image part of the messages, in order.
+    **fields: fields of `sampling`, one by one.
 
   Raises:
     TemplateError: the template refuses the messages, or there are no turns.
@@ -212,7 +208,7 @@ def chat(
       )
     template = templates.default_template()
   model = chats.Model(
-    *(run.config, _arranged(run.params), run.tokenizer, template),
+    *(run.config, weights.arrange(run.params), run.tokenizer, template),
     tuple(tools),
     *(thinking, _count(run, max_new_tokens)),
   )
@@ -262,8 +258,8 @@ def loss(
   Args:
     config: the network, and in `config.train` what is learnt and how.
     params: parameters of the network.
-    batch: `tokens_BS` and so on, see `loss.check_batch`; `data.batches` makes
-      them.
+    batch: `tokens_BS` and so on, see `loss.check_batch`; `data.make_dataset`
+      gives them.
     key: of all noise: canvases, times, corruption.
 
   Returns:
@@ -282,24 +278,6 @@ def loss(
   value, metrics = objective.loss(network, batch, drawn, counts, config)
   del metrics['auxiliary']
   return value, metrics
-
-
-# By the first of the matrices that are arranged: (a weak reference to it, the
-# parameters). They go when that matrix goes.
-_ARRANGED: dict[int, tuple[weakref.ref, dict]] = {}
-
-
-def _arranged(params: dict) -> dict:
-  """`weights.arrange`, once for as long as the parameters are there."""
-  matrix = params['layer_00']['experts']['gate_up']
-  key = id(matrix)
-  if key not in _ARRANGED:
-    arranged = weights.arrange(params)
-    if arranged is params or not isinstance(matrix, jax.Array):
-      return arranged
-    forget = lambda _: _ARRANGED.pop(key, None)
-    _ARRANGED[key] = (weakref.ref(matrix, forget), arranged)
-  return _ARRANGED[key][1]
 
 
 def _check_run(run: Run) -> None:

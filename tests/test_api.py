@@ -14,7 +14,6 @@ import optax
 import pytest
 
 import diffusiongemma as dg
-from diffusiongemma import api
 from diffusiongemma import config as configs
 from diffusiongemma import ops
 from diffusiongemma.diffusion import strategies
@@ -30,25 +29,31 @@ def run(chat_run):
   return chat_run
 
 
-def test_parameters_are_arranged_once_and_go_with_the_run(run):
+def test_matrices_are_transposed_once_and_go_with_the_run(run):
+  transposed = ops.weights._TRANSPOSED
   params = jax.tree.map(jnp.copy, run.params)
-  own = run._replace(params=params)
-  before = len(api._ARRANGED)
+  own, before = run._replace(params=params), len(transposed)
   written = dg.generate(own, TEXT, max_new_tokens=8)
-  (arranged,) = (
-    tree
-    for tree in [api._arranged(params)]
-    if isinstance(
-      tree['layer_00']['experts']['gate_up'], ops.weights.Transposed
-    )
-  )
-  assert api._arranged(params) is arranged
+  count = len(transposed)
+  assert count > before
   assert written == dg.generate(own, TEXT, max_new_tokens=8)
+  assert len(transposed) == count
   assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(own.params))
-  assert len(api._ARRANGED) == before + 1
-  del own, params, arranged
+  del own, params
   gc.collect()
-  assert len(api._ARRANGED) == before
+  assert len(transposed) == before
+
+
+def test_what_is_changed_beside_the_experts_is_seen(run):
+  """The experts of a run that learns may be frozen: the same arrays."""
+  dg.generate(run, TEXT, max_new_tokens=8)
+  changed = {**run.params, 'embedding': run.params['embedding'][::-1]}
+  found = dg.generate(run._replace(params=changed), TEXT, max_new_tokens=8)
+  tokens = [run.tokenizer.bos_id, *run.tokenizer.encode(TEXT)]
+  wanted = dg.generate_tokens(
+    run.config, changed, [tokens], jax.random.key(0), 8
+  )
+  assert found.tokens == wanted.rows[0].tokens
 
 
 def test_a_text_token_ids_and_lists_of_either(run):

@@ -14,6 +14,7 @@ multiplied as `astype` says.
 
 from collections.abc import Mapping
 from typing import Any
+import weakref
 
 import flax
 from flax import traverse_util
@@ -55,15 +56,11 @@ class Leaf:
     return self
 
   def expert_specs(self, axes: tuple[str | None, ...]) -> Any:
-    """See `expert_specs`."""
+    """See `expert_specs`, which is asked before `gather_experts`."""
     raise ValueError(
       f'{type(self).__name__} weights are for one device: for a mesh, load '
       'with sharding=parameter_sharding(mesh).'
     )
-
-  def gather_experts(self, axis: int, dtype: jnp.dtype) -> 'Weight':
-    """See `gather_experts`."""
-    raise NotImplementedError
 
   def stored(self) -> Mapping[str, jax.Array] | jax.Array:
     """The arrays that it is on disk, by name, or the one that it is."""
@@ -259,9 +256,10 @@ def arrange(params: dict, donate: bool = False) -> dict:
   transposed, if they are plain arrays; on other devices and on a mesh all stay
   as they are.
 
-  What comes back can be trained and saved, but not brought onto a mesh. With
-  `donate`, each matrix of `params` that is transposed is deleted at once, so
-  that both are never held: `params` can't be used any more.
+  What comes back can be trained and saved, but not brought onto a mesh. A
+  matrix is transposed once for as long as it is there. With `donate`, each one
+  is deleted at once, so that both are never held: `params` can't be used any
+  more.
   """
   is_on_mesh = not jax.sharding.get_abstract_mesh().empty
   if is_on_mesh or jax.default_backend() != 'cpu':
@@ -269,10 +267,26 @@ def arrange(params: dict, donate: bool = False) -> dict:
   flat = traverse_util.flatten_dict(params)
   for path, w in flat.items():
     if path[-2:-1] == ('experts',) and isinstance(w, jax.Array):
-      flat[path] = Transposed(_transpose(w).block_until_ready())
+      flat[path] = _transposed(w, remember=not donate)
       if donate:
         w.delete()
   return traverse_util.unflatten_dict(flat)
+
+
+# By the number of a matrix: (a weak reference to it, the transposed one), which
+# goes when the matrix goes.
+_TRANSPOSED: dict[int, tuple[weakref.ref, Transposed]] = {}
+
+
+def _transposed(w_EFD: jax.Array, remember: bool) -> Transposed:
+  key = id(w_EFD)
+  if key in _TRANSPOSED:
+    return _TRANSPOSED[key][1]
+  transposed = Transposed(_transpose(w_EFD).block_until_ready())
+  if remember:
+    forget = lambda _: _TRANSPOSED.pop(key, None)
+    _TRANSPOSED[key] = (weakref.ref(w_EFD, forget), transposed)
+  return transposed
 
 
 _transpose = jax.jit(lambda w_EFD: jnp.swapaxes(w_EFD, 1, 2))
