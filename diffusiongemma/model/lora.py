@@ -86,17 +86,18 @@ def find_targets(config: LoraConfig, params: dict) -> list[tuple[str, ...]]:
 
 
 def attach(config: LoraConfig, params: dict, adapters: dict) -> dict:
-  """`params` in which `matrices.LowRank` stands for each adapted matrix."""
-  scale = config.alpha / config.rank
+  """`params` in which a `weights.LowRank` stands for each adapted matrix."""
   return _with_adapters(
-    params, adapters, lambda w, a, b: ops.weights.LowRank(w, a, b, scale)
+    params, adapters, lambda w, a, b: low_rank(config, w, a, b)
   )
 
 
 def merge(config: LoraConfig, params: dict, adapters: dict) -> dict:
   """`params` with the adapters added in, in their types."""
   return _with_adapters(
-    params, adapters, lambda w, a, b: merged(config, w, a, b)
+    params,
+    adapters,
+    lambda w, a, b: low_rank(config, w, a, b).astype(w.dtype),
   )
 
 
@@ -109,19 +110,14 @@ def merge_array(
     a_and_b = a_and_b.get(part, {})
   if not a_and_b:
     return w
-  return merged(config, w, a_and_b['a'], a_and_b['b'])
+  return low_rank(config, w, a_and_b['a'], a_and_b['b']).astype(w.dtype)
 
 
-def merged(
+def low_rank(
   config: LoraConfig, w: jax.Array, a: jax.Array, b: jax.Array
-) -> jax.Array:
-  """One matrix and its adapter as one, in the type of the matrix."""
-  if a.ndim == b.ndim == 3:  # Of experts.
-    update = jnp.einsum('erd,efr->efd', a, b)
-  else:
-    update = jnp.tensordot(a, b, axes=1)
-  total = w.astype(jnp.float32) + config.alpha / config.rank * update
-  return total.astype(w.dtype)
+) -> ops.weights.LowRank:
+  """A matrix and its adapter, [..., rank] and [rank, ...] of it."""
+  return ops.weights.LowRank(w, a, b, config.alpha / config.rank)
 
 
 def _with_adapters(

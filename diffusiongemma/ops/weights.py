@@ -33,9 +33,10 @@ KINDS = {
 
 
 class Leaf:
-  """A weight that is no array. `w[index]` (of leading axes), `len(w)` and
-  `w.astype(dtype)` are what they would be of the matrix that it stands for;
-  Flax compares the shape of the first field with what it expects."""
+  """A weight that is no array. `len(w)` and `w.astype(dtype)` are what they
+  would be of the matrix that it stands for, and so is `w[index]` (of leading
+  axes) of those without an adapter; Flax compares the shape of the first field
+  with what it expects."""
 
   def __len__(self) -> int:
     return len(jax.tree.leaves(self)[0])
@@ -201,6 +202,15 @@ class LowRank(Leaf):
   a: jax.Array
   b: jax.Array
   scale: float = flax.struct.field(pytree_node=False)
+
+  def astype(self, dtype: jnp.dtype) -> jax.Array:
+    """Both as one, added in float32."""
+    if self.a.ndim == self.b.ndim == 3:  # Of experts.
+      update = jnp.einsum('erd,efr->efd', self.a, self.b)
+    else:
+      update = jnp.tensordot(self.a, self.b, axes=1)
+    total = self.weight.astype(jnp.float32) + self.scale * update
+    return total.astype(dtype)
 
   def in_use(self, dtype: jnp.dtype, *axes: str | None) -> 'LowRank':
     return self.replace(weight=in_use(self.weight, dtype, *axes))

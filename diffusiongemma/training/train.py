@@ -34,7 +34,6 @@ from diffusiongemma.training import resume
 from diffusiongemma.training import step as steps
 from diffusiongemma.training import stopping
 from diffusiongemma.training import train_state
-from diffusiongemma.training.loop import TrainingError as TrainingError
 
 
 def train(

@@ -71,7 +71,7 @@ def test_an_adapter_is_a_product_times_alpha_over_rank(params):
     a, b = (fresh['layer_00'][owner][name][part] for part in 'ab')
     b = jax.random.normal(jax.random.key(1), b.shape)
     product = jnp.matmul(b, a) if owner == 'experts' else jnp.tensordot(a, b, 1)
-    found = lora.merged(EVERYTHING, w, a, b)
+    found = lora.low_rank(EVERYTHING, w, a, b).astype(w.dtype)
     np.testing.assert_allclose(found, w + 2.0 * product, atol=1e-5)
     fan_in = a.shape[-1] if owner == 'experts' else a.shape[0]
     assert 0.6 < float(jnp.sum(a**2)) * fan_in / a.size < 1.6

@@ -1,8 +1,6 @@
 """Going on: with other settings, with the text that there was."""
 
-import dataclasses
 import json
-import pathlib
 
 import jax.numpy as jnp
 import pytest
@@ -16,16 +14,6 @@ from diffusiongemma.training import corpus as corpora
 from diffusiongemma.training import quality
 from diffusiongemma.training import step as steps
 from diffusiongemma.training import train
-
-MICRO = str(pathlib.Path(__file__).parents[1] / 'micro_config.py')
-
-
-@pytest.fixture(scope='module')
-def config():
-  """That of a run of one layer."""
-  config = configs.load_config(MICRO)
-  model = dataclasses.replace(config.model, attention_pattern=('global',))
-  return dataclasses.replace(config, model=model)
 
 
 @pytest.fixture

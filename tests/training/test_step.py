@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +16,6 @@ from diffusiongemma.generation import generate
 from diffusiongemma.training import optimizer as optimizers
 from diffusiongemma.training import step as steps
 from diffusiongemma.training import train_state
-
-MICRO = str(pathlib.Path(__file__).parents[1] / 'micro_config.py')
-
-
-@pytest.fixture(scope='module')
-def config():
-  """That of a run of one layer."""
-  config = configs.load_config(MICRO)
-  model = dataclasses.replace(config.model, attention_pattern=('global',))
-  return dataclasses.replace(config, model=model)
 
 
 def test_step_donates_its_state_and_draws_anew(config):
