@@ -1,6 +1,6 @@
 """The TPU's kernels, interpreted, against the loops that they stand for.
 
-What compiles for a TPU is shown by `tests/test_compiled.py`.
+What compiles for a TPU is shown by `tests/tools/test_compiled.py`.
 """
 
 import jax

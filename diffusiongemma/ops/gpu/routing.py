@@ -1,5 +1,5 @@
 """What is between router and experts on GPUs: twins of `moe.choose` and
-`grouped_matmul.make_groups`.
+`routing.make_groups`.
 
 Few numbers and many small steps, which here are few kernels. The layout takes
 two: programs can't wait for each other, and where a row lies depends on how
@@ -83,7 +83,7 @@ def supports_layout(num_rows: int, num_experts: int) -> bool:
 def lay_out(
   expert_R: jax.Array, num_experts: int, tile: int, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-  """(slot_R, row_T, expert_of_tile, end_E) of `grouped_matmul.Groups`; with
+  """(slot_R, row_T, expert_of_tile, end_E) of `routing.Groups`; with
   `interpret` on any device, slowly."""
   (R,), E = expert_R.shape, num_experts
   num_tiles, num_blocks = -(-R // tile) + E, R // _COUNTED
