@@ -378,6 +378,24 @@ def test_a_logit_hook_bans_and_forces(config, params):
   assert steps == [4, 3, 2, 1] * 2
 
 
+def test_another_constraint_compiles_nothing_anew(config, params):
+  """What it bans is data."""
+
+  def ban(is_banned_V, canvas_BL, logits_BLV, time, state):
+    return jnp.where(is_banned_V, -jnp.inf, logits_BLV)
+
+  def write(start):
+    constraint = jax.tree_util.Partial(ban, jnp.arange(97) % 3 != start)
+    sampling = Sampling(constraint=constraint)
+    return run(config, params, C, sampling=sampling).tokens
+
+  first, programs = write(0), engine.denoise_canvas._cache_size()
+  second = write(1)
+  assert {token % 3 for token in first} == {0}
+  assert {token % 3 for token in second} == {1}
+  assert engine.denoise_canvas._cache_size() == programs
+
+
 def test_pads_do_not_count_as_tokens_per_forward(config, params):
   whole = run(config, params, C)
   diffusion = dataclasses.replace(

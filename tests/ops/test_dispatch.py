@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 from diffusiongemma import ops
-from diffusiongemma.ops.gpu import matmul as grouped_matmul_gpu
+from diffusiongemma.ops.gpu import hopper
+from diffusiongemma.ops.gpu import matmul as matmul_gpu
+from diffusiongemma.ops.gpu import vocabulary as vocabulary_gpu
+from diffusiongemma.ops.tpu import matmul as matmul_tpu
 
 
 def traced(**options) -> str:
@@ -113,9 +116,36 @@ def test_a_gpu_of_another_kind(
   assert ops.dispatch.has_hopper() is is_hopper
   assert ops.dispatch.has_float8() is has_float8
   for dtype in ('int8', 'int4', 'float8_e4m3fn'):
-    supports = grouped_matmul_gpu.supports_one(
+    supports = matmul_gpu.supports_one(
       jax.ShapeDtypeStruct((64, 128), 'bfloat16'),
       jax.ShapeDtypeStruct((128, 64), dtype),
       1,
     )
     assert supports is (has_float8 or dtype != 'float8_e4m3fn')
+
+
+@pytest.mark.parametrize('name', ['float8_e5m2', 'float4_e2m1fn', 'int8'])
+def test_kernels_take_no_types_that_they_do_not_name(name):
+  """A format that none of them knows is multiplied the plain way."""
+  is_known = name == 'int8'
+  x_TD = jnp.ones((64, 256), jnp.bfloat16)
+  scales_1F = jnp.ones((1, 256), jnp.bfloat16)
+  values_DF = jnp.ones((256, 256), name)
+  w_DF = ops.weights.Quantized(values_DF, scales_1F, -2)
+  w_EFD = ops.weights.Quantized(
+    values_DF[None], scales_1F[None], -1, scales_transposed=True
+  )
+  table_VD = ops.weights.Quantized(values_DF, scales_1F.T, -1)
+  for supports in (
+    matmul_gpu.supports_one(x_TD, values_DF, 1),
+    matmul_gpu.supports(w_EFD, 64),
+    vocabulary_gpu.supports(x_TD, table_VD, 256, ops.vocabulary.BIN),
+    matmul_tpu.supports_one(x_TD, values_DF),
+    matmul_tpu.supports(w_EFD, 64),
+  ):
+    assert supports is is_known
+  assert not hopper.supports(w_EFD, 64, jnp.float16)
+  for platform in ('cuda', 'tpu'):
+    with ops.dispatch.compiling_for(platform):
+      text = str(jax.make_jaxpr(ops.linear.apply)(x_TD, w_DF))
+    assert ('pallas_call' in text) is is_known

@@ -52,8 +52,10 @@ FROM_PAIRS = tuple(
 
 
 def supports(dtype: jnp.dtype) -> bool:
-  """Whether the GPUs here can turn such values into others."""
-  return dtype != jnp.float8_e4m3fn or dispatch.has_float8()
+  """Whether kernels on the GPUs here can dequantise such values."""
+  if dtype == jnp.float8_e4m3fn:
+    return dispatch.has_float8()
+  return dtype in (jnp.int8, jnp.int4)
 
 
 def in_pairs(x: jax.Array) -> jax.Array:

@@ -28,6 +28,7 @@ from diffusiongemma.ops.weights import values_and_scales
 SMALLEST = 16  # Triton multiplies no smaller blocks.
 BLOCK = 64
 _MOST_INPUTS = 128
+FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)  # Of arrays, as they are.
 
 
 def supports(weights_EFD: Any, tile: int, parts: int = 1) -> bool:
@@ -43,6 +44,8 @@ def supports(weights_EFD: Any, tile: int, parts: int = 1) -> bool:
     inputs = D // weights_EFD.num_groups
     if weights_EFD.values.dtype == jnp.int4:
       smallest *= 2  # The halves of its pairs are multiplied apart.
+  elif weights_EFD.dtype not in FLOATS:
+    return False
   return min(tile, block(F // parts)) >= SMALLEST and block(inputs) >= smallest
 
 

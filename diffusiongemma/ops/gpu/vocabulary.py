@@ -39,6 +39,10 @@ def supports(h_RD: jax.Array, table_VD: Any, size: int, bin_size: int) -> bool:
   groups = 1
   if isinstance(table_VD, Quantized):
     groups = table_VD.scales.shape[1]
+    if not few_bits.supports(table_VD.values.dtype):
+      return False
+  elif table_VD.dtype not in products.FLOATS:
+    return False
   columns = math.gcd(size, _COLUMNS)
   blocks = (math.gcd(len(h_RD), _ROWS), columns, math.gcd(D, _WIDTH))
   is_large = min(blocks) >= products.SMALLEST

@@ -31,6 +31,8 @@ ONE_BLOCK = 2 * 2**20  # The same of an only matrix, whose blocks follow.
 MOST_ROWS = 256  # Of a tile where all meet the same matrix.
 FAST_MEMORY = 48 * 2**20  # Bytes; 64 MB is the least that TPUs have.
 CHUNK = 512  # Inputs multiplied at once.
+_FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
+_QUANTIZED = (jnp.int8, jnp.int4, jnp.float8_e4m3fn)
 
 
 def supports(
@@ -44,6 +46,8 @@ def supports(
   if is_quantized and (transposed or not weights_EFD.scales_transposed):
     return False
   values, _ = values_and_scales(weights_EFD)
+  if values.dtype not in (_QUANTIZED if is_quantized else _FLOATS):
+    return False
   _, F, D = values.shape
   outputs, inputs = (D, F) if transposed else (F // parts, D)
   row = parts * inputs * values.dtype.itemsize
@@ -54,7 +58,11 @@ def supports_one(x_TD: jax.Array, values_DF: jax.Array) -> bool:
   """Whether `multiply` can."""
   D, F = values_DF.shape
   block_out = _block_out(F, D * values_DF.dtype.itemsize, ONE_BLOCK)
-  return _tile(len(x_TD)) % SMALLEST_TILE == 0 and block_out is not None
+  return (
+    values_DF.dtype in _QUANTIZED
+    and _tile(len(x_TD)) % SMALLEST_TILE == 0
+    and block_out is not None
+  )
 
 
 def multiply_tiles(
