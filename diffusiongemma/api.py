@@ -326,7 +326,7 @@ def _key(key: Seed) -> jax.Array:
 
 def _count(run: Run, max_new_tokens: int | None) -> int:
   if max_new_tokens is None:
-    return 4 * run.config.diffusion.canvas_length
+    return generation.default_max_new_tokens(run.config)
   return max_new_tokens
 
 

@@ -89,8 +89,8 @@ def check(run: Run, request: Request) -> Request:
       )
   request = request._replace(chat=is_chat)
   if request.max_new_tokens is None:
-    canvas_length = run.config.diffusion.canvas_length
-    request = request._replace(max_new_tokens=4 * canvas_length)
+    most = generate.default_max_new_tokens(run.config)
+    request = request._replace(max_new_tokens=most)
   return request
 
 

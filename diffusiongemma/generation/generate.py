@@ -132,6 +132,11 @@ def generate_tokens(
   return canvas.so_far
 
 
+def default_max_new_tokens(config: Config) -> int:
+  """Where nobody says how many: those of four canvases."""
+  return 4 * config.diffusion.canvas_length
+
+
 def write_canvases(
   config: Config,
   params: dict,

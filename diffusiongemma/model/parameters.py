@@ -219,12 +219,13 @@ def quantize_array(
   """One parameter as the config says.
 
   Raises:
-    ConfigError: groups of 4 bits do not divide it.
+    ConfigError: groups do not divide it.
   """
   kind, row = kind_of(config, path), find(path)
   if kind is None:
     return w
-  group_size = config.group_size if kind == 'int4' else None
+  has_groups = ops.weights.KINDS[kind].has_groups
+  group_size = config.group_size if has_groups else None
   if group_size and w.shape[row.group_axis] % group_size:
     raise ConfigError(
       f'config.quantization.group_size = {group_size} does not divide the '

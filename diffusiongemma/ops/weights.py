@@ -14,6 +14,7 @@ multiplied as `astype` says.
 
 from collections.abc import Mapping
 from typing import Any
+from typing import NamedTuple
 import weakref
 
 import flax
@@ -24,11 +25,25 @@ import numpy as np
 
 from diffusiongemma.ops import parallel
 
-# kind -> (type, the largest value that is used)
+
+class Kind(NamedTuple):
+  """A format of `Quantized`.
+
+  Attributes:
+    dtype: of the values.
+    largest: the largest value that is used.
+    has_groups: whether a scale is of `group_size` neighbours, not of all.
+  """
+
+  dtype: jnp.dtype
+  largest: float
+  has_groups: bool = False
+
+
 KINDS = {
-  'int8': (jnp.int8, 127.0),
-  'int4': (jnp.int4, 7.0),
-  'fp8': (jnp.float8_e4m3fn, 448.0),
+  'int8': Kind(jnp.int8, 127.0),
+  'int4': Kind(jnp.int4, 7.0, has_groups=True),
+  'fp8': Kind(jnp.float8_e4m3fn, 448.0),
 }
 
 
@@ -149,7 +164,7 @@ def quantize(
   Raises:
     ValueError: the axis has no whole number of groups.
   """
-  dtype, largest = KINDS[kind]
+  dtype, largest, _ = KINDS[kind]
   size = w.shape[axis]
   group_size = group_size or size
   if size % group_size:
