@@ -2,7 +2,7 @@
 #
 #   make demo     from nothing to text: installs, trains ~5 minutes, writes
 #   make test     installs what the tests need and runs them
-#   make lint     ruff
+#   make lint     ruff and mypy
 #
 # PYTHON chooses the interpreter: make demo PYTHON=python3.12
 # PIP_TORCH chooses where the tests' torch comes from: BUILD.md.
@@ -41,6 +41,7 @@ test: lint
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf $(VENV) .cache build *.egg-info

@@ -20,6 +20,9 @@ import dataclasses
 import functools
 from typing import Any
 from typing import NamedTuple
+from typing import TypedDict
+from typing import Unpack
+from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -32,23 +35,27 @@ from diffusiongemma.config import ConfigError
 from diffusiongemma.diffusion import cross_entropy
 from diffusiongemma.diffusion import likelihood
 from diffusiongemma.diffusion import loss as losses
+from diffusiongemma.diffusion import strategies
 from diffusiongemma.diffusion.sampling import AS_CONFIGURED
+from diffusiongemma.diffusion.sampling import LogitHook
 from diffusiongemma.diffusion.sampling import Sampling
+from diffusiongemma.diffusion.sampling import Schedule
 from diffusiongemma.fields import unknown_name
 from diffusiongemma.generation import chat as chats
 from diffusiongemma.generation import generate as generation
 from diffusiongemma.generation import network as network_lib
 from diffusiongemma.generation import prompt as prompt_lib
 from diffusiongemma.ops import weights
-from diffusiongemma.runs.companions import no_tokenizer
+from diffusiongemma.ops.weights import Params
 from diffusiongemma.runs.load import Run
 from diffusiongemma.text import template as templates
 from diffusiongemma.training import corpus
 from diffusiongemma.training import data
 from diffusiongemma.training import objectives
 
-# A text, token ids that begin with bos, or several of either.
+# A text, or token ids that begin with bos.
 Prompt = str | Sequence[int]
+Prompts = Sequence[str] | Sequence[Sequence[int]]
 Seed = int | jax.Array
 
 
@@ -89,9 +96,32 @@ class Likelihood(NamedTuple):
   denoising_bound_error: float | None
 
 
+class Options(TypedDict, total=False):
+  """What `generate` takes by name, for type checkers."""
+
+  max_new_tokens: int | None
+  key: Seed
+  sampling: Sampling
+  pinned: Mapping[int, int] | Sequence[Mapping[int, int]] | None
+  pictures: Sequence[Any] | None
+  strategy: str | strategies.Strategy | None
+  temperature: float | jax.Array | Schedule | None
+  num_steps: int | jax.Array | None
+  logit_hook: LogitHook | None
+  constraint: LogitHook | None
+
+
+@overload
+def generate(  # type: ignore[overload-overlap]
+  run: Run, prompt: Prompt, **options: Unpack[Options]
+) -> Written: ...
+@overload
+def generate(
+  run: Run, prompt: Prompts, **options: Unpack[Options]
+) -> list[Written]: ...
 def generate(
   run: Run,
-  prompt: Prompt | Sequence[Prompt],
+  prompt: Prompt | Prompts,
   *,
   max_new_tokens: int | None = None,
   key: Seed = 0,
@@ -99,7 +129,7 @@ def generate(
   pinned: Mapping[int, int] | Sequence[Mapping[int, int]] | None = None,
   pictures: Sequence[Any] | None = None,
   **fields: Any,
-) -> Any:
+) -> Written | list[Written]:
   """Goes on from a text, or from several at once.
 
   Args:
@@ -112,6 +142,7 @@ def generate(
       list of prompts a list.
     pictures: images for the image tokens of the prompt, in order; for a list of
       prompts a list of lists.
+    **fields: fields of `sampling`, one by one.
 
   Returns:
     A `Written`, for a list of prompts a list of them.
@@ -124,14 +155,14 @@ def generate(
   """
   _check_run(run)
   prompts, is_one = _token_ids(run, prompt)
-  given = generation.generate_tokens(
+  written = generation.generate_tokens(
     *(run.config, weights.arrange(run.params), prompts, _key(key)),
     _count(run, max_new_tokens),
     _with_fields(sampling, fields),
-    pinned=[pinned] if is_one and pinned is not None else pinned,
-    pictures=[pictures] if is_one and pictures is not None else pictures,
+    pinned=_rows(pinned, is_one),
+    pictures=_rows(pictures, is_one),
   )
-  rows = [_written(run, row) for row in given.rows]
+  rows = [_written(run, row) for row in written.rows]
   return rows[0] if is_one else rows
 
 
@@ -169,9 +200,9 @@ def stream(
 
 def chat(
   run: Run,
-  messages: Sequence[Mapping[str, Any]],
+  messages: Sequence[dict[str, Any]],
   *,
-  tools: Sequence[Mapping[str, Any]] = (),
+  tools: Sequence[dict[str, Any]] = (),
   thinking: bool = False,
   max_new_tokens: int | None = None,
   key: Seed = 0,
@@ -199,18 +230,14 @@ def chat(
     ImageError: a picture can't be used.
   """
   _check_run(run)
-  template = run.chat_template
-  if template is None:
-    if not templates.knows_turns(run.tokenizer):
-      raise templates.TemplateError(
-        'This network knows no turns: its tokenizer has no <|turn>. Go on from '
-        'a text with generate.'
-      )
-    template = templates.default_template()
   model = chats.Model(
-    *(run.config, weights.arrange(run.params), run.tokenizer, template),
+    run.config,
+    weights.arrange(run.params),
+    run.tokenizer,
+    templates.template_of(run.tokenizer, run.chat_template),
     tuple(tools),
-    *(thinking, _count(run, max_new_tokens)),
+    thinking,
+    _count(run, max_new_tokens),
   )
   reply, _ = chats.take_turn(
     *(model, chats.Conversation(), messages, _key(key)),
@@ -220,9 +247,17 @@ def chat(
   return reply
 
 
+@overload
+def log_likelihood(  # type: ignore[overload-overlap]
+  run: Run, text: Prompt, *, key: Seed = 0
+) -> Likelihood: ...
+@overload
 def log_likelihood(
-  run: Run, text: Prompt | Sequence[Prompt], *, key: Seed = 0
-) -> Any:
+  run: Run, text: Prompts, *, key: Seed = 0
+) -> list[Likelihood]: ...
+def log_likelihood(
+  run: Run, text: Prompt | Prompts, *, key: Seed = 0
+) -> Likelihood | list[Likelihood]:
   """How probable a text is, exactly and as denoising bounds it.
 
   Args:
@@ -246,12 +281,15 @@ def log_likelihood(
         f'A text of {len(tokens)} tokens has no likelihood here: it has 2 to '
         f'{context}, bos included.'
       )
-  found = [_likelihood(run, tokens, _key(key)) for tokens in rows]
-  return found[0] if is_one else found
+  likelihoods = [_likelihood(run, tokens, _key(key)) for tokens in rows]
+  return likelihoods[0] if is_one else likelihoods
 
 
 def loss(
-  config: Config, params: dict, batch: Mapping[str, jax.Array], key: jax.Array
+  config: Config,
+  params: Params,
+  batch: dict[str, jax.Array],
+  key: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """The training loss of a batch: pure, for `jax.grad` and `jax.jit`.
 
@@ -285,8 +323,12 @@ def _check_run(run: Run) -> None:
     raise ConfigError(
       f'run must be what load returns, it is a {type(run).__name__}.'
     )
-  if run.tokenizer is None:
-    raise no_tokenizer('The run')
+  _ = run.tokenizer  # Which may raise.
+
+
+def _rows(of_prompts: Any, is_one: bool) -> Any:
+  """What a list of prompts has a list of, from what a single prompt has."""
+  return [of_prompts] if is_one and of_prompts is not None else of_prompts
 
 
 def _with_fields(sampling: Sampling, fields: Mapping[str, Any]) -> Sampling:
@@ -298,7 +340,7 @@ def _with_fields(sampling: Sampling, fields: Mapping[str, Any]) -> Sampling:
 
 
 def _token_ids(
-  run: Run, prompt: Prompt | Sequence[Prompt]
+  run: Run, prompt: Prompt | Prompts
 ) -> tuple[list[list[int]], bool]:
   """(token ids of each prompt, whether it is a single one)."""
   if isinstance(prompt, str):
@@ -307,7 +349,7 @@ def _token_ids(
       raise prompt_lib.PromptError('The prompt is empty; give a few words.')
     return [[run.tokenizer.bos_id, *tokens]], True
   try:
-    items = list(prompt)
+    items: list[Any] = list(prompt)
   except TypeError as error:
     raise prompt_lib.PromptError(
       'A prompt is a text, token ids, or a list of either; this is a '

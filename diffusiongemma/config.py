@@ -102,6 +102,13 @@ class ModelConfig:
     'float32', 'type of the parameters'
   )
 
+  @property
+  def image_encoder(self) -> VisionConfig:
+    """`vision` of a network that has it. Raises `ConfigError`."""
+    if self.vision is None:
+      raise ConfigError('This network reads text only; it can see no picture.')
+    return self.vision
+
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
@@ -446,7 +453,7 @@ def load_config(name: str) -> Config:
   validated; `name` is its path, or its name in `configs/`."""
   path = find_config(name)
   spec = importlib.util.spec_from_file_location('_config_file', path)
-  if spec is None:
+  if spec is None or spec.loader is None:
     raise ConfigError(f'{path!r} is not a Python file (.py).')
   module = importlib.util.module_from_spec(spec)
   try:
@@ -483,14 +490,19 @@ def validate(config: Config) -> None:
     paths.local(value, name)
   if not model.attention_pattern:
     raise ConfigError('config.model.attention_pattern names no layer.')
-  for part, prefix in ((model, 'model'), (model.vision, 'model.vision')):
-    for name in ('num_kv_heads', 'num_global_kv_heads'):
-      kv_heads = getattr(part, name, None)
-      if kv_heads and part.num_heads % kv_heads:
-        raise ConfigError(
-          f'config.{prefix}.{name} = {kv_heads} must divide '
-          f'config.{prefix}.num_heads = {part.num_heads}.'
-        )
+  heads = {
+    'model.num_kv_heads': (model.num_kv_heads, model.num_heads),
+    'model.num_global_kv_heads': (model.num_global_kv_heads, model.num_heads),
+  }
+  if vision := model.vision:
+    heads['model.vision.num_kv_heads'] = (vision.num_kv_heads, vision.num_heads)
+  for name, (kv_heads, count) in heads.items():
+    if kv_heads and count % kv_heads:
+      group = name.rpartition('.')[0]
+      raise ConfigError(
+        f'config.{name} = {kv_heads} must divide '
+        f'config.{group}.num_heads = {count}.'
+      )
   if model.experts_per_token > model.num_experts:
     raise ConfigError(
       f'config.model.experts_per_token = {model.experts_per_token} is more '

@@ -88,14 +88,14 @@ def field(
 ) -> T:
   """A field of a dataclass that carries an `About`, whose arguments these
   are."""
-  special = types.MappingProxyType(special or {})
+  names = types.MappingProxyType(special or {})
   return dataclasses.field(
     default=default,
-    metadata={'about': About(help, special=special, **more)},
+    metadata={'about': About(help, special=names, **more)},
   )
 
 
-def about(field: dataclasses.Field) -> About:
+def about(field: dataclasses.Field[Any]) -> About:
   """What a field carries, if anything."""
   return field.metadata.get('about', About())
 
@@ -120,13 +120,13 @@ def paths(config: Any) -> dict[str, str]:
 def why_fixed(kind: type, name: str) -> str:
   """Why a run may not go on with another value of a field of `kind`, '' if it
   may."""
-  reason = ''
+  reason, group = '', kind
   for part in name.split('.')[1:]:
-    (item,) = (f for f in dataclasses.fields(kind) if f.name == part)
+    (item,) = (f for f in dataclasses.fields(group) if f.name == part)
     if about(item).free:
       return ''
     reason = about(item).fixed or reason
-    kind = _group(typing.get_type_hints(kind)[part])
+    group = _group(typing.get_type_hints(group)[part]) or group
   return reason
 
 
@@ -216,6 +216,7 @@ def unknown_name(name: str, known: list[str]) -> str:
 
 def _parse(text: str, hint: Any, name: str) -> Any:
   """The value that `text` spells for a field of type `hint`."""
+  value: Any
   if hint is str or typing.get_origin(hint) is Literal:
     value = text
   elif hint is bool:
@@ -240,7 +241,7 @@ def _parse(text: str, hint: Any, name: str) -> Any:
 def _group(hint: Any) -> type | None:
   """The dataclass in the hint of a field that is a group, `X` or `X | None`."""
   for kind in (hint, *typing.get_args(hint)):
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
       return kind
   return None
 

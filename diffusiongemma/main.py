@@ -59,7 +59,8 @@ def parse_flags(argv: list[str]) -> list[str]:
   except flags.Error as error:
     sys.exit(_fail(str(error), 2))
   if flags.FLAGS['verbosity'].using_default_value:
-    flags.FLAGS.verbosity = logging.WARNING  # At INFO, Orbax tells every file.
+    # At INFO, Orbax tells every file.
+    flags.FLAGS['verbosity'].value = logging.WARNING
   return rest
 
 
@@ -103,7 +104,7 @@ def help_text(full: bool = False) -> str:
   parts = [__doc__, 'Modes:']
   for mode, command in _COMMANDS.items():
     default = ' The default.' if mode == _MODE.default else ''
-    summary = command.__doc__.partition('\n')[0]
+    summary = (command.__doc__ or '').partition('\n')[0]
     parts.append(f'  --mode={mode:<9} {summary}{default}')
   parts += ['', help_lib.flags_text('Flags of several modes', shared)]
   for mode, command in _COMMANDS.items():

@@ -9,7 +9,7 @@ from diffusiongemma.fields import ConfigError
 _SCHEME = re.compile(r'[A-Za-z][A-Za-z0-9+.-]+:/')
 
 
-def local(path: str | os.PathLike, name: str = '') -> str:
+def local(path: str | os.PathLike[str], name: str = '') -> str:
   """The path with `~` as the home folder.
 
   Args:

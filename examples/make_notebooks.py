@@ -17,6 +17,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from typing import Any
 
 FOLDER = pathlib.Path(__file__).resolve().parent
 NAMES = (
@@ -31,7 +32,7 @@ MOST_CHARACTERS = 4000  # Of an output.
 
 def to_cells(script: str) -> list[tuple[str, str]]:
   """[('markdown' or 'code', text), ...] of a script."""
-  docstring, rest = re.fullmatch(r'(?s)"""(.*?)"""\n(.*)', script).groups()
+  _, docstring, rest = script.split('"""', 2)
   title, _, text = docstring.partition('\n')
   command = re.sub(r'(?m)^(Command|Expected):', r'**\1:**', text.strip())
   cells = [('markdown', f'# {title.rstrip(".")}\n\n{command}')]
@@ -61,11 +62,11 @@ def run(name: str) -> list[str]:
   return outputs
 
 
-def to_notebook(name: str, outputs: list[str]) -> dict:
+def to_notebook(name: str, outputs: list[str]) -> dict[str, Any]:
   """The notebook, format 4.5, of a script and what its cells print."""
   remaining, cells = list(outputs), []
   for number, (kind, text) in enumerate(to_cells(read(name))):
-    cell = {
+    cell: dict[str, Any] = {
       'cell_type': kind,
       'id': f'{name[:40]}-{number}',
       'metadata': {},
@@ -111,7 +112,7 @@ def main(arguments: list[str]) -> int:
       print(f'{name}.ipynb differs: python examples/make_notebooks.py {name}')
     return 1 if others else 0
   if len(arguments) == 2 and arguments[0] == '--run':
-    json.dump(run(arguments[1]), sys.__stdout__)
+    print(json.dumps(run(arguments[1])))
     return 0
   for name in arguments or NAMES:
     # A process each: the mesh wants devices of its own.

@@ -43,8 +43,6 @@ def oracle(tokens_BL, sc_BLD, temperature_B1, uniforms_BLU, left_B1):
   return sampler.predict(logits_BLV, temperature_B1, uniforms_BLU, embed)
 
 
-oracle.sizes = {'batch_size': 1, 'vocab_size': V, 'embed_dim': 1}
-
 # %% [markdown]
 # The strategy accepts four more positions in each step, from left to right, and
 # draws all others anew. It returns the next canvas, what it accepted, and None
@@ -68,7 +66,13 @@ config = dg.DiffusionConfig(
 @jax.jit
 def sample(key):
   sampling = dg.Sampling(strategy=left_to_right)
-  return dg.sample_canvas(oracle, key, config, sampling, trajectory=True)
+  return dg.sample_canvas(
+    *(oracle, key, config, sampling),
+    batch_size=1,
+    vocab_size=V,
+    embed_dim=1,
+    trajectory=True,
+  )
 
 
 last, states = sample(jax.random.key(0))

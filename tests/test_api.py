@@ -32,7 +32,7 @@ def run(chat_run):
 def test_matrices_are_transposed_once_and_go_with_the_run(run):
   transposed = ops.weights._TRANSPOSED
   params = jax.tree.map(jnp.copy, run.params)
-  own, before = run._replace(params=params), len(transposed)
+  own, before = run.replace(params=params), len(transposed)
   written = dg.generate(own, TEXT, max_new_tokens=8)
   count = len(transposed)
   assert count > before
@@ -48,7 +48,7 @@ def test_what_is_changed_beside_the_experts_is_seen(run):
   """The experts of a run that learns may be frozen: the same arrays."""
   dg.generate(run, TEXT, max_new_tokens=8)
   changed = {**run.params, 'embedding': run.params['embedding'][::-1]}
-  found = dg.generate(run._replace(params=changed), TEXT, max_new_tokens=8)
+  found = dg.generate(run.replace(params=changed), TEXT, max_new_tokens=8)
   tokens = [run.tokenizer.bos_id, *run.tokenizer.encode(TEXT)]
   wanted = dg.generate_tokens(
     run.config, changed, [tokens], jax.random.key(0), 8
@@ -119,7 +119,7 @@ def test_a_strategy_of_ones_own_and_fields_one_by_one(run):
     run.config,
     diffusion=dataclasses.replace(run.config.diffusion, strategy='confidence'),
   )
-  configured = dg.generate(run._replace(config=config), TEXT, max_new_tokens=8)
+  configured = dg.generate(run.replace(config=config), TEXT, max_new_tokens=8)
   assert found == named == configured
   sampling = dg.Sampling(num_steps=1)
   assert dg.generate(run, TEXT, max_new_tokens=8, sampling=sampling).steps == 1
@@ -182,7 +182,7 @@ def test_likelihood_is_that_of_the_network_read_from_left_to_right(run):
 def test_a_leave_one_out_run_has_a_bound(run):
   train = dataclasses.replace(run.config.train, objective='loo_ce')
   config = dataclasses.replace(run.config, train=train)
-  found = dg.log_likelihood(run._replace(config=config), TEXT)
+  found = dg.log_likelihood(run.replace(config=config), TEXT)
   assert found.denoising_bound < 0 < found.denoising_bound_error
   # A network that knows nothing is about as bad as a guess.
   guess = -len(found.tokens[1:]) * np.log(run.config.model.vocab_size)

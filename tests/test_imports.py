@@ -44,7 +44,7 @@ def parts() -> set[str]:
   return {
     path.stem
     for path in PACKAGE.iterdir()
-    if path.name != '__init__.py' and not path.name.startswith('_')
+    if (path.is_dir() or path.suffix == '.py') and not path.name.startswith('_')
   }
 
 

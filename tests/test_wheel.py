@@ -42,6 +42,7 @@ def test_configs_are_found_where_the_wheel_is_installed(tmp_path):
     archive.extractall(tmp_path / 'site')
   for path in (ROOT / 'configs').glob('*.py'):
     assert f'diffusiongemma/configs/{path.name}' in names
+  assert 'diffusiongemma/py.typed' in names
   assert not [n for n in names if n.startswith(('configs/', 'tests/'))]
   script = (
     'import diffusiongemma, sys\n'

@@ -4,6 +4,7 @@ A file is regular, lies in its folder, and is no longer than it may be; JSON
 is an object in which no name is twice. Whatever is wrong ends in one line.
 """
 
+import collections
 from collections.abc import Collection
 from collections.abc import Iterator
 import contextlib
@@ -11,6 +12,7 @@ import errno
 import json
 import os
 import stat
+from typing import Any
 
 from diffusiongemma.checkpoints import CheckpointError
 
@@ -127,15 +129,15 @@ def claim_room(descriptor: int, nbytes: int) -> None:
       raise
 
 
-def parse_json(data: bytearray, what: str) -> dict:
+def parse_json(data: bytes | bytearray, what: str) -> dict[str, Any]:
   """An object from JSON in UTF-8, in which no name is twice."""
 
-  def to_dict(pairs: list) -> dict:
+  def to_dict(pairs: list[Any]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
-      seen = set()
-      twice = [k for k, _ in pairs if k in seen or seen.add(k)]
-      raise CheckpointError(f'{what} names {listed(set(twice))} twice.')
+      counts = collections.Counter(key for key, _ in pairs)
+      twice = {key for key, count in counts.items() if count > 1}
+      raise CheckpointError(f'{what} names {listed(twice)} twice.')
     return result
 
   def to_int(digits: str) -> int:
@@ -168,7 +170,7 @@ def parse_json(data: bytearray, what: str) -> dict:
   return result
 
 
-def read_file(folder: str, name: str, max_bytes: int) -> bytearray:
+def read_file(folder: str, name: str, max_bytes: int) -> bytes:
   """All of a file of `folder` that may have `max_bytes`."""
   path = checked_path(folder, name)
   with opened(path) as (descriptor, size):
@@ -177,10 +179,10 @@ def read_file(folder: str, name: str, max_bytes: int) -> bytearray:
         f'{path!r} has {size} bytes, more than {max_bytes}: it is not what '
         'its name says.'
       )
-    return read_bytes(descriptor, 0, size, path)
+    return bytes(read_bytes(descriptor, 0, size, path))
 
 
-def read_json(folder: str, name: str) -> dict:
+def read_json(folder: str, name: str) -> dict[str, Any]:
   """The JSON object in a file of `folder`, of `MAX_JSON_BYTES` at most."""
   path = os.path.join(folder, name)
   return parse_json(read_file(folder, name, MAX_JSON_BYTES), repr(path))

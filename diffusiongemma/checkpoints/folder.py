@@ -29,7 +29,7 @@ def write_file(path: str, content: bytes) -> None:
     file.write(content)
 
 
-def replace_file(path: str | os.PathLike, content: bytes) -> None:
+def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
   """Writes beside `path`, down to the disk, and renames: it is whole, or as it
   was before and nothing is beside it. Raises `OSError`."""
   temporary = f'{os.fspath(path)}.{os.getpid()}.tmp'

@@ -12,8 +12,10 @@ from diffusiongemma.checkpoints import CheckpointError
 from diffusiongemma.checkpoints import files
 
 ADAPTER_CONFIG = 'adapter_config.json'
-PICKLES = ('pytorch_model*.bin', 'pytorch_model.bin.index.json')
-PICKLES += ('*.pt', '*.pth', '*.ckpt', '*.pkl')
+PICKLES = (
+  *('pytorch_model*.bin', 'pytorch_model.bin.index.json'),
+  *('*.pt', '*.pth', '*.ckpt', '*.pkl'),
+)
 _WEIGHTS = (ADAPTER_CONFIG, '*.safetensors', '*.gguf', *PICKLES)
 
 # Where a config.json says that its weights are quantised; MLX writes the last.

@@ -173,7 +173,7 @@ def tensor_table(abstract_params: Any) -> dict[str, Entry]:
     name, shape = name.replace('*', number), tuple(leaf.shape)
     their_shape = shape
     if transposed:
-      inputs, outputs = parameters.find(path).sizes(shape)
+      inputs, outputs = parameters.row_of(path).sizes(shape)
       their_shape = (math.prod(outputs), math.prod(inputs))  # Heads merged.
     table[name] = Entry(
       name, _copies(name), path, shape, their_shape, transposed
@@ -213,7 +213,8 @@ def find_tensors(
     for entry in table.values()
     for name in (entry.name, *entry.copies)
   }
-  found, unknown, derived = {}, [], []
+  found: dict[str, list[safetensors.Tensor]] = {}
+  unknown, derived = [], []
   for name, tensor in safetensors.list_tensors(folder).items():
     name = _full_name(name, entry_of)
     if name in entry_of:
@@ -333,7 +334,7 @@ def read_array(
 
 def from_state_dict(
   config: ModelConfig, state: Mapping[str, np.ndarray]
-) -> dict:
+) -> dict[str, Any]:
   """Our parameters from a `transformers` model's tensors, by their names."""
   table = tensor_table(denoiser.abstract_params(config))
   return traverse_util.unflatten_dict(

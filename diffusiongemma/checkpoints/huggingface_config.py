@@ -78,12 +78,14 @@ _LARGEST = 2**31 - 1
 _MAX_LAYERS = 1000
 
 
-def is_theirs(values: dict) -> bool:
+def is_theirs(values: dict[str, Any]) -> bool:
   """Whether a config.json is one of Hugging Face's, of whatever network."""
   return 'model_type' in values or 'architectures' in values
 
 
-def model_config(values: dict, path: str = 'config.json') -> ModelConfig:
+def model_config(
+  values: dict[str, Any], path: str = 'config.json'
+) -> ModelConfig:
   """The network that a Hugging Face config describes.
 
   Args:
@@ -122,7 +124,7 @@ def model_config(values: dict, path: str = 'config.json') -> ModelConfig:
   return ModelConfig(**fields)
 
 
-def is_tied(values: dict, path: str = 'config.json') -> bool:
+def is_tied(values: dict[str, Any], path: str = 'config.json') -> bool:
   """Whether one copy of a tensor stands for both roles, and for embedding and
   head. What text_config says of it is read by nobody."""
   return _Reader(values, path).take('tie_word_embeddings', True)
@@ -153,7 +155,7 @@ def _attention_pattern(text: '_Reader') -> tuple[str, ...]:
   return (*(_KINDS[name] for name in names[:-1]), 'global')
 
 
-def _global_heads(text: '_Reader', fields: dict) -> dict[str, int]:
+def _global_heads(text: '_Reader', fields: dict[str, Any]) -> dict[str, int]:
   """Sizes of global layers: in fields of their own as released, or layer by
   layer as `save_pretrained` writes them."""
   pattern = fields['attention_pattern']
@@ -173,7 +175,7 @@ def _global_heads(text: '_Reader', fields: dict) -> dict[str, int]:
   )
   if not isinstance(by_layer, dict):
     raise CheckpointError(message)
-  sizes = {kind: set() for kind in ('local', 'global')}
+  sizes: dict[str, set[Any]] = {kind: set() for kind in ('local', 'global')}
   try:
     layers = {int(k): _Reader(v, text.path) for k, v in by_layer.items()}
     # What a layer says nothing of is as in all.
@@ -233,7 +235,7 @@ def _rotations(
   return fields
 
 
-def _vision_config(values: dict, path: str) -> VisionConfig:
+def _vision_config(values: dict[str, Any], path: str) -> VisionConfig:
   top = _Reader(values, path)
   vision = top.group('vision_config')
   vision.check_fixed(_FIXED_VISION)
@@ -265,7 +267,7 @@ def _vision_config(values: dict, path: str) -> VisionConfig:
   return config
 
 
-def _dtypes(values: dict) -> dict[str, str]:
+def _dtypes(values: dict[str, Any]) -> dict[str, str]:
   """Computation in the type of the weights; float16 has the range for
   neither these activations nor their sums and is computed in float32."""
   dtype = values.get('dtype') or values.get('torch_dtype')
@@ -274,7 +276,7 @@ def _dtypes(values: dict) -> dict[str, str]:
 
 
 def diffusion_config(
-  values: dict, generation: dict, vocab_size: int, path: str
+  values: dict[str, Any], generation: dict[str, Any], vocab_size: int, path: str
 ) -> DiffusionConfig:
   """The sampler of a checkpoint.
 
@@ -346,7 +348,7 @@ class _Reader:
       raise CheckpointError(f'{self.where(key)} cannot be {value!r}.')
     return value
 
-  def fields(self, fields: tuple) -> dict[str, Any]:
+  def fields(self, fields: tuple[Any, ...]) -> dict[str, Any]:
     return {ours: self.take(key, default) for ours, key, default in fields}
 
   def check_fixed(self, fixed: dict[str, Any]) -> None:
@@ -385,7 +387,7 @@ def to_config(
       'always has a softcap.'
     )
   theirs = {ours: name for name, ours in _KINDS.items()}
-  vision = model.vision
+  vision = model.image_encoder
   return {
     'architectures': ['DiffusionGemmaForBlockDiffusion'],
     'canvas_length': diffusion.canvas_length,

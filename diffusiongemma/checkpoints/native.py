@@ -54,7 +54,7 @@ class Restored(NamedTuple):
   step: int
   params: Any
   opt_state: Any = None
-  data: dict | None = None
+  data: dict[str, Any] | None = None
 
 
 def open_checkpoints(
@@ -81,7 +81,7 @@ def save(
   step: int,
   params: Any,
   opt_state: Any,
-  data: dict,
+  data: dict[str, Any],
   config: configs.Config,
 ) -> None:
   """Writes a step; older ones stay until it is complete.
@@ -160,7 +160,9 @@ def save_arrays(
     CheckpointError: the disk is full, read-only or gone.
   """
   arriving = os.path.join(directory, 'arriving')
-  sums, piece, size = {}, {}, 0
+  sums: dict[str, Any] = {}
+  piece: dict[str, Any] = {}
+  size = 0
 
   def flush():
     nonlocal piece, size

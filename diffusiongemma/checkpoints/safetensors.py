@@ -16,6 +16,7 @@ import math
 import os
 import posixpath
 from typing import Any
+from typing import TypeGuard
 
 from absl import logging
 import ml_dtypes
@@ -152,7 +153,7 @@ def has_bits(tensor: Tensor, array: np.ndarray) -> bool:
 
 def bytes_of(array: np.ndarray) -> memoryview:
   """The bytes of a C-contiguous array, not copied."""
-  return memoryview(array.reshape(-1).view(np.uint8))
+  return array.reshape(-1).view(np.uint8).data
 
 
 def is_text(value: Any) -> bool:
@@ -166,7 +167,7 @@ def is_text(value: Any) -> bool:
   return True
 
 
-def _is_text_map(value: Any) -> bool:
+def _is_text_map(value: Any) -> TypeGuard[dict[str, str]]:
   return isinstance(value, dict) and all(
     is_text(x) for x in itertools.chain(value, value.values())
   )

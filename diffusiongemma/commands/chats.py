@@ -32,10 +32,10 @@ def make_model(run: Run, request: Request) -> chat.Model:
     run.config,
     run.params,
     run.tokenizer,
-    run.chat_template or templates.default_template(),
+    templates.template_of(run.tokenizer, run.chat_template),
     request.tools,
     request.thinking,
-    request.max_new_tokens,
+    requests.most_tokens(run, request),
   )
 
 
@@ -87,7 +87,7 @@ class _Chat:
 
   def read_line(self, prompt: str) -> str | None:
     """What was typed, None at the end."""
-    lines = []
+    lines: list[str] = []
     while not lines or lines[-1].endswith('\\'):
       try:
         line = input(prompt if sys.stdin.isatty() else '')

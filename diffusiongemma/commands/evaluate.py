@@ -13,9 +13,11 @@ def run(overrides: dict[str, str]) -> int:
   from diffusiongemma.training import corpus as corpora
   from diffusiongemma.training import evaluate
 
-  config, tokenizer, step, params, template = shared.load_run(overrides)
+  network = shared.load_run(overrides)
+  config = network.config
   corpus = corpora.load_corpus(
-    config.data, tokenizer, config.diffusion.canvas_length, template
+    *(config.data, network.tokenizer, config.diffusion.canvas_length),
+    network.chat_template,
   )
   for line in corpus.notes:
     print(line, file=sys.stderr)
@@ -23,13 +25,13 @@ def run(overrides: dict[str, str]) -> int:
   def tell(what):
     print(f'Measuring: {what}', file=sys.stderr)
 
-  measured = evaluate.evaluate(config, params, corpus, tell)
-  numbers = {'step': step, **measured}
+  measured = evaluate.evaluate(config, network.params, corpus, tell)
+  numbers = {'step': network.step, **measured}
   if shared.FORMAT.value == 'json':
     print(json.dumps(numbers))
     return 0
   table = evaluate.to_table(measured)
   folder = shared.HF_DIR.value or shared.workdir()
-  table.title = f'{folder}, step {step}, {table.title}'
+  table.title = f'{folder}, step {network.step}, {table.title}'
   rich_console.Console().print(table)
   return 0

@@ -54,7 +54,7 @@ class Request(NamedTuple):
 
 
 def check(run: Run, request: Request) -> Request:
-  """The request with `chat` and `max_new_tokens` as they are for this network.
+  """The request with `chat` as it is for this network.
 
   Raises:
     SampleError: the network can't do it.
@@ -64,13 +64,14 @@ def check(run: Run, request: Request) -> Request:
       trace.check_path(request.trace)
     except trace.TraceError as error:
       raise SampleError(str(error)) from error
-  knows_turns = templates.knows_turns(run.tokenizer)
-  is_chat = knows_turns if request.chat is None else request.chat
-  if is_chat and not (knows_turns or run.chat_template):
-    raise SampleError(
-      'This network knows no turns: its tokenizer has no <|turn>. It goes on '
-      'from a text: --nochat.'
-    )
+  is_chat = request.chat
+  if is_chat is None:
+    is_chat = templates.knows_turns(run.tokenizer)
+  elif is_chat:
+    try:
+      templates.template_of(run.tokenizer, run.chat_template)
+    except templates.TemplateError as error:
+      raise SampleError(str(error)) from error
   for flag, given in (
     ('system', request.system),
     ('think', request.thinking),
@@ -81,17 +82,20 @@ def check(run: Run, request: Request) -> Request:
   for flag, given in (
     ('think', request.thinking),
     ('tools', request.tools),
-    ('max_new_tokens', request.max_new_tokens),
+    ('max_new_tokens', request.max_new_tokens is not None),
   ):
     if given and request.infill is not None:
       raise SampleError(
         f'--{flag} is not for --infill, which writes what its holes hold.'
       )
-  request = request._replace(chat=is_chat)
+  return request._replace(chat=is_chat)
+
+
+def most_tokens(run: Run, request: Request) -> int:
+  """How many tokens a text may have."""
   if request.max_new_tokens is None:
-    most = generate.default_max_new_tokens(run.config)
-    request = request._replace(max_new_tokens=most)
-  return request
+    return generate.default_max_new_tokens(run.config)
+  return request.max_new_tokens
 
 
 @contextlib.contextmanager
@@ -138,10 +142,10 @@ def print_text(text: str, style: str = '') -> None:
 
 def print_statistics(written: generate.Generation) -> None:
   """Prints what a text has cost, where anyone is watching."""
+  reason = (written.stopped_by or 'nothing').replace('_', ' ')
   if console().is_terminal:
     print_text(
       f'{len(written.tokens)} tokens in {written.steps} steps '
-      f'({written.tokens_per_forward:.1f} a step), stopped by '
-      f'{written.stopped_by.replace("_", " ")}',
+      f'({written.tokens_per_forward:.1f} a step), stopped by {reason}',
       terminal.STATUS,
     )

@@ -5,6 +5,7 @@ import pathlib
 import signal
 import sys
 import typing
+from typing import Any
 
 from absl import flags
 
@@ -15,10 +16,10 @@ from diffusiongemma.config import ConfigError
 if typing.TYPE_CHECKING:
   from diffusiongemma.runs.load import Run
 
-_PATHS = []  # Names of the flags that are paths.
+_PATHS: list[str] = []  # Names of the flags that are paths.
 
 
-def path(flag: flags.FlagHolder) -> flags.FlagHolder:
+def path(flag: flags.FlagHolder[Any]) -> flags.FlagHolder[Any]:
   """A flag whose value is a file or a folder, or a list of them: `find_paths`
   makes it a local one."""
   _PATHS.append(flag.name)
@@ -118,7 +119,7 @@ def both_folders(mode: str, overrides: dict[str, str]) -> tuple[str, str]:
   return HF_DIR.value, WORKDIR.value
 
 
-def require(mode: str, why: str, flag: flags.FlagHolder) -> None:
+def require(mode: str, why: str, flag: flags.FlagHolder[Any]) -> None:
   """Raises `ConfigError` unless the flag is given."""
   if not flag.value:
     raise ConfigError(f'--mode={mode} needs --{flag.name}: {why}.')

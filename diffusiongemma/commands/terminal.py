@@ -33,7 +33,7 @@ def canvas_text(
     end = start
     while end < len(tokens_L) and accepted_L[end] == accepted_L[start]:
       end += 1
-    piece = printable(tokenizer.decode(tokens_L[start:end]))
+    piece = printable(tokenizer.decode(tokens_L[start:end].tolist()))
     if accepted_L[start]:
       text.append(piece, ACCEPTED)
     else:

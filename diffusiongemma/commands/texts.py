@@ -33,7 +33,8 @@ def go_on(run: Run, request: Request) -> int:
     )
   tokens = [run.tokenizer.bos_id]
   if request.images:
-    tokens += [_image_token(run)] * len(request.images)
+    encoder = run.config.model.image_encoder
+    tokens += [encoder.image_token_id] * len(request.images)
   tokens += run.tokenizer.encode(prompt)
   with requests.watching(run, request, prompt) as callbacks:
     (written,), *_ = generate.generate_tokens(
@@ -41,7 +42,7 @@ def go_on(run: Run, request: Request) -> int:
       run.params,
       [tokens],
       jax.random.key(request.seed),
-      request.max_new_tokens,
+      requests.most_tokens(run, request),
       pictures=[request.images],
       **callbacks,
     )
@@ -57,17 +58,9 @@ def go_on(run: Run, request: Request) -> int:
   return 0
 
 
-def _image_token(run: Run) -> int:
-  if run.config.model.vision is None:
-    raise prompt_lib.PromptError(
-      'This network reads text only; it can see no picture.'
-    )
-  return run.config.model.vision.image_token_id
-
-
 def infill(run: Run, request: Request) -> int:
   """A text whose holes are filled, after the prompt if there is one."""
-  pins, holes, length = parse_infill(run.tokenizer, request.infill)
+  pins, holes, length = parse_infill(run.tokenizer, request.infill or '')
   if request.chat:
     model = chats.make_model(run, request)
     messages = [*chats.start(request).messages]
@@ -121,7 +114,9 @@ def parse_infill(
   Raises:
     SampleError: there is no hole.
   """
-  pins, holes, position, start = {}, [], 0, 0
+  pins: dict[int, int] = {}
+  holes: list[tuple[int, int]] = []
+  position, start = 0, 0
 
   def add(part):
     nonlocal position

@@ -19,7 +19,6 @@ import contextlib
 import dataclasses
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -85,7 +84,7 @@ class Trace:
     if step == 0:
       self.canvases.append(Canvas())
     names = ('canvas_BL', 'draft_BL', 'accepted_BL', 'entropy_BL')
-    arrays = (np.array(getattr(state, name)[0]) for name in names)
+    arrays = [np.array(getattr(state, name)[0]) for name in names]
     self.canvases[-1].steps.append(Step(*arrays))
 
   def on_canvas(self, tokens: Sequence[int]) -> None:
@@ -94,7 +93,7 @@ class Trace:
       self.canvases[-1].kept = [int(token) for token in tokens]
 
 
-def check_path(path: str | os.PathLike) -> None:
+def check_path(path: str | os.PathLike[str]) -> None:
   """Raises `TraceError` unless a trace can be written to `path`."""
   path = pathlib.Path(path)
   if path.suffix.lower() not in SUFFIXES:
@@ -113,7 +112,7 @@ def check_path(path: str | os.PathLike) -> None:
     _import_matplotlib()
 
 
-def write(trace: Trace, path: str | os.PathLike) -> None:
+def write(trace: Trace, path: str | os.PathLike[str]) -> None:
   """Writes what was recorded; `path` is whole afterwards, or as it was before.
 
   Raises:
@@ -167,14 +166,14 @@ def as_json(trace: Trace) -> dict[str, Any]:
     'prompt': trace.prompt,
     'max_denoising_steps': trace.max_denoising_steps,
     'ids': ids.tolist(),
-    'pieces': trace.tokenizer.pieces(ids),
+    'pieces': trace.tokenizer.pieces(ids.tolist()),
     'canvases': [
       {
         'text': None if c.kept is None else trace.tokenizer.decode(c.kept),
         'kept': None if c.kept is None else len(c.kept),
         'steps': [
           _step_as_json(step, before, ids)
-          for before, step in itertools.pairwise([None, *c.steps])
+          for before, step in zip([None, *c.steps], c.steps, strict=False)
         ],
       }
       for c in trace.canvases

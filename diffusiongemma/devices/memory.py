@@ -47,7 +47,7 @@ def bytes_on_a_device(tree: Any) -> int:
 def need_of(compiled: jax.stages.Compiled, parts: Mapping[str, Any]) -> Need:
   """The need of a compiled program whose arguments have these parts."""
   arrays = {name: bytes_on_a_device(tree) for name, tree in parts.items()}
-  analysis = compiled.memory_analysis()
+  analysis: Any = compiled.memory_analysis()
   temporaries = (
     analysis.temp_size_in_bytes
     + analysis.output_size_in_bytes

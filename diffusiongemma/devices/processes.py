@@ -42,20 +42,16 @@ def start(
         '--num_processes and --process_id need --coordinator=HOST:PORT.'
       )
     return
-  given = {}
-  if coordinator != 'auto':
+  address = None if coordinator == 'auto' else coordinator
+  if address is not None:
     if num_processes is None or process_id is None:
       raise configs.ConfigError(
         '--coordinator=HOST:PORT needs --num_processes and --process_id.'
       )
-    given = {
-      'coordinator_address': coordinator,
-      'num_processes': num_processes,
-      'process_id': process_id,
-    }
   try:
     jax.distributed.initialize(
-      heartbeat_timeout_seconds=HEARTBEAT_SECONDS, **given
+      *(address, num_processes, process_id),
+      heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
     )
   except (RuntimeError, ValueError) as error:
     reason = (str(error).splitlines() or [type(error).__name__])[0]

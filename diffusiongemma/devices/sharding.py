@@ -21,9 +21,10 @@ what is multiplied with it, are sums over its parts.
 """
 
 from collections.abc import Callable
+from collections.abc import Sequence
+import dataclasses
 import math
 from typing import Any
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -36,6 +37,7 @@ from diffusiongemma import config as configs
 from diffusiongemma.config import MeshConfig
 from diffusiongemma.config import ModelConfig
 from diffusiongemma.model import parameters
+from diffusiongemma.ops import parallel
 
 AXES = ('data', 'fsdp', 'tensor', 'expert')
 
@@ -52,7 +54,7 @@ RULES = {
 }
 
 
-def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
   """The mesh of a config over all devices, or those given.
 
   Of several TPU slices, each has its part of the axis `data`, along which alone
@@ -177,7 +179,7 @@ def parameter_sharding(
       if row and row.scales_transposed and path[-1] == 'scales':
         experts, outputs, _ = row.axes
         spec = nn.logical_to_mesh_axes((experts, None, outputs), rules)
-      spec = spec or spec_at(path[:-1], shape) or ()
+      spec = spec or spec_at(path[:-1], shape) or PartitionSpec()
       # Groups may be too few to be divided.
       parts = [
         None if shape[i] % _parts(mesh, names) else names
@@ -195,7 +197,8 @@ def _parts(mesh: Mesh, names: str | tuple[str, ...] | None) -> int:
   return math.prod(mesh.shape[name] for name in names)
 
 
-class Share(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Share:
   """Which part of every batch a process reads, and of how many."""
 
   index: int
@@ -213,10 +216,13 @@ def share_of_batch(mesh: Mesh) -> Share:
     ConfigError: some rows of a process, and not all, are another's too.
   """
   parts = math.prod(mesh.shape[axis] for axis in RULES['batch'])
-  places = batch_sharding(mesh).devices_indices_map((parts,))
-  of_process = {device.process_index: set() for device in places}
+  places: dict[Any, Any] = dict(
+    batch_sharding(mesh).devices_indices_map((parts,))
+  )
+  of_process: dict[int, set[int]] = {}
   for device, (rows,) in places.items():
-    of_process[device.process_index].add(rows.indices(parts)[0])
+    starts = of_process.setdefault(device.process_index, set())
+    starts.add(rows.indices(parts)[0])
   shares = sorted({tuple(sorted(rows)) for rows in of_process.values()})
   if len(set(map(len, shares))) > 1 or sum(map(len, shares)) != parts:
     raise configs.ConfigError(
@@ -233,7 +239,7 @@ def with_sharding(abstract: Any, mesh: Mesh) -> Any:
   return placed(abstract, parameter_sharding(mesh))
 
 
-def placed(abstract: Any, where: Callable) -> Any:
+def placed(abstract: Any, where: Callable[..., Any]) -> Any:
   """Shapes with the shardings that `where` gives, from path and shape."""
 
   def add(keys, leaf):
@@ -252,10 +258,10 @@ def cache_with_sharding(cache: Any, model: ModelConfig, mesh: Mesh) -> Any:
   """Shapes of a KV cache with shardings."""
   abstract = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
   with abstract, activate(model, len(cache.length_B)):
-    rows = nn.logical_to_mesh_axes(('batch',))
+    rows = parallel.spec('batch')
 
     def place(x, kind):
-      spec = nn.logical_to_mesh_axes(('batch', None, f'{kind}_kv_heads', None))
+      spec = parallel.spec('batch', None, f'{kind}_kv_heads', None)
       return x.update(sharding=NamedSharding(mesh, spec))
 
     return cache.replace(
@@ -283,16 +289,17 @@ def activate(model: ModelConfig, batch_size: int, length: int = 1):
   sizes = dict(jax.sharding.get_abstract_mesh().shape)
   if math.prod(sizes.values()) == 1 or set(sizes) != set(AXES):
     return nn.logical_axis_rules(())
-  batch, left = [], []
+  batch: list[str] = []
+  left: list[str] = []
   for axis in RULES['batch']:
     parts = math.prod(sizes[name] for name in batch) * sizes[axis]
     (left if batch_size % parts else batch).append(axis)
-  length_axes = []
+  length_axes: list[str] = []
   for axis in left:
     parts = math.prod(sizes[name] for name in length_axes) * sizes[axis]
     if length % parts == 0:
       length_axes.append(axis)
-  rules = {
+  rules: dict[str, Sequence[str]] = {
     'batch': batch,
     'length': length_axes,
     'rows': [axis for axis in batch if axis in RULES['rows']],
@@ -309,6 +316,6 @@ def activate(model: ModelConfig, batch_size: int, length: int = 1):
   )
 
 
-def _static_rules() -> list:
+def _static_rules() -> list[Any]:
   """Flax's form of the rules that do not depend on a batch."""
   return [(k, v) for k, v in RULES.items() if k not in ('batch', 'rows')]

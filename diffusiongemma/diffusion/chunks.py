@@ -16,12 +16,14 @@ CHUNK_LOGITS = 2**25
 PASS_ROWS = 1024
 
 
-def in_chunks(chunk: Callable, size: int, *given_BL: jax.Array) -> Any:
+def in_chunks(
+  chunk: Callable[..., Any], size: int, *given_BL: jax.Array
+) -> Any:
   """Maps a function of arrays [B, size, ...] over [B, L, ...]."""
   return scan(lambda _, given: (None, chunk(*given)), None, given_BL, size)[1]
 
 
-def chunk_size(logits_fn: Callable, h_BLD: jax.Array) -> int:
+def chunk_size(logits_fn: Callable[..., Any], h_BLD: jax.Array) -> int:
   """How many positions of all rows have logits that fit CHUNK_LOGITS, on each
   device of the mesh: with some of the rows, devices would idle."""
   B, L, D = h_BLD.shape
@@ -31,7 +33,9 @@ def chunk_size(logits_fn: Callable, h_BLD: jax.Array) -> int:
   return min(L, max(1, CHUNK_LOGITS * devices // (V * B)))
 
 
-def scan(step: Callable, carry: Any, given_BL: tuple, size: int):
+def scan(
+  step: Callable[..., Any], carry: Any, given_BL: tuple[Any, ...], size: int
+):
   """`lax.scan` of (carry, arrays [B, size, ...]) -> (carry, arrays like them)
   over [B, L, ...], whose last chunk is filled with zeros: what they give is not
   returned, but is in the carry."""

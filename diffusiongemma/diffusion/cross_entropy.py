@@ -17,7 +17,7 @@ from diffusiongemma.diffusion import noise
 
 
 def weighted(
-  logits_fn: Callable,
+  logits_fn: Callable[..., Any],
   h_BLD: jax.Array,
   targets_BL: jax.Array,
   weights_BL: jax.Array,
@@ -91,7 +91,9 @@ def weighted(
   return total(held, *given)
 
 
-def _hoist(function: Callable, example: jax.Array) -> tuple[Callable, list]:
+def _hoist(
+  function: Callable[..., Any], example: jax.Array
+) -> tuple[Callable[..., Any], list[Any]]:
   """(`function` with what it holds as its first argument, what it holds): its
   parameters. `jax.closure_convert` would keep them alive in a cache."""
   closed = jax.make_jaxpr(function)(example)
@@ -117,7 +119,7 @@ def _reorder(arrays: Any, order_BL: jax.Array) -> Any:
 
 
 def per_position(
-  logits_fn: Callable,
+  logits_fn: Callable[..., Any],
   h_BLD: jax.Array,
   targets_BL: jax.Array,
   evidence: tuple[jax.Array, jax.Array] | None = None,

@@ -41,10 +41,10 @@ class Network(NamedTuple):
     frozen: the same network with no gradients to its parameters.
   """
 
-  prefill: Callable
-  denoise: Callable
-  logits: Callable
-  soft_embedding: Callable
+  prefill: Callable[..., Any]
+  denoise: Callable[..., Any]
+  logits: Callable[..., Any]
+  soft_embedding: Callable[..., Any]
   frozen: 'Network | None' = None
 
 
@@ -62,8 +62,7 @@ class Counts(NamedTuple):
   corrupted: jax.Array
 
 
-@flax.struct.dataclass
-class Noise:
+class Noise(flax.struct.PyTreeNode):
   """Every random choice of one batch, for K canvases of each row; L = K * C.
 
   Attributes:
@@ -101,7 +100,7 @@ BATCH_KEYS = (
 )
 
 
-def check_batch(batch: dict, canvas_length: int) -> None:
+def check_batch(batch: dict[str, Any], canvas_length: int) -> None:
   """Raises `ValueError` unless the batch is exactly what the loss reads.
 
   Batch:
@@ -126,7 +125,7 @@ def check_batch(batch: dict, canvas_length: int) -> None:
 
 def draw_noise(
   key: jax.Array,
-  batch: dict,
+  batch: dict[str, Any],
   canvas_length: int,
   vocab_size: int,
   self_conditioning_probability: float,
@@ -187,7 +186,7 @@ def draw_noise(
 
 def read_text(
   network: Network,
-  batch: dict,
+  batch: dict[str, Any],
   canvas_length: int,
   counts: Counts,
   is_learnt: bool = True,
@@ -230,7 +229,7 @@ def read_text(
 def denoising_loss(
   network: Network,
   cache: Any,
-  batch: dict,
+  batch: dict[str, Any],
   drawn: Noise,
   counts: Counts,
   leave_one_out: bool = False,
@@ -266,7 +265,7 @@ def denoising_loss(
   return nats, accuracy
 
 
-def count(batch: dict, drawn: Noise) -> Counts:
+def count(batch: dict[str, Any], drawn: Noise) -> Counts:
   """How much there is to learn in a batch."""
   rows = jnp.any(batch['canvas_start_BK'] >= 0, axis=1)
   corrupted_BKC = drawn.corrupted_BL.reshape(*drawn.valid_BK.shape, -1)

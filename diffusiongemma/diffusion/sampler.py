@@ -25,7 +25,6 @@ from diffusiongemma import config as configs
 from diffusiongemma import ops
 from diffusiongemma.config import DiffusionConfig
 from diffusiongemma.diffusion import noise
-from diffusiongemma.diffusion import strategies
 from diffusiongemma.diffusion.sampling import AS_CONFIGURED
 from diffusiongemma.diffusion.sampling import Pinned
 from diffusiongemma.diffusion.sampling import Sampling
@@ -37,8 +36,7 @@ from diffusiongemma.diffusion.sampling import check
 TYPICAL_STEPS = 16
 
 
-@flax.struct.dataclass
-class Prediction:
+class Prediction(flax.struct.PyTreeNode):
   """What the sampler asks of a network.
 
   Attributes:
@@ -66,8 +64,7 @@ class Prediction:
 DenoiseFn = Callable[..., Prediction]
 
 
-@flax.struct.dataclass
-class StepNoise:
+class StepNoise(flax.struct.PyTreeNode):
   """The random numbers of one step.
 
   Attributes:
@@ -84,8 +81,7 @@ class StepNoise:
   vocab_size: int = flax.struct.field(pytree_node=False)
 
 
-@flax.struct.dataclass
-class SamplerState:
+class SamplerState(flax.struct.PyTreeNode):
   """What goes from step to step.
 
   Attributes:
@@ -184,8 +180,8 @@ def denoise_step(
     left_B1,
   )
   _check_prediction(prediction, state, drawn.vocab_size)
-  strategy = sampling.strategy or strategies.find(config.strategy)
-  free = prediction.entropy_BL.shape[-1]
+  strategy = sampling.strategy_of(config)
+  free: int | jax.Array = prediction.entropy_BL.shape[-1]
   if pinned is not None:
     prediction = _certain(prediction, pinned)
     free = jnp.maximum(jnp.sum(~pinned.mask_BL, axis=-1), 1)
@@ -193,7 +189,7 @@ def denoise_step(
     config, state.canvas_BL, prediction, time, drawn
   )
   may_converge = draft_BL is None
-  if may_converge:
+  if draft_BL is None:
     draft_BL = prediction.argmax_BL
   if pinned is not None:
     canvas_BL, draft_BL = pinned.hold(canvas_BL), pinned.hold(draft_BL)
@@ -408,7 +404,7 @@ def row_keys(key: jax.Array, batch_size: int) -> jax.Array:
   Raises:
     ValueError: neither a key of `jax.random.key` nor one for each row.
   """
-  dtype, shape = getattr(key, 'dtype', None), getattr(key, 'shape', None)
+  dtype, shape = getattr(key, 'dtype', None), getattr(key, 'shape', ())
   is_key = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
   if not is_key or shape not in ((), (batch_size,)):
     found = repr(key) if dtype is None else f'{dtype}{list(shape)}'
@@ -449,7 +445,8 @@ def draw_step_noise(
     choice_L = jax.random.uniform(choice_key, (L,), jnp.float32)
     return uniforms_LU, tokens_L, choice_L
 
-  return StepNoise(*jax.vmap(draw)(keys_B, step_B), vocab_size)
+  uniforms_BLU, tokens_BL, choice_BL = jax.vmap(draw)(keys_B, step_B)
+  return StepNoise(uniforms_BLU, tokens_BL, choice_BL, vocab_size)
 
 
 def predict(

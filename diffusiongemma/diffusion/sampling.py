@@ -4,7 +4,7 @@
 
 Numbers and arrays in it are data: another value compiles nothing anew. What is
 called is a function, or a pytree that can be called, such as
-`jax.tree_util.Partial(function, array)` or a `flax.struct.dataclass` with
+`jax.tree_util.Partial(function, array)` or a `flax.struct.PyTreeNode` with
 `__call__`: the function is part of the program, its arrays are data.
 
   strategy(config, canvas_BL, prediction, time, drawn)     see `strategies`
@@ -40,8 +40,7 @@ class Time(NamedTuple):
   steps_B1: jax.Array
 
 
-@flax.struct.dataclass
-class Pinned:
+class Pinned(flax.struct.PyTreeNode):
   """Positions that keep their token: infilling, editing, forced words.
 
   Attributes:
@@ -89,8 +88,7 @@ LogitHook = Callable[[jax.Array, jax.Array, Time, 'object'], jax.Array]
 Schedule = Callable[[DiffusionConfig, Time], jax.Array]
 
 
-@flax.struct.dataclass
-class Sampling:
+class Sampling(flax.struct.PyTreeNode):
   """How a batch is sampled, where it is not as the config says.
 
   Attributes:
@@ -136,6 +134,11 @@ class Sampling:
       temperature = temperature(config, time)
     temperature = jnp.asarray(temperature, jnp.float32)
     return _column('temperature', temperature, len(time.left_B1))
+
+  def strategy_of(self, config: DiffusionConfig) -> strategies.Strategy:
+    """The strategy, in the place of a name."""
+    strategy = self.strategy or config.strategy
+    return strategies.find(strategy) if isinstance(strategy, str) else strategy
 
   @property
   def needs_logits(self) -> bool:

@@ -25,6 +25,7 @@ from diffusiongemma.errors import Error
 from diffusiongemma.generation import engine
 from diffusiongemma.generation import generate
 from diffusiongemma.model import cache as kv_cache
+from diffusiongemma.ops.weights import Params
 from diffusiongemma.text import call_syntax
 from diffusiongemma.text import template as templates
 from diffusiongemma.text.tokenizer import Tokenizer
@@ -51,7 +52,7 @@ class Model(NamedTuple):
   """
 
   config: Config
-  params: dict
+  params: Params
   tokenizer: Tokenizer
   template: str
   tools: tuple[dict[str, Any], ...] = ()
@@ -166,7 +167,7 @@ def take_turn(
     model.max_new_tokens,
     sampling,
     pictures=[pictures[known.num_pictures if known else 0 :]],
-    cache=known and known.cache,
+    cache=known.cache if known else None,
     keep_cache=True,
     on_step=on_step,
     on_canvas=on_canvas,
@@ -176,9 +177,13 @@ def take_turn(
   # The template drops the thinking of earlier turns: what can be read on from
   # is then the prompt alone.
   answered = (*tokens, *written.tokens)
-  read = (
-    _Read(tokens, len(pictures), generated.prompt_cache),
-    _Read(answered, len(pictures), generated.cache),
+  read = tuple(
+    _Read(ids, len(pictures), cache)
+    for ids, cache in (
+      (tokens, generated.prompt_cache),
+      (answered, generated.cache),
+    )
+    if cache is not None
   )
   said = _assistant_message(reply, turn=len(messages))
   return reply, Conversation((*messages, said), pictures, read)
@@ -210,7 +215,7 @@ def _longest_read(
 
 
 def _assistant_message(reply: Reply, turn: int) -> dict[str, Any]:
-  message = {'role': 'assistant', 'content': reply.text}
+  message: dict[str, Any] = {'role': 'assistant', 'content': reply.text}
   if reply.thinking:
     message['reasoning'] = reply.thinking
   if reply.tool_calls:
@@ -240,10 +245,12 @@ def parse_reply(
   of_name = tokenizer.control_tokens.get
   opens = {of_name('<|channel>'): 'thinking', of_name('<|tool_call>'): 'call'}
   opens.pop(None, None)
-  closes = (of_name('<channel|>'), of_name('<tool_call|>'), tokenizer.eos_id)
-  closes += tuple(map(of_name, TURN_ENDS))
+  closes = {
+    of_name(name) for name in ('<channel|>', '<tool_call|>', *TURN_ENDS)
+  }
+  closes.add(tokenizer.eos_id)
   kind = _last_channel(prompt, of_name)
-  parts = [(kind, [])]
+  parts: list[tuple[str, list[int]]] = [(kind, [])]
   for token in written.tokens:
     if token in opens:
       parts.append((opens[token], []))
@@ -272,7 +279,7 @@ def parse_reply(
   return Reply(text, thinking, calls, problem, written)
 
 
-def _last_channel(prompt: Sequence[int], of_name: Callable) -> str:
+def _last_channel(prompt: Sequence[int], of_name: Callable[..., Any]) -> str:
   """'thinking' if the prompt ends in an open channel, else 'text'."""
   for token in reversed(prompt):
     if token == of_name('<|channel>'):
@@ -285,7 +292,7 @@ def _last_channel(prompt: Sequence[int], of_name: Callable) -> str:
 def _problem(
   text: str,
   thinking: str,
-  calls: list,
+  calls: list[Any],
   unread: list[str],
   last: str,
   written: generate.Generation,
@@ -324,11 +331,12 @@ def parse_call(
 def _spell_call(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
   """A call as text, control tokens that should not be there included."""
   spelled = {id_: piece for piece, id_ in tokenizer.control_tokens.items()}
-  spelled[tokenizer.control_tokens.get('<|"|>')] = call_syntax.QUOTE
-  texts = []
+  if quote := tokenizer.control_tokens.get('<|"|>'):
+    spelled[quote] = call_syntax.QUOTE
+  texts: list[str] = []
   for is_control, ids in itertools.groupby(tokens, spelled.__contains__):
     if is_control:
-      texts += map(spelled.get, ids)
+      texts += map(spelled.__getitem__, ids)
     else:
       texts.append(tokenizer.decode(list(ids)))
   return ''.join(texts)

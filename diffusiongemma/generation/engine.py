@@ -34,12 +34,12 @@ from diffusiongemma.diffusion.sampling import Sampling
 from diffusiongemma.generation import prompt as prompt_lib
 from diffusiongemma.model import cache as kv_cache
 from diffusiongemma.model import denoiser
+from diffusiongemma.ops.weights import Params
 
 OnStep = Callable[[int, sampler.SamplerState], None]
 
 
-@flax.struct.dataclass
-class State:
+class State(flax.struct.PyTreeNode):
   """What goes from canvas to canvas.
 
   Attributes:
@@ -56,7 +56,7 @@ class State:
 
 
 def make_denoise_fn(
-  config: ModelConfig, params: dict, cache: kv_cache.KVCache
+  config: ModelConfig, params: Params, cache: kv_cache.KVCache
 ) -> sampler.DenoiseFn:
   """The sampler's view of a network that has read the text in `cache`.
 
@@ -110,7 +110,7 @@ def make_denoise_fn(
     )
     return found.replace(argmax_BL=jnp.where(is_text_B1, found.argmax_BL, -1))
 
-  denoise.sizes = {
+  denoise.sizes = {  # type: ignore[attr-defined]
     'batch_size': len(cache.length_B),
     'vocab_size': config.vocab_size,
     'embed_dim': config.embed_dim,
@@ -120,7 +120,7 @@ def make_denoise_fn(
 
 def start(
   config: Config,
-  params: dict,
+  params: Params,
   prompts: Sequence[Sequence[int]],
   key: jax.Array,
   room: int,
@@ -175,7 +175,7 @@ def start(
 
 def next_canvas(
   config: Config,
-  params: dict,
+  params: Params,
   state: State,
   sampling: Sampling = AS_CONFIGURED,
   on_step: OnStep | None = None,
@@ -203,11 +203,11 @@ def next_canvas(
 
 def keep(
   config: Config,
-  params: dict,
+  params: Params,
   state: State,
   tokens_BL: jax.Array,
-  kept_B: jax.Array,
-  done_B: jax.Array,
+  kept_B: jax.Array | np.ndarray,
+  done_B: jax.Array | np.ndarray,
 ) -> State:
   """Reads what is kept of a canvas into the text.
 
@@ -239,7 +239,7 @@ def _fold_in(keys_B, canvas_B):
 @functools.partial(jax.jit, static_argnames='config')
 def denoise_canvas(
   config: Config,
-  params: dict,
+  params: Params,
   cache: kv_cache.KVCache,
   keys_B: jax.Array,
   done_B: jax.Array,
@@ -263,7 +263,7 @@ def denoise_canvas(
 @functools.partial(jax.jit, static_argnames='config')
 def denoise_step(
   config: Config,
-  params: dict,
+  params: Params,
   cache: kv_cache.KVCache,
   keys_B: jax.Array,
   state: sampler.SamplerState,
@@ -282,7 +282,7 @@ def denoise_step(
 
 def _watch_canvas(
   config: Config,
-  params: dict,
+  params: Params,
   cache: kv_cache.KVCache,
   keys_B: jax.Array,
   done_B: jax.Array,

@@ -22,6 +22,7 @@ from diffusiongemma.diffusion.sampling import Sampling
 from diffusiongemma.generation import engine
 from diffusiongemma.generation import prompt as prompt_lib
 from diffusiongemma.model import cache as kv_cache
+from diffusiongemma.ops.weights import Params
 
 
 class Generation(NamedTuple):
@@ -68,7 +69,7 @@ class Canvas(NamedTuple):
 
 def generate_tokens(
   config: Config,
-  params: dict,
+  params: Params,
   prompts: Sequence[Sequence[int]],
   key: jax.Array,
   max_new_tokens: int,
@@ -139,7 +140,7 @@ def default_max_new_tokens(config: Config) -> int:
 
 def write_canvases(
   config: Config,
-  params: dict,
+  params: Params,
   prompts: Sequence[Sequence[int]],
   key: jax.Array,
   max_new_tokens: int,
@@ -185,7 +186,7 @@ def write_canvases(
 
 def _canvases(
   config: Config,
-  params: dict,
+  params: Params,
   state: engine.State,
   max_new_tokens: int,
   sampling: Sampling,
@@ -197,14 +198,15 @@ def _canvases(
   B, C = len(state.canvas_B), config.diffusion.canvas_length
   canvases = -(-max_new_tokens // C)
   prompt_cache = state.cache if keep_cache else None
-  tokens, steps_B = [[] for _ in range(B)], np.zeros(B, int)
-  stopped_by = [None] * B
+  tokens: list[list[int]] = [[] for _ in range(B)]
+  steps_B = np.zeros(B, int)
+  stopped_by: list[str | None] = [None] * B
   for index in range(canvases):
     here = sampling if pins is None else sampling.replace(pinned=pins[index])
     found = engine.next_canvas(config, params, state, here, on_step)
     steps_B += np.asarray(found.steps_B)
     draft_BL = np.asarray(found.draft_BL)
-    kept = [[] for _ in range(B)]
+    kept: list[list[int]] = [[] for _ in range(B)]
     for row in range(B):
       if stopped_by[row] is None:
         last_pin = max(pinned[row], default=0) if pinned else 0
@@ -219,7 +221,7 @@ def _canvases(
     if keep_cache or not finished:
       kept_B = np.array([len(row) for row in kept], np.int32)
       done_B = np.array([reason is not None for reason in stopped_by])
-      state = engine.keep(config, params, state, draft_BL, kept_B, done_B)
+      state = engine.keep(config, params, state, found.draft_BL, kept_B, done_B)
     rows = [
       _generation(config, *row)
       for row in zip(tokens, steps_B.tolist(), stopped_by, strict=True)

@@ -97,7 +97,7 @@ def _pillow():
   return Image
 
 
-def _read_file(path: str | os.PathLike, name: str) -> np.ndarray:
+def _read_file(path: str | os.PathLike[str], name: str) -> np.ndarray:
   Image = _pillow()
   from PIL import ImageOps
 
@@ -199,7 +199,8 @@ def preprocess(
   counts_I = np.zeros(len(images), np.int32)
   for index, source in enumerate(images):
     pixels = load_image(source)
-    size = target_size(*pixels.shape[:2], vision, soft_tokens)
+    height, width = pixels.shape[:2]
+    size = target_size(height, width, vision, soft_tokens)
     rows, columns = size[0] // patch, size[1] // patch
     if max(rows, columns) > vision.position_table_size:
       raise ImageError(

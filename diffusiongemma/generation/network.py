@@ -13,9 +13,10 @@ from diffusiongemma.devices import sharding
 from diffusiongemma.diffusion import chunks
 from diffusiongemma.diffusion import loss
 from diffusiongemma.model import denoiser
+from diffusiongemma.ops.weights import Params
 
 
-def bind(config: Config, params: dict, remat: str = 'none') -> loss.Network:
+def bind(config: Config, params: Params, remat: str = 'none') -> loss.Network:
   """The loss's view of a network: its functions with parameters bound."""
   model = denoiser.Denoiser(config.model, remat, lower_once=True)
 

@@ -8,6 +8,7 @@ padding. An image token of a prompt stands for a picture, whose soft tokens take
 its place.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence
 import functools
 import operator
@@ -27,6 +28,7 @@ from diffusiongemma.errors import Error
 from diffusiongemma.generation import images as image_lib
 from diffusiongemma.model import cache as kv_cache
 from diffusiongemma.model import denoiser
+from diffusiongemma.ops.weights import Params
 
 
 class PromptError(Error, ValueError):
@@ -71,9 +73,9 @@ def check(
 
 def prefill(
   config: ModelConfig,
-  params: dict,
-  tokens_BP: jax.Array,
-  length_B: jax.Array,
+  params: Params,
+  tokens_BP: jax.Array | np.ndarray,
+  length_B: jax.Array | np.ndarray,
   cache: kv_cache.KVCache,
   images: denoiser.SoftTokens | None = None,
 ) -> kv_cache.KVCache:
@@ -111,7 +113,7 @@ def prefill(
 @functools.partial(jax.jit, static_argnames='config')
 def read_tokens(
   config: ModelConfig,
-  params: dict,
+  params: Params,
   tokens_BP: jax.Array,
   length_B: jax.Array,
   cache: kv_cache.KVCache,
@@ -120,16 +122,16 @@ def read_tokens(
   """`prefill` of what is known to fit."""
   model = denoiser.Denoiser(config, lower_once=True)
   with sharding.activate(config, *tokens_BP.shape):
-    _, cache, _ = model.apply(
-      {'params': params}, tokens_BP, length_B, cache, images, method='prefill'
+    _, longer, _ = _apply(model, params)(
+      *(tokens_BP, length_B, cache, images), method='prefill'
     )
-  return cache
+  return longer
 
 
 @functools.partial(jax.jit, static_argnames='config')
 def encode_images(
   config: ModelConfig,
-  params: dict,
+  params: Params,
   patches_IMX: jax.Array,
   positions_IM2: jax.Array,
 ) -> jax.Array:
@@ -137,14 +139,18 @@ def encode_images(
   Raises `ConfigError` for what is no `ModelConfig`."""
   configs.check_kind(config, ModelConfig)
   model = denoiser.Denoiser(config, lower_once=True)
-  return model.apply(
-    {'params': params}, patches_IMX, positions_IM2, method='encode_images'
-  )
+  apply = _apply(model, params)
+  return apply(patches_IMX, positions_IM2, method='encode_images')
+
+
+def _apply(model: denoiser.Denoiser, params: Params) -> Callable[..., Any]:
+  """`model.apply`, whose type says that it may return variables, too."""
+  return functools.partial(model.apply, {'params': params})
 
 
 def read_prompt(
   config: ModelConfig,
-  params: dict,
+  params: Params,
   tokens_BP: np.ndarray,
   length_B: np.ndarray,
   cache: kv_cache.KVCache,
@@ -196,7 +202,7 @@ def read_prompt(
   return cache
 
 
-def check_params(params: dict) -> None:
+def check_params(params: Params) -> None:
   """Raises `PromptError` for what is no parameters of a network."""
   if not isinstance(params, dict) or 'embedding' not in params:
     raise PromptError(
@@ -270,19 +276,19 @@ class Seen(NamedTuple):
 
 def with_pictures(
   config: ModelConfig,
-  params: dict,
+  params: Params,
   prompts: Sequence[Sequence[int]],
   pictures: Sequence[Sequence[Any]] | None,
 ) -> tuple[list[list[int]], Seen | None]:
   """Prompts in which each image token stands for a whole picture."""
-  prompts = [token_ids(row, prompt) for row, prompt in enumerate(prompts)]
+  rows = [token_ids(row, prompt) for row, prompt in enumerate(prompts)]
   if not pictures or not any(pictures):
-    for row, prompt in enumerate(prompts):
+    for row, prompt in enumerate(rows):
       if config.vision and config.vision.image_token_id in prompt:
         raise PromptError(
           f'Prompt {row} has an image token, and there is no picture for it.'
         )
-    return prompts, None
+    return rows, None
   if config.vision is None:
     raise PromptError('This network reads text only; it can see no picture.')
   if len(pictures) != len(prompts):
@@ -292,20 +298,20 @@ def with_pictures(
   flat = [picture for row in pictures for picture in row]
   patches = image_lib.preprocess(flat, config.vision)
   counts, remaining = [], iter(patches.counts_I.tolist())
-  for row, prompt in enumerate(prompts):
+  for row, prompt in enumerate(rows):
     counts.append([next(remaining) for _ in pictures[row]])
-    prompts[row] = image_lib.expand_image_tokens(
+    rows[row] = image_lib.expand_image_tokens(
       prompt, counts[row], config.vision
     )
   soft_ITD = encode_images(
     config, params, patches.patches_IMX, patches.positions_IM2
   )
-  return prompts, Seen(soft_ITD, counts)
+  return rows, Seen(soft_ITD, counts)
 
 
 def read(
   config: Config,
-  params: dict,
+  params: Params,
   prompts: Sequence[Sequence[int]],
   seen: Seen | None,
   cache: kv_cache.KVCache | None,
@@ -330,8 +336,10 @@ def read(
   images = None
   if seen is not None:
     T = seen.soft_ITD.shape[1]
-    index_BP = image_lib.place(tokens_BP, seen.counts, config.model.vision, T)
-    images = denoiser.SoftTokens(seen.soft_ITD, index_BP)
+    index_BP = image_lib.place(
+      tokens_BP, seen.counts, config.model.image_encoder, T
+    )
+    images = denoiser.SoftTokens(seen.soft_ITD, jnp.asarray(index_BP))
   used_B = 0 if cache is None else np.asarray(cache.length_B)
   longest = int(np.max(used_B + length_B))
   capacity = powers.smallest_power_of_two(max(bucket, longest)) + room

@@ -19,8 +19,7 @@ from diffusiongemma.config import ModelConfig
 OVERFLOWED = -(2**30)
 
 
-@flax.struct.dataclass
-class KVCache:
+class KVCache(flax.struct.PyTreeNode):
   """One [B, S, K, H] pair per layer (S, K and H differ between layer kinds).
 
   Attributes:

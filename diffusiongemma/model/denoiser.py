@@ -12,6 +12,7 @@ input: how noisy a canvas is, the network reads off the canvas.
 """
 
 import functools
+from typing import Any
 
 import flax
 import flax.linen as nn
@@ -28,6 +29,7 @@ from diffusiongemma.model import masks
 from diffusiongemma.model import moe
 from diffusiongemma.model import parameters
 from diffusiongemma.model import vision
+from diffusiongemma.ops.weights import Params
 
 # What a backward pass keeps of a layer, by what it computes again; the more,
 # the later.
@@ -46,7 +48,7 @@ class Layer(nn.Module):
 
   config: ModelConfig
   kind: str
-  rules: tuple = ()
+  rules: tuple[Any, ...] = ()
 
   def setup(self):
     cfg = self.config
@@ -130,8 +132,7 @@ class SelfConditioning(nn.Module):
     return ops.norms.rms_norm(x_BLD, self.config.norm_epsilon)
 
 
-@flax.struct.dataclass
-class SoftTokens:
+class SoftTokens(flax.struct.PyTreeNode):
   """Encoded images and their places in the tokens of a prefill.
 
   Attributes:
@@ -214,26 +215,25 @@ class Denoiser(nn.Module):
       (h_BPD after the final norm, the longer cache, routing of each layer).
     """
     B, P = tokens_BP.shape
-    fresh = cache is None
-    if fresh:
-      cache = kv_cache.init_cache(self.config, B, 0)
-    start_B = cache.length_B
+    is_fresh = cache is None
+    past = cache or kv_cache.init_cache(self.config, B, 0)
+    start_B = past.length_B
     positions_BP = start_B[:, None] + jnp.arange(P)[None, :]
     x_BPD, image_BP = self.embed(tokens_BP), None
     if images is not None:
       x_BPD, image_BP = self.place(x_BPD, images)
     mask_of_kind = self.per_kind(
-      cache,
+      past,
       lambda cached_BS, window: masks.prefill_mask(
         start_B, cached_BS, P, window, image_BP, first_BP
       ),
     )
     keys, values, routings = [], [], []
-    for layer, *cached in zip(self.layers, cache.k, cache.v, strict=True):
+    for layer, *cached in zip(self.layers, past.k, past.v, strict=True):
       x_BPD, new, routing = layer.prefill(
         x_BPD, positions_BP, mask_of_kind[layer.kind], cached
       )
-      if not fresh:
+      if not is_fresh:
         new = [
           kv_cache.write(old, entries, start_B, length_B)
           for old, entries in zip(cached, new, strict=True)
@@ -242,8 +242,8 @@ class Denoiser(nn.Module):
       values.append(new[1])
       routings.append(routing)
     longer_B = length_B
-    if not fresh:
-      longer_B = kv_cache.advance(self.config, cache, length_B)
+    if not is_fresh:
+      longer_B = kv_cache.advance(self.config, past, length_B)
     longer = kv_cache.KVCache(tuple(keys), tuple(values), longer_B)
     return self.final_norm(x_BPD), longer, tuple(routings)
 
@@ -287,10 +287,10 @@ class Denoiser(nn.Module):
       )
     return self.final_norm(x_BLD)
 
-  def per_kind(self, cache: kv_cache.KVCache, make_mask) -> dict:
+  def per_kind(self, cache: kv_cache.KVCache, make_mask) -> dict[str, Any]:
     """`make_mask(positions of the slots, window)` for each kind of layer."""
     windows = {'local': self.config.sliding_window, 'global': None}
-    result = {}
+    result: dict[str, Any] = {}
     for kind, k in zip(self.config.attention_pattern, cache.k, strict=True):
       if kind not in result:
         cached_BS = kv_cache.slot_positions(cache.length_B, k.shape[1])
@@ -310,7 +310,7 @@ class Denoiser(nn.Module):
     soft_BPD = soft_MD[jnp.maximum(images.index_BP, 0)]
     is_image_BP = images.index_BP >= 0
     x_BPD = jnp.where(is_image_BP[:, :, None], soft_BPD, x_BPD)
-    if not self.config.vision.bidirectional:
+    if not self.config.image_encoder.bidirectional:
       return x_BPD, None
     return x_BPD, jnp.where(is_image_BP, images.index_BP // T, -1)
 
@@ -383,23 +383,23 @@ class Denoiser(nn.Module):
     return found.replace(mean_RD=found.mean_RD.astype(h_RD.dtype) * factor)
 
 
-def init_params(model: Denoiser, key: jax.Array) -> dict:
+def init_params(model: Denoiser, key: jax.Array) -> Params:
   """Fresh parameters, a nested dict of plain arrays, made under `jit`."""
   return jax.jit(lambda key: model.init(key)['params'])(key)
 
 
-def abstract_params(config: ModelConfig) -> dict:
+def abstract_params(config: ModelConfig) -> Params:
   """Shapes of the parameters; their types are those of fresh ones."""
   model = Denoiser(config)
   return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
 
 
-def fresh_params(config: Config) -> dict:
+def fresh_params(config: Config) -> Params:
   """Random parameters of a run's network; the same seed gives the same."""
   return init_params(Denoiser(config.model), jax.random.key(config.train.seed))
 
 
-def with_configured_types(config: ModelConfig, params: dict) -> dict:
+def with_configured_types(config: ModelConfig, params: Params) -> Params:
   """Loaded parameters in the types that the config asks for."""
   return jax.tree.map(
     lambda x, wanted: jnp.asarray(x, wanted.dtype),

@@ -23,9 +23,10 @@ from diffusiongemma import config as configs
 from diffusiongemma import ops
 from diffusiongemma.config import LoraConfig
 from diffusiongemma.model import parameters
+from diffusiongemma.ops.weights import Params
 
 
-def init_adapters(config: LoraConfig, params: dict, key: jax.Array) -> dict:
+def init_adapters(config: LoraConfig, params: Params, key: jax.Array) -> Params:
   """Adapters for the targets, float32.
 
   Args:
@@ -39,7 +40,7 @@ def init_adapters(config: LoraConfig, params: dict, key: jax.Array) -> dict:
   adapters = {}
   flat, rank = traverse_util.flatten_dict(params), config.rank
   for index, path in enumerate(find_targets(config, params)):
-    shape, row = flat[path].shape, parameters.find(path)
+    shape, row = flat[path].shape, parameters.row_of(path)
     inputs, outputs = row.sizes(shape)
     if row.experts:
       E = shape[0]
@@ -54,20 +55,20 @@ def init_adapters(config: LoraConfig, params: dict, key: jax.Array) -> dict:
   return traverse_util.unflatten_dict(adapters)
 
 
-def abstract_adapters(config: LoraConfig, params: dict) -> dict:
+def abstract_adapters(config: LoraConfig, params: Params) -> Params:
   """Shapes and types of the adapters of a network, from its shapes. Raises
   `ConfigError` as `init_adapters`."""
   key = jax.random.key(0)
   return jax.eval_shape(lambda: init_adapters(config, params, key))
 
 
-def find_targets(config: LoraConfig, params: dict) -> list[tuple[str, ...]]:
+def find_targets(config: LoraConfig, params: Params) -> list[tuple[str, ...]]:
   """Paths of the matrices that are adapted. Raises `ConfigError`."""
   paths = {'/'.join(p): p for p in traverse_util.flatten_dict(params)}
   able = {
     name: path
     for name, path in paths.items()
-    if parameters.find(path).is_adaptable
+    if parameters.row_of(path).is_adaptable
   }
   found = set()
   for pattern in config.targets:
@@ -85,14 +86,14 @@ def find_targets(config: LoraConfig, params: dict) -> list[tuple[str, ...]]:
   return [able[name] for name in sorted(found)]
 
 
-def attach(config: LoraConfig, params: dict, adapters: dict) -> dict:
+def attach(config: LoraConfig, params: Params, adapters: Params) -> Params:
   """`params` in which a `weights.LowRank` stands for each adapted matrix."""
   return _with_adapters(
     params, adapters, lambda w, a, b: low_rank(config, w, a, b)
   )
 
 
-def merge(config: LoraConfig, params: dict, adapters: dict) -> dict:
+def merge(config: LoraConfig, params: Params, adapters: Params) -> Params:
   """`params` with the adapters added in, in their types."""
   return _with_adapters(
     params,
@@ -102,7 +103,10 @@ def merge(config: LoraConfig, params: dict, adapters: dict) -> dict:
 
 
 def merge_array(
-  config: LoraConfig, path: tuple[str, ...], w: jax.Array, adapters: dict
+  config: LoraConfig,
+  path: tuple[str, ...],
+  w: jax.Array,
+  adapters: Params,
 ) -> jax.Array:
   """The parameter at `path` of what `merge` gives."""
   a_and_b = adapters
@@ -121,8 +125,8 @@ def low_rank(
 
 
 def _with_adapters(
-  params: dict, adapters: dict, combine: Callable[..., Any]
-) -> dict:
+  params: Params, adapters: Params, combine: Callable[..., Any]
+) -> Params:
   flat = traverse_util.flatten_dict(params)
   of_path = traverse_util.flatten_dict(adapters)
   for *path, last in of_path:
@@ -134,7 +138,7 @@ def _with_adapters(
   return traverse_util.unflatten_dict(flat)
 
 
-def matrix_axes(path: tuple[str, ...], ndim: int) -> tuple | None:
+def matrix_axes(path: tuple[str, ...], ndim: int) -> tuple[Any, ...] | None:
   """(input axes, output axes) of the A or B at a path of adapters; None for any
   other path."""
   *owner, name = path

@@ -41,8 +41,7 @@ import jax
 import jax.numpy as jnp
 
 
-@flax.struct.dataclass
-class Mask:
+class Mask(flax.struct.PyTreeNode):
   """What queries see, and how far at most.
 
   Attributes:

@@ -19,8 +19,7 @@ from diffusiongemma.config import ModelConfig
 from diffusiongemma.model import parameters
 
 
-@flax.struct.dataclass
-class Routing:
+class Routing(flax.struct.PyTreeNode):
   """What the router decided for each token.
 
   Attributes:

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from diffusiongemma import ops
 from diffusiongemma.config import ConfigError
 from diffusiongemma.config import QuantizationConfig
+from diffusiongemma.ops.weights import Params
 
 Path = tuple[str, ...]
 
@@ -45,7 +46,7 @@ class Parameter(NamedTuple):
   """
 
   axes: tuple[str | None, ...]
-  start: Callable[['Parameter', tuple[int, ...]], Callable]
+  start: Callable[['Parameter', tuple[int, ...]], Callable[..., Any]]
   inputs: tuple[int, ...] = ()
   part: str | None = None
   is_adaptable: bool = False
@@ -166,6 +167,14 @@ def find(path: Path) -> Parameter | None:
   return None
 
 
+def row_of(path: Path) -> Parameter:
+  """`find` of what is a parameter. Raises `KeyError` for anything else."""
+  row = find(path)
+  if row is None:
+    raise KeyError(f'{"/".join(path)} is no parameter of this network.')
+  return row
+
+
 def declare(
   module: nn.Module,
   name: str,
@@ -177,7 +186,7 @@ def declare(
   Vectors are float32, everything else is `param_dtype`.
   """
   *_, own = path = tuple(name.split('/'))
-  row = find(path)
+  row = row_of(path)
   dtype = jnp.dtype(param_dtype) if len(shape) > 1 else jnp.float32
   return module.param(own, row.start(row, shape), shape, dtype)
 
@@ -185,7 +194,7 @@ def declare(
 def random(key: jax.Array, path: Path, shape: tuple[int, ...], dtype: Any):
   """A parameter with numbers as large as those of a fresh network: vectors are
   ones."""
-  row = find(path)
+  row = row_of(path)
   if len(shape) == 1:
     return jnp.ones(shape, dtype)
   inputs, _ = row.sizes(shape)
@@ -197,9 +206,10 @@ def _normal(key, shape, dtype, scale):
   return jax.random.normal(key, shape, dtype) * scale.astype(dtype)
 
 
-def by_part(params: dict) -> dict[str, dict]:
+def by_part(params: Params) -> dict[str, dict[str, Any]]:
   """The parameters in the parts that a `QuantizationConfig` knows."""
-  parts = {'experts': {}, 'linears': {}, 'embedding': {}, 'other': {}}
+  names = ('experts', 'linears', 'embedding', 'other')
+  parts: dict[str, dict[str, Any]] = {name: {} for name in names}
   for path, w in traverse_util.flatten_dict(params).items():
     row = find(path)
     parts[row and row.part or 'other']['/'.join(path)] = w
@@ -221,9 +231,10 @@ def quantize_array(
   Raises:
     ConfigError: groups do not divide it.
   """
-  kind, row = kind_of(config, path), find(path)
+  kind = kind_of(config, path)
   if kind is None:
     return w
+  row = row_of(path)
   has_groups = ops.weights.KINDS[kind].has_groups
   group_size = config.group_size if has_groups else None
   if group_size and w.shape[row.group_axis] % group_size:
@@ -237,7 +248,7 @@ def quantize_array(
 _quantize = jax.jit(ops.weights.quantize, static_argnums=(1, 2, 3, 4))
 
 
-def quantize(config: QuantizationConfig, params: dict) -> dict:
+def quantize(config: QuantizationConfig, params: Params) -> Params:
   """All parameters as the config says; also of shapes, in `jax.eval_shape`."""
   flat = traverse_util.flatten_dict(params)
   return traverse_util.unflatten_dict(
@@ -245,7 +256,7 @@ def quantize(config: QuantizationConfig, params: dict) -> dict:
   )
 
 
-def abstract_quantized(config: QuantizationConfig, params: dict) -> dict:
+def abstract_quantized(config: QuantizationConfig, params: Params) -> Params:
   """Shapes of the quantised parameters from those of the others."""
   return jax.eval_shape(functools.partial(quantize, config), params)
 
@@ -261,7 +272,7 @@ def stored_arrays(
     yield path, stored
 
 
-def to_stored(params: dict) -> dict:
+def to_stored(params: Params) -> Params:
   """Parameters as nested dicts of nothing but arrays."""
   flat = traverse_util.flatten_dict(params)
   return traverse_util.unflatten_dict(
@@ -269,7 +280,7 @@ def to_stored(params: dict) -> dict:
   )
 
 
-def from_stored(config: QuantizationConfig, stored: dict) -> dict:
+def from_stored(config: QuantizationConfig, stored: dict[str, Any]) -> Params:
   """The inverse of `to_stored`."""
   flat, params = traverse_util.flatten_dict(stored), {}
   for path, x in flat.items():
@@ -278,7 +289,7 @@ def from_stored(config: QuantizationConfig, stored: dict) -> dict:
     if kind_of(config, owner) is None or name not in ('values', 'scales'):
       params[path] = x
     elif owner not in params:
-      row = find(owner)
+      row = row_of(owner)
       params[owner] = ops.weights.Quantized(
         flat[(*owner, 'values')],
         flat[(*owner, 'scales')],

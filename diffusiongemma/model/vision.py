@@ -11,6 +11,7 @@ patch, W width, T soft tokens.
 """
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -80,7 +81,7 @@ class Attention(nn.Module):
   config: ModelConfig
 
   def setup(self):
-    cfg = self.config.vision
+    cfg = self.config.image_encoder
     W, N, K, H = cfg.embed_dim, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
 
     def declare(name, *shape):
@@ -103,7 +104,7 @@ class Attention(nn.Module):
     v = jnp.einsum('imw,wkh->imkh', x_IMW, self.v_proj.astype(dtype))
     q = axial_rotary(self.q_norm(q), positions_IM2, self.frequencies)
     k = axial_rotary(self.k_norm(k), positions_IM2, self.frequencies)
-    v = ops.norms.rms_norm(v, self.config.vision.norm_epsilon)
+    v = ops.norms.rms_norm(v, self.config.image_encoder.norm_epsilon)
     seen_I1M = is_patch(positions_IM2)[:, None, :]
     out_IMNH = ops.attention.attend(q, [(k, v)], seen_I1M)
     return jnp.einsum('imnh,nhw->imw', out_IMNH, self.o_proj.astype(dtype))
@@ -114,10 +115,10 @@ class Layer(nn.Module):
   `denoiser.Layer`."""
 
   config: ModelConfig
-  rules: tuple = ()
+  rules: tuple[Any, ...] = ()
 
   def setup(self):
-    cfg = self.config.vision
+    cfg = self.config.image_encoder
     norm = functools.partial(layers.RMSNorm, cfg.embed_dim, cfg.norm_epsilon)
     self.norm_in = norm()
     self.attention = Attention(self.config)
@@ -150,7 +151,7 @@ class VisionEncoder(nn.Module):
   lower_once: bool = False
 
   def setup(self):
-    cfg = self.config.vision
+    cfg = self.config.image_encoder
     W, D = cfg.embed_dim, self.config.embed_dim
 
     def declare(name, *shape):
@@ -192,7 +193,7 @@ class VisionEncoder(nn.Module):
     Raises:
       ValueError: shapes that do not fit the config.
     """
-    cfg = self.config.vision
+    cfg = self.config.image_encoder
     M, kernel = patches_IMX.shape[1], cfg.pooling_kernel
     if M % kernel**2 or patches_IMX.shape[2] != 3 * cfg.patch_size**2:
       raise ValueError(
@@ -225,7 +226,7 @@ class VisionEncoder(nn.Module):
 
   def pool(self, x_IMW: jax.Array, positions_IM2: jax.Array) -> jax.Array:
     """Pooled, scaled and standardised in float32, [I, T, W]."""
-    cfg = self.config.vision
+    cfg = self.config.image_encoder
     x_ITW = pool(x_IMW, positions_IM2, cfg.pooling_kernel)
     x_ITW = x_ITW * cfg.embed_dim**0.5
     if cfg.standardize:
@@ -235,6 +236,6 @@ class VisionEncoder(nn.Module):
 
   def project(self, x_ITW: jax.Array) -> jax.Array:
     """Into the width of the text, [I, T, D]."""
-    x_ITW = ops.norms.rms_norm(x_ITW, self.config.vision.norm_epsilon)
+    x_ITW = ops.norms.rms_norm(x_ITW, self.config.image_encoder.norm_epsilon)
     projection = self.projection.astype(x_ITW.dtype)
     return jnp.einsum('itw,wd->itd', x_ITW, projection)

@@ -251,7 +251,8 @@ def _attend_in_chunks(
       return take_in(carry, *cut)
 
     carry = jax.lax.fori_loop(0, jnp.sum(is_seen_n), one_chunk, carry)
-  return _means(*carry[1:], q_BLNH)
+  _, total, weighted = carry
+  return _means(total, weighted, q_BLNH)
 
 
 def _scores(q_BLKGH, k_BSKH, mask_BLS) -> jax.Array:

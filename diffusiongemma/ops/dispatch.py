@@ -25,10 +25,10 @@ class KernelError(Error, ValueError):
 
 
 def run(
-  plain: Callable,
+  plain: Callable[..., Any],
   *operands: Any,
   implementation: Implementation = None,
-  **choices: Callable[[], Callable | None],
+  **choices: Callable[[], Callable[..., Any] | None],
 ) -> Any:
   """What `plain(*operands)` is, by a kernel where the program runs on a device
   that has one, and room for it; the gradient is that of `plain` everywhere.

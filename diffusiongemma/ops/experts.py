@@ -66,7 +66,7 @@ grouped_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 def gated_matmul(
   x_MD: jax.Array,
-  gate_up_EFD: jax.Array | Quantized,
+  gate_up_EFD: Weight,
   groups: Groups,
   k: int,
   implementation: dispatch.Implementation = None,
@@ -255,11 +255,14 @@ def mix(
   tile = routing.default_tile(len(experts_R), num_experts, gate_up_EFD)
   window = routing.default_window(len(experts_R), num_experts)
   # A CPU has one for all of it, others have kernels for each of two products.
-  whole, product = implementation, implementation
+  whole: dispatch.Implementation = implementation
+  product: dispatch.Implementation = implementation
   if implementation == 'kernel':
     on_cpu = jax.default_backend() == 'cpu'
     whole, product = ('kernel', None) if on_cpu else (None, 'kernel')
-  layout = 'plain' if implementation == 'plain' else None
+  layout: dispatch.Implementation = None
+  if implementation == 'plain':
+    layout = 'plain'
   groups = routing.make_groups(experts_R, E, tile, window, layout)
 
   def plain(x_MD, gate_up_EFD, down_EDF, groups):

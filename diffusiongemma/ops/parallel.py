@@ -25,10 +25,10 @@ def is_active() -> bool:
 
 
 def run(
-  plain: Callable,
+  plain: Callable[..., Any],
   *operands: Any,
   implementation: dispatch.Implementation = None,
-  **choices: Callable[[], Callable | None],
+  **choices: Callable[[], Callable[..., Any] | None],
 ) -> Any:
   """`dispatch.run`; on a mesh `plain`, as the compiler could not divide a
   kernel."""
@@ -47,7 +47,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 def spec(*axes: str | None) -> PartitionSpec:
   """Where an array with these logical axes lies."""
-  return nn.logical_to_mesh_axes(axes)
+  return nn.logical_to_mesh_axes(axes) or PartitionSpec()
 
 
 def mesh_axes(logical: str) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ ceil(M / tile) + E tiles, whatever the routing is. No row is dropped.
 
 from collections.abc import Callable
 import functools
+from typing import Any
 
 import flax
 import jax
@@ -53,8 +54,7 @@ def choose(
   return tuple(x_Tk.reshape(B, L, k) for x_Tk in chosen)
 
 
-@flax.struct.dataclass
-class Groups:
+class Groups(flax.struct.PyTreeNode):
   """Where the R = M*k (token, choice) rows lie in the tiled buffer of T rows.
 
   Attributes:
@@ -141,12 +141,12 @@ def make_groups(
       return None
     return functools.partial(gpu.lay_out, **sizes)
 
-  layout = dispatch.run(
+  slot_R, row_T, expert_of_tile, end_E = dispatch.run(
     *(functools.partial(_lay_out, **sizes), expert_R),
     implementation=implementation,
     cuda=choose_cuda,
   )
-  return Groups(*layout, tile, window)
+  return Groups(slot_R, row_T, expert_of_tile, end_E, tile, window)
 
 
 def _lay_out(expert_R, num_experts, tile):
@@ -247,7 +247,7 @@ def from_windows(y_EwF: jax.Array, groups: Groups) -> jax.Array:
   return jnp.where(rank_T[:, None] < groups.window, y_TF, 0)
 
 
-def for_each_tile(body: Callable, groups: Groups, initial: jax.Array):
+def for_each_tile(body: Callable[..., Any], groups: Groups, initial: jax.Array):
   """`fori_loop` over the tiles that have rows which are in no window."""
   if not groups.window:
     return jax.lax.fori_loop(0, groups.used, body, initial)

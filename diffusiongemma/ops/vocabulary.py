@@ -34,8 +34,7 @@ _CHUNK_ELEMENTS = 2**19  # Of logits that exist at a time: 2 MB, for a cache.
 _DRAWN_TOGETHER = 256  # Rows, each of which reads a bin of the table again.
 
 
-@flax.struct.dataclass
-class Summary:
+class Summary(flax.struct.PyTreeNode):
   """What is kept of each row's distribution.
 
   Attributes:

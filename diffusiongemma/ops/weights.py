@@ -47,7 +47,7 @@ KINDS = {
 }
 
 
-class Leaf:
+class Leaf(flax.struct.PyTreeNode):
   """A weight that is no array. `len(w)` and `w.astype(dtype)` are what they
   would be of the matrix that it stands for, and so is `w[index]` (of leading
   axes) of those without an adapter; Flax compares the shape of the first field
@@ -60,6 +60,15 @@ class Leaf:
   def dtype(self) -> jnp.dtype:
     return jax.tree.leaves(self)[0].dtype
 
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Of the matrix that it stands for."""
+    return jax.eval_shape(lambda: self.astype(self.dtype)).shape
+
+  def astype(self, dtype: jnp.dtype) -> jax.Array:
+    """The matrix that it stands for."""
+    raise NotImplementedError
+
   def __array__(self, dtype=None, copy=None) -> np.ndarray:
     return np.asarray(self.astype(dtype or self.dtype))
 
@@ -67,7 +76,7 @@ class Leaf:
     """What a product takes, in whose type the matrix is used."""
     return self.astype(dtype)
 
-  def in_use(self, dtype: jnp.dtype, *axes: str | None) -> 'Weight':
+  def in_use(self, dtype: jnp.dtype, *axes: str | None) -> 'Leaf':
     """See `in_use`."""
     return self
 
@@ -78,12 +87,15 @@ class Leaf:
       'with sharding=parameter_sharding(mesh).'
     )
 
+  def gather_experts(self, axis: int, dtype: jnp.dtype) -> 'Leaf':
+    """See `gather_experts`."""
+    raise NotImplementedError
+
   def stored(self) -> Mapping[str, jax.Array] | jax.Array:
     """The arrays that it is on disk, by name, or the one that it is."""
     return self.astype(self.dtype)
 
 
-@flax.struct.dataclass
 class Quantized(Leaf):
   """A quantised array.
 
@@ -201,7 +213,6 @@ def values_and_scales(
   return (w.values, w.scales) if isinstance(w, Quantized) else (w, None)
 
 
-@flax.struct.dataclass
 class LowRank(Leaf):
   """A matrix and its adapter, W + scale A B. With W of axes (in, out), each of
   which may be several:
@@ -246,7 +257,6 @@ class LowRank(Leaf):
     return self.replace(weight=weight, **{name: part})
 
 
-@flax.struct.dataclass
 class Transposed(Leaf):
   """The matrix of each expert, [E, out, in], kept as [E, in, out]. CPUs
   multiply by it up to twice as fast as by one with its outputs first.
@@ -272,10 +282,12 @@ class Transposed(Leaf):
     return jnp.swapaxes(self.values, -1, -2).astype(dtype)
 
 
-Weight = jax.Array | Quantized | LowRank | Transposed
+Weight = jax.Array | Leaf
+# A nested dict of weights by the names of modules.
+Params = dict[str, Any]
 
 
-def arrange(params: dict, donate: bool = False) -> dict:
+def arrange(params: Params, donate: bool = False) -> dict[str, Any]:
   """The parameters as this device multiplies by them fastest where there is no
   gradient, to write text with: on a CPU the matrices of experts are
   transposed, if they are plain arrays; on other devices and on a mesh all stay
@@ -300,7 +312,7 @@ def arrange(params: dict, donate: bool = False) -> dict:
 
 # By the number of a matrix: (a weak reference to it, the transposed one), which
 # goes when the matrix goes.
-_TRANSPOSED: dict[int, tuple[weakref.ref, Transposed]] = {}
+_TRANSPOSED: dict[int, tuple[weakref.ref[jax.Array], Transposed]] = {}
 
 
 def _transposed(w_EFD: jax.Array, remember: bool) -> Transposed:

@@ -68,15 +68,9 @@ def load_tokenizer(config: Config, start: str = '') -> tokenizers.Tokenizer:
   return tokenizer
 
 
-def files_beside(
-  start: str, tokenizer: tokenizers.Tokenizer | None = None
-) -> Iterator[tuple[str, bytes]]:
-  """(name there, content) of what a run's folder has beside its checkpoints:
-  what lies beside the weights in `start`, if it starts from any, else the
-  tokenizer."""
-  if not start:
-    yield tokenizer.file_name, tokenizer.model
-    return
+def files_beside(start: str) -> Iterator[tuple[str, bytes]]:
+  """(name there, content) of what the folder of a run that starts from `start`
+  has beside its checkpoints: what lies beside the weights there."""
   companions = os.path.join(start, COMPANIONS_DIR)
   if os.path.isdir(os.path.join(start, 'checkpoints')):
     for name in (*TOKENIZERS, *CHAT_TEMPLATES):

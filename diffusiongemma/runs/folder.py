@@ -67,9 +67,10 @@ def claim(
   try:
     folder.mkdir(parents=True, exist_ok=True)
     if not is_claimed(workdir):
-      for name, content in companions.files_beside(
-        config.train.init_from, tokenizer
-      ):
+      beside = [(tokenizer.file_name, tokenizer.model)]
+      if start := config.train.init_from:
+        beside = list(companions.files_beside(start))
+      for name, content in beside:
         (folder / name).parent.mkdir(exist_ok=True)
         folders.replace_file(folder / name, content)
       folders.replace_file(folder / CONFIG, encode_config(config))
@@ -104,11 +105,11 @@ def claim(
 
 def differences(there: Config, here: Config) -> list[tuple[str, Any, Any]]:
   """(dotted name, value there, value here) of the fields that differ."""
-  there, here = fields.flatten(there), fields.flatten(here)
+  old, new = fields.flatten(there), fields.flatten(here)
   return [
-    (name, there.get(name), here.get(name))
-    for name in {**here, **there}
-    if there.get(name) != here.get(name)
+    (name, old.get(name), new.get(name))
+    for name in {**new, **old}
+    if old.get(name) != new.get(name)
   ]
 
 

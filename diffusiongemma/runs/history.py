@@ -45,7 +45,7 @@ def go_on(workdir: str, config: Config, step: int) -> Config:
   added = ''.join(line + '\n' for line in lines).encode()
   folder = pathlib.Path(workdir)
   try:
-    folders.replace_file(folder / workdirs.HISTORY, bytes(history) + added)
+    folders.replace_file(folder / workdirs.HISTORY, history + added)
     folders.replace_file(
       folder / workdirs.CONFIG, workdirs.encode_config(config)
     )

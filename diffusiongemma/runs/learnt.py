@@ -10,6 +10,7 @@ from diffusiongemma.devices import sharding as shardings
 from diffusiongemma.model import denoiser
 from diffusiongemma.model import lora
 from diffusiongemma.model import parameters
+from diffusiongemma.runs import WorkdirError
 from diffusiongemma.runs import folder as workdirs
 
 
@@ -52,5 +53,7 @@ def restore(
     learnt = shardings.placed(learnt, sharding)
   with contextlib.closing(workdirs.open_checkpoints(workdir)) as manager:
     restored = native.restore_newest(manager, learnt, verify=verify)
+  if restored is None:
+    raise WorkdirError(f'{workdir} has no checkpoint yet.')
   params = parameters.from_stored(config.quantization, restored.params)
   return restored._replace(params=params)

@@ -6,38 +6,72 @@ run.config, run.params, run.tokenizer
 
 import dataclasses
 import os
-from typing import NamedTuple
+from typing import Any
+
+import jax
 
 from diffusiongemma import paths
 from diffusiongemma.checkpoints import native
 from diffusiongemma.config import Config
+from diffusiongemma.ops.weights import Params
 from diffusiongemma.runs import WorkdirError
+from diffusiongemma.runs import companions
 from diffusiongemma.runs import folder as workdirs
 from diffusiongemma.runs import huggingface_folder
 from diffusiongemma.runs import source as sources
 from diffusiongemma.text import tokenizer as tokenizers
 
 
-class Run(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Run:
   """A network that can be used.
 
   Attributes:
     config: all of its settings.
-    tokenizer: the one it was trained with; None where it came without.
+    maybe_tokenizer: the one it was trained with; None where it came without.
     step: training steps done here.
     params: parameters of the network, a nested dict of arrays.
     chat_template: Jinja, where one came with it.
   """
 
   config: Config
-  tokenizer: tokenizers.Tokenizer | None
+  maybe_tokenizer: tokenizers.Tokenizer | None
   step: int
-  params: dict
+  params: Params
   chat_template: str | None = None
+
+  @property
+  def tokenizer(self) -> tokenizers.Tokenizer:
+    """The one it was trained with. Raises `WorkdirError` where it came
+    without."""
+    if self.maybe_tokenizer is None:
+      raise companions.no_tokenizer('The run')
+    return self.maybe_tokenizer
+
+  def replace(self, **changes: Any) -> 'Run':
+    """This run with other fields."""
+    return dataclasses.replace(self, **changes)
+
+  def __repr__(self) -> str:
+    """Three lines: the network, its parameters, what reads its text."""
+    model, leaves = self.config.model, jax.tree.leaves(self.params)
+    kinds = ', '.join(sorted({str(x.dtype) for x in leaves}))
+    size = sum(x.size for x in leaves)
+    megabytes = sum(x.nbytes for x in leaves) / 1e6
+    tokens = 'no tokenizer'
+    if self.maybe_tokenizer is not None:
+      tokens = self.maybe_tokenizer.file_name
+    return (
+      f'Run after {self.step:,} steps: {len(model.attention_pattern)} layers '
+      f'of width {model.embed_dim:,}, context {model.context_length:,}\n'
+      f'  {size:,} numbers in {megabytes:,.1f} MB ({kinds})\n'
+      f'  {model.vocab_size:,} tokens ({tokens}), canvases of '
+      f'{self.config.diffusion.canvas_length}'
+    )
 
 
 def load(
-  path: str,
+  path: str | os.PathLike[str],
   config: Config | None = None,
   sharding: native.ShardingOf | None = None,
   verify: bool = True,
@@ -105,6 +139,6 @@ def adopt(config: Config, workdir: str) -> Config:
   )
 
 
-def load_base(config: Config, sharding: native.ShardingOf) -> dict:
+def load_base(config: Config, sharding: native.ShardingOf) -> Params:
   """The parameters that a run starts from, as they are stored; see `load`."""
   return load(config.train.init_from, sharding=sharding).params

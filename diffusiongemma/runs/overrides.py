@@ -90,20 +90,19 @@ def load_run(
     jax.set_mesh(mesh)
     where = sharding.parameter_sharding(mesh)
   run = load_lib.load(folder, config, where)
-  if run.tokenizer is None:
+  if run.maybe_tokenizer is None:
     raise companions.no_tokenizer(folder)
-  return run._replace(params=ops.weights.arrange(run.params, donate=True))
+  return run.replace(params=ops.weights.arrange(run.params, donate=True))
 
 
 def _check_network(
   config: configs.Config, own: configs.Config, folder: str
 ) -> None:
   """Raises `ConfigError` if the network is another than that of the folder."""
-  types = {
-    'dtype': config.model.dtype,
-    'param_dtype': config.model.param_dtype,
-  }
-  if config.model != dataclasses.replace(own.model, **types):
+  trained = dataclasses.replace(
+    own.model, dtype=config.model.dtype, param_dtype=config.model.param_dtype
+  )
+  if config.model != trained:
     raise configs.ConfigError(
       f'The network of {folder} is trained: config.model stays as it is, '
       'but for its types.'

@@ -14,6 +14,7 @@ import contextlib
 import functools
 import math
 import os
+from typing import Any
 from typing import Literal
 from typing import NamedTuple
 
@@ -91,7 +92,9 @@ class Source(NamedTuple):
   companions: Callable[[], Iterator[tuple[str, bytes]]]
 
 
-def open_source(path: str, config: Config | None = None) -> Source:
+def open_source(
+  path: str | os.PathLike[str], config: Config | None = None
+) -> Source:
   """A run or a Hugging Face folder.
 
   Args:
@@ -253,9 +256,9 @@ def check_not_quantized(source: Source) -> None:
     )
 
 
-def count_bytes(types: dict[Path, jax.ShapeDtypeStruct]) -> int:
-  """Of arrays of these shapes and types on disk, before they are compressed;
-  there 4 bits take a byte."""
+def count_bytes(types: Any) -> int:
+  """Of a tree of arrays of these shapes and types on disk, before they are
+  compressed; there 4 bits take a byte."""
   leaves = jax.tree.leaves(types)
   return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
 

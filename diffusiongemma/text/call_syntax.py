@@ -23,6 +23,7 @@ A call is read where this leaves one reading, or it is not read at all:
 * No key twice, nothing after the last brace, no comma without a value.
 """
 
+from collections.abc import Callable
 import contextlib
 import json
 import math
@@ -98,7 +99,8 @@ def read(text: str) -> dict[str, Any] | None:
   return {'name': head['name'] or head['alone'], 'arguments': arguments}
 
 
-# Each takes a place of the text and returns what begins there and its end.
+# Each takes a position in the text and returns the value there and its end.
+_ReadMember = Callable[[str, int, int], tuple[Any, int]]
 
 
 def _object(text: str, at: int, depth: int) -> tuple[dict[str, Any], int]:
@@ -111,9 +113,12 @@ def _object(text: str, at: int, depth: int) -> tuple[dict[str, Any], int]:
   return members, at
 
 
-def _members(text: str, at: int, end: str, depth: int, member) -> tuple:
+def _members(
+  text: str, at: int, end: str, depth: int, member: _ReadMember
+) -> tuple[list[Any], int]:
   """What stands between brackets."""
-  members, at = [], _space(text, at + 1)
+  members: list[Any] = []
+  at = _space(text, at + 1)
   if text.startswith(end, at):
     return members, at + 1
   while True:
@@ -189,7 +194,7 @@ def _marked(text: str, at: int, has_marks: bool) -> tuple[str, int]:
 
 def _bare(text: str, at: int) -> tuple[Any, int]:
   """A value without quotes."""
-  end = _BARE.match(text, at).end()
+  end = _end(_BARE, text, at)
   bare = text[at:end].strip()
   if bare in _CONSTANTS:
     return _CONSTANTS[bare], end
@@ -210,7 +215,7 @@ def _bare(text: str, at: int) -> tuple[Any, int]:
   return bare, end
 
 
-def _unquote(string: re.Match) -> str:
+def _unquote(string: re.Match[str]) -> str:
   """What a match of `_STRING` has between its quotes."""
   if string['json'] is not None:
     try:
@@ -246,4 +251,10 @@ def _has_objects(value: Any) -> bool:
 
 def _space(text: str, at: int) -> int:
   """The place of what comes after spaces."""
-  return _SPACE.match(text, at).end()
+  return _end(_SPACE, text, at)
+
+
+def _end(pattern: re.Pattern[str], text: str, at: int) -> int:
+  """The end of what matches at a position; itself, if nothing does."""
+  match = pattern.match(text, at)
+  return match.end() if match else at

@@ -99,8 +99,8 @@ def encode_exchanges(
   for past, reply in _replies(_unfold(write, messages[:end])):
     past = past or _Stage([], write([]))
     by_learnt = itertools.groupby(reply, lambda stage: stage.says in targets)
-    for is_learnt, stages in by_learnt:
-      stages = list(stages)
+    for is_learnt, group in by_learnt:
+      stages = list(group)
       if is_learnt:
         texts = _split(write, past, stages, probe, has_control)
         ids = (tokenizer.encode_template(text, mark) for text in texts)
@@ -148,7 +148,8 @@ def _unfold(
   write: Callable[..., str], messages: Sequence[Message]
 ) -> Iterator[_Stage]:
   """The conversation, growing by what one side says at a time."""
-  shown, index = [], 0
+  shown: list[Message] = []
+  index = 0
   # Nothing is told only to find out whether a result is left out: there are
   # templates that refuse to.
   text = write([]) if messages[0]['role'] == 'tool' else None
@@ -198,7 +199,8 @@ def _replies(
 
   What changes the end of what the model has said goes on with it.
   """
-  past, reply = None, []
+  past: _Stage | None = None
+  reply: list[_Stage] = []
   for stage in stages:
     is_said = stage.says is not None
     if reply and not (is_said and not stage.text.startswith(reply[-1].text)):

@@ -67,7 +67,7 @@ class _Context(jinja2.runtime.Context):
 
 
 @jinja2.pass_context
-def _in_time(context: _Context, elements: Iterable) -> Iterator:
+def _in_time(context: _Context, elements: Iterable[Any]) -> Iterator[Any]:
   """What a loop goes through."""
   for element in elements:
     context.check_time()
@@ -125,7 +125,7 @@ class _Generation(jinja2.ext.Extension):
   """`{% generation %}` ... `{% endgeneration %}`, which tell trainers what the
   model is to learn and mean nothing here."""
 
-  tags = frozenset(['generation'])
+  tags = {'generation'}
 
   def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Scope:
     line = next(parser.stream).lineno
@@ -155,7 +155,7 @@ _GROWING = frozenset(
 )
 
 
-def _all_there(values) -> list:
+def _all_there(values) -> list[Any]:
   """With lists for what would make its elements one by one."""
   kinds = (Iterator, range)
   return [list(v) if isinstance(v, kinds) else v for v in values]

@@ -36,6 +36,24 @@ def knows_turns(tokenizer: tokenizers.Tokenizer) -> bool:
   return {'<|turn>', '<turn|>'} <= set(tokenizer.control_tokens)
 
 
+def template_of(tokenizer: tokenizers.Tokenizer, own: str | None) -> str:
+  """The template of a network: its own or, if its tokenizer knows turns,
+  `default_template`.
+
+  Raises:
+    TemplateError: it knows no turns.
+  """
+  if own is not None:
+    return own
+  if not knows_turns(tokenizer):
+    raise TemplateError(
+      'This network knows no turns: its tokenizer has no <|turn>, and no chat '
+      'template came with it. It goes on from a text: dg.generate, or '
+      '--mode=sample --nochat.'
+    )
+  return default_template()
+
+
 def encode_chat(
   tokenizer: tokenizers.Tokenizer,
   template: str,
@@ -86,13 +104,13 @@ def make_writer(
   """
   mark = next(unused_characters(check_messages(messages), tools, template))
   escape = functools.partial(_map_strings, lambda s: tokenizer.escape(s, mark))
-  tools = escape(tools) or None
+  escaped_tools = escape(tools) or None
 
   def write(messages, *, generation_prompt=False, thinking=False):
     return render(
       template,
       messages=escape(check_messages(messages)),
-      tools=tools,
+      tools=escaped_tools,
       enable_thinking=thinking,
       add_generation_prompt=generation_prompt,
       bos_token=tokenizer.pieces([tokenizer.bos_id])[0],

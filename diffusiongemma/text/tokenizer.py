@@ -106,7 +106,7 @@ class Tokenizer(abc.ABC):
     longest_first = sorted(others, key=len, reverse=True)
     self._candidate = re.compile('|'.join([*longest_first, _CONTROL.pattern]))
 
-  def _find_control(self, text: str, start: int) -> re.Match | None:
+  def _find_control(self, text: str, start: int) -> re.Match[str] | None:
     """The first control piece that `text` spells from `start` on."""
     while match := self._candidate.search(text, start):
       if match.group() in self.control_tokens:
@@ -190,9 +190,9 @@ class JsonTokenizer(Tokenizer):
     special = {
       f'<{name}>': getattr(self, f'{name}_id') for name in ('pad', 'bos', 'eos')
     }
-    for i, token in self._tokenizer.get_added_tokens_decoder().items():
-      if token.special or _CONTROL.fullmatch(token.content):
-        special[token.content] = i
+    for i, added in self._tokenizer.get_added_tokens_decoder().items():
+      if added.special or _CONTROL.fullmatch(added.content):
+        special[added.content] = i
     self._set_control_tokens(special)
 
   def _encode(self, text: str) -> list[int]:

@@ -10,6 +10,7 @@ medians of several; the two programs take turns, since a machine that is shared
 has fast and slow minutes.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import gc
@@ -36,6 +37,7 @@ from diffusiongemma.generation import prompt as prompt_lib
 from diffusiongemma.model import cache as kv_cache
 from diffusiongemma.model import denoiser
 from diffusiongemma.model import parameters
+from diffusiongemma.ops.weights import Params
 from diffusiongemma.tools import peer as peer_lib
 from diffusiongemma.training import step as steps_lib
 from diffusiongemma.training import train_state
@@ -48,7 +50,7 @@ _PROGRAMS = {
 }
 
 
-def random_params(config: Config, key: jax.Array) -> dict:
+def random_params(config: Config, key: jax.Array) -> dict[str, Any]:
   """Parameters of the config's shapes, in its compute type, quantised where
   it says so; made one by one on the device, so that the network never exists
   in more bits than it has."""
@@ -67,7 +69,7 @@ def random_params(config: Config, key: jax.Array) -> dict:
 class Ours:
   """Our programs for a batch and a context, compiled."""
 
-  def __init__(self, config: Config, params: dict, batch: int, context: int):
+  def __init__(self, config: Config, params: Params, batch: int, context: int):
     self.config = fixed_steps(config, sampler.TYPICAL_STEPS)
     self.params = params
     self.batch, self.context = batch, context
@@ -135,7 +137,7 @@ def fixed_steps(config: Config, steps: int) -> Config:
 
 def measure(
   config: Config,
-  params: dict,
+  params: Params,
   grid: list[tuple[int, int]],
   repeats: int = 5,
   peer: peer_lib.Transformers | None = None,
@@ -149,11 +151,12 @@ def measure(
     C = config.diffusion.canvas_length
     for method in (*_PROGRAMS.values(), 'write'):
       getattr(ours, method)()  # The first call is another.
-    peers, refusal = {}, None
+    peers: dict[str, Callable[[int], None]] = {}
+    refusal = None
     if peer is not None:
       peers, refusal = peer.writers(config, ours.tokens_BP)
-    took = {name: [] for name in (*_PROGRAMS, 'step')}
-    took |= {f'{name}_step': [] for name in peers}
+    names = (*_PROGRAMS, 'step', *(f'{name}_step' for name in peers))
+    took: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(repeats):
       for name, method in _PROGRAMS.items():
         took[name].append(seconds(getattr(ours, method)))
@@ -163,7 +166,7 @@ def measure(
           seconds(functools.partial(write, steps)) for steps in (1, 5)
         )
         took[f'{name}_step'].append((many - few) / 4)
-    row = {
+    row: dict[str, Any] = {
       'batch': batch,
       'context': context,
       'compile_seconds': ours.compile_seconds,

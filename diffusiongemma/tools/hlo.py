@@ -1,9 +1,9 @@
 """What stands in an optimised HLO module, as XLA prints it."""
 
 import collections
+import dataclasses
 import math
 import re
-from typing import NamedTuple
 
 _COLLECTIVES = (
   'all-gather',
@@ -24,7 +24,8 @@ _NO_KERNEL = {
 }
 
 
-class Collective(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Collective:
   """What devices exchange in one way, in a program; loops count once.
 
   Attributes:

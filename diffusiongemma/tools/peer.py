@@ -44,7 +44,7 @@ class Transformers:
     torch.manual_seed(0)
     self.model = diffusion_gemma.DiffusionGemmaForBlockDiffusion(own)
     self.model = self.model.float().eval()
-    self.optimizer = None
+    self.optimizer: Any = None
     self.params = huggingface.from_state_dict(
       config.model, self.model.state_dict()
     )
@@ -56,6 +56,7 @@ class Transformers:
     is what it compiles for, or of one that grows."""
     text = self.model.config.get_text_config(decoder=True)
     P = tokens_BP.shape[1]
+    cache: Any
     if compiled:
       room = P + 1 + config.diffusion.canvas_length
       cache = self.caches.StaticCache(config=text, max_cache_len=room)
@@ -100,7 +101,7 @@ class Transformers:
   ) -> tuple[dict[str, Callable[[int], None]], str | None]:
     """(`write` for so many steps, eager and compiled, warmed up; why it can't
     be compiled, where it can't)."""
-    made = {}
+    made: dict[str, Callable[[int], None]] = {}
     for name, (compiled, _) in WAYS.items():
       try:
         cache = self.read_prompt(config, tokens_BP[:, :-1], compiled)

@@ -200,7 +200,7 @@ def plan(
       'memory': accessed / chip.bandwidth,
       'links': sum(kind.bytes for kind in found.values()) / chip.link,
     }
-    bound_by = max(times, key=times.get)
+    bound_by = max(times, key=times.__getitem__)
     estimate = times[bound_by]
   return Plan(
     topology,
@@ -231,7 +231,7 @@ def lowering_for(mesh: Mesh) -> Iterator[None]:
     yield
 
 
-def _devices(topology: str) -> tuple[str, list]:
+def _devices(topology: str) -> tuple[str, list[Any]]:
   """(kind of chip, descriptions of the devices)."""
   if topology == 'local':
     return 'local', jax.devices()
@@ -400,7 +400,7 @@ FLOPS_OF: dict[str, Callable[..., float]] = {
 
 def smaller(config: Config, program: str) -> list[tuple[str, Config]]:
   """Changes that need less memory, the nearest first: (what, the config)."""
-  changes = []
+  changes: list[tuple[str, Config]] = []
   if program == 'sample':
     return changes
   change = dataclasses.replace
@@ -447,7 +447,8 @@ def to_json(made: Plan) -> dict[str, Any]:
     'flops': made.flops,
     'bytes_accessed': made.bytes_accessed,
     'collectives': {
-      kind: found._asdict() for kind, found in made.collectives.items()
+      kind: dataclasses.asdict(found)
+      for kind, found in made.collectives.items()
     },
     'kernels': made.kernels,
     'compile_seconds': round(made.compile_seconds, 1),

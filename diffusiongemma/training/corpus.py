@@ -9,6 +9,7 @@ A line that can't be used stops the reading or is left out and counted, as
 
 import collections
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import glob
@@ -89,6 +90,7 @@ def find_files(path: str) -> list[pathlib.Path]:
         f'{", ".join(SUFFIXES)}.'
       )
     return [given]
+  candidates: Iterable[pathlib.Path]
   if given.is_dir():
     candidates = given.rglob('*')
   else:
@@ -289,8 +291,12 @@ def load_corpus(
     d.text if d.stands_alone else tokenizer.decode(e.targets.tolist())
     for d, e in heldout
   ]
-  examples = ([e for _, e in pairs] for pairs in (train, heldout))
-  return Corpus(*examples, texts, (*unread, *_note_skipped(skipped)))
+  return Corpus(
+    [example for _, example in train],
+    [example for _, example in heldout],
+    texts,
+    (*unread, *_note_skipped(skipped)),
+  )
 
 
 def _without_thinking(
@@ -314,7 +320,8 @@ def _without_thinking(
 
 def _note_unread(documents: Sequence[Document]) -> list[str]:
   """A note on each thing in documents that is not read."""
-  counts, first = collections.Counter(), {}
+  counts: collections.Counter[str] = collections.Counter()
+  first: dict[str, str] = {}
   for document in documents:
     for what in set(document.unread):
       counts[what] += 1

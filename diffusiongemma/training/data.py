@@ -12,6 +12,7 @@ small and a resumed run reads on where it stopped.
 
 import hashlib
 import itertools
+from typing import Any
 from typing import NamedTuple
 
 import grain
@@ -114,7 +115,7 @@ class _Row(grain.transforms.Map):
     return {**row, 'length_B': np.int32(length)}
 
 
-def shuffle_for_ever(records: list, seed: int) -> grain.MapDataset:
+def shuffle_for_ever(records: list[Any], seed: int) -> grain.MapDataset:
   """Epoch after epoch of the records, each in its own order."""
   count = len(records)
   shuffled = grain.MapDataset.source(records).seed(seed).shuffle()
@@ -209,12 +210,12 @@ def describe(examples: list[Example]) -> Description:
   for example in examples:
     size, prompt_length = len(example.tokens), example.prompt_length
     digest.update(f'{size} {prompt_length} {example.num_targets} '.encode())
-    digest.update(np.ascontiguousarray(example.tokens, np.int32))
+    digest.update(np.ascontiguousarray(example.tokens, np.int32).data)
   size = sum(len(example.tokens) for example in examples)
   return Description(len(examples), size, digest.hexdigest())
 
 
-def abstract_batch(data: DataConfig, canvas_length: int) -> dict:
+def abstract_batch(data: DataConfig, canvas_length: int) -> dict[str, Any]:
   """Shapes and types of a batch of the whole job; see `make_dataset`."""
   B, S = data.batch_size, data.sequence_length
   row = jax.ShapeDtypeStruct((B, S), np.int32)

@@ -29,6 +29,7 @@ from diffusiongemma.diffusion import likelihood
 from diffusiongemma.diffusion import loss
 from diffusiongemma.diffusion import noise
 from diffusiongemma.generation import network as network_lib
+from diffusiongemma.ops.weights import Params
 from diffusiongemma.training import corpus as corpora
 from diffusiongemma.training import data
 from diffusiongemma.training import objectives
@@ -56,7 +57,7 @@ def _ar_nats(config, params, tokens_BS, length_B, mask_BS):
 
 def ar_nats_per_token(
   config: Config,
-  params: dict,
+  params: Params,
   windows: data.Windows,
   before_batch: Callable[[], None] = lambda: None,
 ) -> float:
@@ -96,7 +97,7 @@ def _denoise_sums(config, params, tokens_BS, length_B, key, t):
 
 def denoise_nats_per_token(
   config: Config,
-  params: dict,
+  params: Params,
   windows: data.Windows,
   t: float,
   before_batch: Callable[[], None] = lambda: None,
@@ -128,7 +129,7 @@ def _nelbo(config, params, key, canvases):
 
 
 def nelbo_nats_per_token(
-  config: Config, params: dict, canvases: data.Canvases
+  config: Config, params: Params, canvases: data.Canvases
 ) -> tuple[float, float]:
   """(an upper bound of -log p, its standard error), of a `loo_ce` network.
 
@@ -178,7 +179,7 @@ def compressors_bits_per_byte(texts: list[str]) -> dict[str, float]:
 
 def quick(
   config: Config,
-  params: dict,
+  params: Params,
   corpus: corpora.Corpus,
   batches: int,
   t: float,
@@ -216,7 +217,7 @@ def heldout_windows(config: Config, corpus: corpora.Corpus) -> data.Windows:
 
 def evaluate(
   config: Config,
-  params: dict,
+  params: Params,
   corpus: corpora.Corpus,
   tell: Callable[[str], None] = lambda what: None,
 ) -> dict[str, float]:

@@ -12,6 +12,7 @@ import jax
 
 from diffusiongemma.config import Config
 from diffusiongemma.errors import Error
+from diffusiongemma.ops.weights import Params
 from diffusiongemma.training import metrics as metrics_lib
 from diffusiongemma.training import train_state
 
@@ -23,7 +24,7 @@ class TrainingError(Error, RuntimeError):
 def run_steps(
   config: Config,
   state: train_state.TrainState,
-  base: dict | None,
+  base: Params | None,
   train_step: Callable[..., tuple[train_state.TrainState, dict[str, Any]]],
   batches: Iterator[dict[str, jax.Array]],
   *,
@@ -32,7 +33,7 @@ def run_steps(
   must_stop: Callable[[], bool],
   record: Callable[[int, dict[str, Any]], int],
   save: Callable[[train_state.TrainState, int], bool],
-  report: Callable[[int, dict], None],
+  report: Callable[[int, dict[str, Any]], None],
   watch: metrics_lib.Stopwatch,
   tell: Callable[[str], None],
 ) -> bool:

@@ -51,8 +51,9 @@ class MetricsWriter:
     with self._telling_once():
       with self._path.open('a') as stream:
         stream.write(json.dumps({'step': step, **numbers}) + '\n')
-      for name, value in numbers.items() if self._events else ():
-        self._events.add_scalar(name, value, step)
+      if self._events is not None:
+        for name, value in numbers.items():
+          self._events.add_scalar(name, value, step)
 
   def write_bad_step(self, record: Mapping[str, float]) -> None:
     """Records a step that was left out."""

@@ -20,6 +20,7 @@ from diffusiongemma.config import Config
 from diffusiongemma.config import OptimizerConfig
 from diffusiongemma.model import lora
 from diffusiongemma.model import parameters
+from diffusiongemma.ops.weights import Params
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -124,7 +125,7 @@ def frozen_patterns(run: Config) -> tuple[str, ...]:
   return run.optimizer.freeze + vision
 
 
-def is_frozen(params: dict, patterns: tuple[str, ...]) -> dict:
+def is_frozen(params: Params, patterns: tuple[str, ...]) -> dict[str, Any]:
   """True for each parameter that a pattern names, in the tree of `params`.
 
   Patterns are those of a shell, over paths such as `layer_00/router/proj`.
@@ -147,7 +148,7 @@ def is_frozen(params: dict, patterns: tuple[str, ...]) -> dict:
   )
 
 
-def stop_frozen(run: Config, params: dict) -> dict:
+def stop_frozen(run: Config, params: Params) -> Params:
   """`params` through whose frozen part no gradient flows, nor is computed."""
   patterns = frozen_patterns(run)
   if not patterns:
@@ -159,11 +160,11 @@ def stop_frozen(run: Config, params: dict) -> dict:
   )
 
 
-def _is_matrix(params: dict) -> dict:
+def _is_matrix(params: Params) -> dict[str, Any]:
   return jax.tree.map(lambda x: jnp.ndim(x) > 1, params)
 
 
-def _matrix_axes(params: dict) -> dict:
+def _matrix_axes(params: Params) -> dict[str, Any]:
   """Axes of the matrices that Muon makes orthogonal; None where Adam stays:
   vectors, the embedding and the router."""
 

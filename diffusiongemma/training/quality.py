@@ -8,6 +8,7 @@ from diffusiongemma import config as configs
 from diffusiongemma.config import Config
 from diffusiongemma.generation import generate
 from diffusiongemma.generation import prompt as prompt_lib
+from diffusiongemma.ops.weights import Params
 from diffusiongemma.text.tokenizer import Tokenizer
 from diffusiongemma.text.tokenizer import TokenizerError
 from diffusiongemma.training import corpus as corpora
@@ -45,7 +46,7 @@ def report_quality(
   progress: metrics_lib.Progress,
   must_stop: Callable[[], bool],
   step: int,
-  params: dict,
+  params: Params,
 ) -> None:
   """Writes held-out losses and a sample, after steps at which they are due;
   ends early when a signal has come.

@@ -7,6 +7,7 @@ goes on bit-equal, or refuses to.
 
 from collections.abc import Callable
 import functools
+from typing import Any
 
 import grain
 import jax
@@ -34,7 +35,7 @@ def start_or_resume(
   text: Text,
   abstract: train_state.TrainState,
   share: sharding.Share,
-  load_base: Callable[[], dict],
+  load_base: Callable[[], dict[str, Any]],
 ) -> tuple[train_state.TrainState, Text | None]:
   """The first state, or that of the newest whole checkpoint.
 
@@ -87,9 +88,9 @@ def _check_goes_on(
       f'config.train.steps = {steps}, but the run has done {step} steps '
       'already. Give more to go on.'
     )
-  if 'text' not in restored.data:
+  described = (restored.data or {}).get('text')
+  if described is None:
     return None
-  described = restored.data['text']
   before = {name: data.Description(*x) for name, x in described.items()}
   was, now = before['train'], text['train']
   if was != now:
@@ -105,14 +106,14 @@ def _check_goes_on(
 
 def _own_place(
   config: Config, restored: native.Restored, share: sharding.Share
-) -> dict:
+) -> dict[str, Any]:
   """The place in the data of this share of the batch.
 
   Raises:
     CheckpointError: each share packs its own rows, and there is another number
       of them now.
   """
-  places = restored.data['shares']
+  places = (restored.data or {})['shares']
   if not config.data.packing:
     return places[0]  # That of every share, however many there are.
   if len(places) == share.count:
@@ -144,7 +145,7 @@ def save(
   try:
     own = (share.index, iterator.get_state())
     places = dict(processes.gather_json(own))
-    place = {'shares': [places[i] for i in range(share.count)]}
+    place: dict[str, Any] = {'shares': [places[i] for i in range(share.count)]}
     place['text'] = {name: list(x) for name, x in text.items()}
     native.save(manager, step, *train_state.to_items(state), place, config)
   except LeftAloneError:

@@ -25,6 +25,7 @@ from diffusiongemma.diffusion import loss
 from diffusiongemma.generation import network as network_lib
 from diffusiongemma.model import denoiser
 from diffusiongemma.model import moe
+from diffusiongemma.ops.weights import Params
 from diffusiongemma.training import data
 from diffusiongemma.training import objectives
 from diffusiongemma.training import optimizer as optimizers
@@ -113,7 +114,7 @@ def _rows_at_once(config: Config, batch_size: int) -> int:
 
 def compile_step(
   config: Config, abstract: train_state.TrainState, mesh: Mesh
-) -> Callable:
+) -> Callable[..., Any]:
   """The training step, compiled for the mesh's devices.
 
   Raises:
@@ -130,12 +131,12 @@ def compile_step(
 
 def compute_gradients(
   config: Config,
-  params: dict,
-  batch: dict,
+  params: Params,
+  batch: dict[str, Any],
   drawn: loss.Noise,
-  base: dict | None = None,
+  base: Params | None = None,
   rows_at_once: int | None = None,
-) -> tuple[dict, dict]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
   """Gradients and metrics of a batch, worked through in parts one by one.
 
   The parts see the noise of the whole batch and are divided by its counts, so

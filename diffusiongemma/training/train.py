@@ -9,6 +9,7 @@ With `config.lora`, what is learnt are adapters, and `base` what they adapt.
 from collections.abc import Callable
 import contextlib
 import functools
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -20,6 +21,7 @@ from diffusiongemma.config import Config
 from diffusiongemma.devices import processes
 from diffusiongemma.devices import sharding
 from diffusiongemma.model import denoiser
+from diffusiongemma.ops.weights import Params
 from diffusiongemma.runs import companions
 from diffusiongemma.runs import folder as workdirs
 from diffusiongemma.runs import history
@@ -39,7 +41,7 @@ from diffusiongemma.training import train_state
 def train(
   config: Config,
   workdir: str,
-  load_base: Callable[[native.ShardingOf], dict] | None = None,
+  load_base: Callable[[native.ShardingOf], dict[str, Any]] | None = None,
 ) -> int:
   """Trains up to `config.train.steps`, from the newest whole checkpoint on,
   on the mesh that the config describes. All processes of a job call this.
@@ -75,7 +77,7 @@ def _train_on(
   share: sharding.Share,
   config: Config,
   workdir: str,
-  load_base: Callable[[native.ShardingOf], dict] | None,
+  load_base: Callable[[native.ShardingOf], dict[str, Any]] | None,
   until_done: contextlib.ExitStack,
 ) -> int:
   """`train` on a mesh, with this process's share of each batch; what is in the
@@ -120,12 +122,13 @@ def _train_on(
     'heldout': data.describe(corpus.heldout),
   }
   with watch.spent_on('start'):
-    load = load_base or functools.partial(train_state.fresh_params_at, config)
-    load = functools.partial(load, sharding.parameter_sharding(mesh))
+    load_first = functools.partial(
+      load_base or functools.partial(train_state.fresh_params_at, config),
+      sharding.parameter_sharding(mesh),
+    )
     base = None
     if config.lora.rank:
-      base = _load_adapted(config, workdir, manager, load)
-      load = lambda: base
+      base = _load_adapted(config, workdir, manager, load_first)
     iterator = iter(
       data.make_dataset(
         corpus.train,
@@ -136,7 +139,8 @@ def _train_on(
       )
     )
     state, text_before = resume.start_or_resume(
-      config, manager, iterator, text, abstract, share, load
+      *(config, manager, iterator, text, abstract, share),
+      load_first if base is None else lambda: base,
     )
     first_step, before = int(state.step), config
     if processes.is_first():
@@ -188,7 +192,7 @@ def _train_on(
   return 0 if saved else 1
 
 
-def _load_adapted(config, workdir, manager, load) -> dict:
+def _load_adapted(config, workdir, manager, load) -> Params:
   """The parameters that adapters adapt: always the same, those of the first
   start are noted."""
   base = load()

@@ -19,11 +19,11 @@ from diffusiongemma.config import Config
 from diffusiongemma.devices import sharding
 from diffusiongemma.model import denoiser
 from diffusiongemma.model import lora
+from diffusiongemma.ops.weights import Params
 from diffusiongemma.training import optimizer as optimizers
 
 
-@flax.struct.dataclass
-class Health:
+class Health(flax.struct.PyTreeNode):
   """How the steps went.
 
   Attributes:
@@ -37,8 +37,7 @@ class Health:
   bad: jax.Array
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
   """All that changes from step to step.
 
   Attributes:
@@ -56,7 +55,7 @@ class TrainState:
   ema: Any = None
 
 
-def fresh_params_at(config: Config, where: native.ShardingOf) -> dict:
+def fresh_params_at(config: Config, where: native.ShardingOf) -> Params:
   """Random parameters, each where it is to lie."""
   abstract = denoiser.abstract_params(config.model)
   shardings = jax.tree.map(
@@ -67,7 +66,9 @@ def fresh_params_at(config: Config, where: native.ShardingOf) -> dict:
   )()
 
 
-def init_train_state(config: Config, params: dict | None = None) -> TrainState:
+def init_train_state(
+  config: Config, params: Params | None = None
+) -> TrainState:
   """The state before the first step, of the network with these parameters or
   a fresh one. The parameters are then the state's."""
   if params is None:
@@ -92,24 +93,24 @@ def abstract_state(config: Config) -> TrainState:
   return jax.eval_shape(lambda: init_train_state(config))
 
 
-def _in_float32(params: dict) -> dict:
+def _in_float32(params: Params) -> Params:
   """A copy in which small changes are not lost."""
   return jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
 
 
-def network_params(config: Config, learnt: dict, base: dict | None) -> dict:
+def network_params(
+  config: Config, learnt: Params, base: Params | None
+) -> Params:
   """The parameters of the network, from those that are learnt and, with
   `config.lora`, those that they adapt."""
-  if config.lora.rank:
-    return lora.attach(config.lora, base, learnt)
-  return learnt
+  return learnt if base is None else lora.attach(config.lora, base, learnt)
 
 
 def apply_gradients(
   config: Config,
   optimizer: optax.GradientTransformation,
   state: TrainState,
-  gradients: dict,
+  gradients: Params,
   loss: jax.Array,
 ) -> tuple[TrainState, jax.Array]:
   """The state after a step, and the norm of its gradient.
@@ -149,7 +150,7 @@ def apply_gradients(
   return state.replace(step=state.step + 1), norm
 
 
-def to_items(state: TrainState) -> tuple[dict, dict]:
+def to_items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
   """(`params`, `opt_state`) as a checkpoint holds them."""
   rest = {'optimizer': state.opt_state, 'health': state.health}
   if state.ema is None:
@@ -157,7 +158,7 @@ def to_items(state: TrainState) -> tuple[dict, dict]:
   return state.ema, {**rest, 'params': state.params}
 
 
-def from_items(step: int, params: dict, rest: dict) -> TrainState:
+def from_items(step: int, params: Params, rest: dict[str, Any]) -> TrainState:
   """The state of which `to_items` made these."""
   return TrainState(
     rest.get('params', params),

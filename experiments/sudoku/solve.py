@@ -412,8 +412,6 @@ def load(workdir: str, prompts: Sequence[str]) -> dg.Run:
   """The run, if it can answer these prompts. Raises `PuzzleError` if not."""
   run = dg.load(workdir)
   cells, canvas = len(prompts[0]), run.config.diffusion.canvas_length
-  if run.tokenizer is None:
-    raise PuzzleError(f'{workdir} has no tokenizer.')
   if canvas < cells or encode(run, prompts[:1]).shape[1] != 1 + cells:
     raise PuzzleError(
       f'{workdir} holds no network for puzzles of {cells} cells: its canvas '

@@ -139,7 +139,7 @@ def test_a_network_without_turns_goes_on(write, chat_run):
   config = dataclasses.replace(chat_run.config, model=model)
   embedding = np.random.default_rng(0).normal(size=(2048, 16)) / 4
   params = {**chat_run.params, 'embedding': embedding.astype(np.float32)}
-  run = chat_run._replace(config=config, params=params, tokenizer=SHIPPED)
+  run = chat_run.replace(config=config, params=params, maybe_tokenizer=SHIPPED)
   code, output, _ = write(run=run, prompt='To be', max_new_tokens=8)
   assert code == 0 and output.startswith('To be')
   with pytest.raises(SampleError, match='knows no turns.*--nochat'):
@@ -209,8 +209,8 @@ def test_a_trace_that_cannot_be_written_stops_before_anything(write, script):
 def test_a_checkpoint_brings_its_own_template(write, script, chat_run):
   own = "{{ bos_token }}{{ messages[-1]['content'] }}<|turn>"
   asked = script('one<turn|>')
-  write(run=chat_run._replace(chat_template=own), prompt='what')
+  write(run=chat_run.replace(chat_template=own), prompt='what')
   assert asked[0][0] == 'what'
-  broken = chat_run._replace(chat_template='{% if %}')
+  broken = chat_run.replace(chat_template='{% if %}')
   with pytest.raises(templates.TemplateError, match='broken in line 1'):
     write(run=broken, prompt='what')

@@ -91,7 +91,7 @@ def oracle(run, monkeypatch):
   def answering(texts):
     eos = run.tokenizer.eos_id
     tokens = [[*run.tokenizer.encode(text), eos] for text in texts]
-    return run._replace(params={'answers_ML': jnp.array(tokens)})
+    return run.replace(params={'answers_ML': jnp.array(tokens)})
 
   return answering
 
@@ -207,17 +207,17 @@ def test_read_puzzles(tmp_path):
 
 def test_networks_for_other_puzzles_are_refused(run, monkeypatch):
   def load(prompts, **fields):
-    monkeypatch.setattr(dg, 'load', lambda path: run._replace(**fields))
+    monkeypatch.setattr(dg, 'load', lambda path: run.replace(**fields))
     return solve.load('runs/x', prompts)
 
-  assert load(PROMPTS) == run
+  assert load(PROMPTS).params is run.params
   with pytest.raises(solve.PuzzleError, match='runs/x holds no network'):
     load(['1' * (CELLS + 2)])
   shakespeare = tokenizers.load_tokenizer('')
   with pytest.raises(solve.PuzzleError, match='runs/x holds no network'):
-    load(['with'], tokenizer=shakespeare)  # One piece, not four.
-  with pytest.raises(solve.PuzzleError, match='no tokenizer'):
-    load(PROMPTS, tokenizer=None)
+    load(['with'], maybe_tokenizer=shakespeare)  # One piece, not four.
+  with pytest.raises(dg.Error, match='no tokenizer'):
+    load(PROMPTS, maybe_tokenizer=None)
 
 
 def test_training_seconds(run, tmp_path):

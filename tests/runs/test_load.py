@@ -6,9 +6,11 @@ import hf_folder as hf
 import jax
 import many_devices
 import numpy as np
+import pytest
 
 import diffusiongemma
 from diffusiongemma.checkpoints import CheckpointError
+from diffusiongemma.runs import WorkdirError
 
 
 def test_load_reads_either_kind(hf_dir, workdir):
@@ -16,7 +18,20 @@ def test_load_reads_either_kind(hf_dir, workdir):
   assert hf.same_trees(theirs.params, ours.params)
   assert theirs.config == ours.config and theirs.config.model == hf.MODEL
   assert ours.config.diffusion == hf.DIFFUSION
-  assert theirs.tokenizer is None and theirs.step == ours.step == 0
+  assert theirs.step == ours.step == 0
+  assert theirs.maybe_tokenizer is None
+  with pytest.raises(
+    WorkdirError, match=r'no tokenizer; put its tokenizer\.json'
+  ):
+    _ = theirs.tokenizer
+
+
+def test_run_is_shown_in_three_lines(workdir):
+  run = diffusiongemma.load(workdir)
+  network, numbers, text = repr(run).splitlines()
+  assert network.startswith('Run after 0 steps: 2 layers of width ')
+  assert '(float32)' in numbers
+  assert text.endswith(f'canvases of {run.config.diffusion.canvas_length}')
 
 
 def test_loaded_parameters_compute(workdir):

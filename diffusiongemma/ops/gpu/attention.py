@@ -87,11 +87,11 @@ def attend(
   """See `attention.attend`; with `interpret` on any device, slowly."""
   B, L, N, H = q_BLNH.shape
   K = parts[0][0].shape[2]
-  filled = [filled_B] + [None] * (len(parts) - 1)
   is_part = [k_BSKH.shape[1] > 0 for k_BSKH, _ in parts]
-  parts, filled = (
-    list(itertools.compress(given, is_part)) for given in (parts, filled)
-  )
+  parts = list(itertools.compress(parts, is_part))
+  filled = [
+    filled_B if i == 0 else None for i, held in enumerate(is_part) if held
+  ]
   queries, most = _queries(L, H, N // K), blocks_of(H).keys
   keys = [min(most, powers.largest_power_of_two(k.shape[1])) for k, _ in parts]
   programs = L // queries * K * B

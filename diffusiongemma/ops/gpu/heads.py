@@ -62,7 +62,8 @@ def project(
   (T, D), H = x_TD.shape, weights['q'].shape[2]
   *_, head_rows, warps = blocks_of(H)
   rows = math.gcd(T, head_rows)
-  matrices, made, names, heads = [], [], [], 0
+  matrices, made, heads = [], [], 0
+  names: list[str] = []
   for name, w in weights.items():
     count = w.shape[1]
     parts = (w.values.reshape(1, D, -1), w.scales.reshape(1, -1, count * H))
@@ -172,7 +173,8 @@ def norm_and_rotate(
   T, _, H = heads['q'].shape
   # In the order in which XLA makes one product of theirs.
   heads = {name: heads[name] for name in ('q', 'k', 'v') if name in heads}
-  names, scales, made = [], [], []
+  scales, made = [], []
+  names: list[str] = []
   for name, x_TNH in heads.items():
     targets = _targets(name, heads)
     names += targets

@@ -181,7 +181,7 @@ def _from_int4(_, w: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
     bits = mgpu.utils.bitcast(register, i32)
     for i in range(4):
       moved = arith.shrui(bits, mgpu.c(4 * i, i32)) if i else bits
-      found = llvm.inline_asm(
+      found: Any = llvm.inline_asm(
         i32,
         [moved],
         """{

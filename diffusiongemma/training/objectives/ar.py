@@ -18,7 +18,7 @@ draw = ce.draw
 
 def loss(
   network: loss_lib.Network,
-  batch: dict,
+  batch: dict[str, Any],
   drawn: loss_lib.Noise,
   counts: loss_lib.Counts,
   config: Config,

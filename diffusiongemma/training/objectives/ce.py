@@ -15,7 +15,9 @@ from diffusiongemma.diffusion import loss as loss_lib
 DENOISES, LEAVES_ONE_OUT = True, False
 
 
-def draw(key: jax.Array, batch: dict, config: Config) -> loss_lib.Noise:
+def draw(
+  key: jax.Array, batch: dict[str, Any], config: Config
+) -> loss_lib.Noise:
   """Every random choice of a batch."""
   train = config.train
   return loss_lib.draw_noise(
@@ -31,7 +33,7 @@ def draw(key: jax.Array, batch: dict, config: Config) -> loss_lib.Noise:
 
 def loss(
   network: loss_lib.Network,
-  batch: dict,
+  batch: dict[str, Any],
   drawn: loss_lib.Noise,
   counts: loss_lib.Counts,
   config: Config,
