@@ -15,6 +15,7 @@ stopped by signal n after saving (130 Ctrl-C, 143 SIGTERM).
 """
 
 import importlib
+from importlib import metadata
 import signal
 import sys
 import traceback
@@ -28,6 +29,7 @@ from diffusiongemma.commands import shared
 from diffusiongemma.commands import streams
 from diffusiongemma.config import ConfigError
 from diffusiongemma.errors import Error
+from diffusiongemma.version import __version__
 
 # A mode is a file of `commands/`, with its flags and run().
 MODES = (
@@ -53,6 +55,9 @@ def parse_flags(argv: list[str]) -> list[str]:
   wishes = {argument.lstrip('-') for argument in argv if argument[:1] == '-'}
   if wishes & {'h', 'help', 'helpshort', 'helpfull'}:
     print(help_text(full='helpfull' in wishes))
+    sys.exit(0)
+  if 'version' in wishes:
+    print(f'diffusiongemma {__version__}, jax {metadata.version("jax")}')
     sys.exit(0)
   try:
     rest = flags.FLAGS(argv, known_only=True)

@@ -16,9 +16,6 @@ _TOPOLOGY = flags.DEFINE_string(
 _PROGRAM = flags.DEFINE_enum(
   'program', 'train', ['train', 'sample'], 'What to compile.'
 )
-_BATCH_SIZE = flags.DEFINE_integer(
-  'batch_size', 1, 'Texts that are sampled together.', lower_bound=1
-)
 _CONTEXT = flags.DEFINE_integer(
   'context',
   None,
@@ -40,7 +37,9 @@ def run(overrides: dict[str, str]) -> int:
     )
   what = (config, _TOPOLOGY.value, _PROGRAM.value)
   try:
-    planned = plan.plan(*what, batch_size=_BATCH_SIZE.value, context=context)
+    planned = plan.plan(
+      *what, batch_size=(shared.BATCH_SIZE.value or 1), context=context
+    )
     fits, text = planned.fits is not False, plan.to_text(planned)
     record = plan.to_json(planned)
   except plan.TooLarge as error:

@@ -33,6 +33,8 @@ class Request(NamedTuple):
     thinking: whether the model thinks before it answers.
     tools: declarations, see `chat.read_tools`.
     infill: a text with holes.
+    prompts: a file of many prompts, '-' is standard input; see `prompts`.
+    batch_size: how many of them are written together.
     chat: whether prompts are messages; None if the tokenizer knows turns.
     max_new_tokens: of each text; None is four canvases.
     seed: of the noise.
@@ -46,6 +48,8 @@ class Request(NamedTuple):
   thinking: bool = False
   tools: tuple[dict[str, Any], ...] = ()
   infill: str | None = None
+  prompts: str = ''
+  batch_size: int = 8
   chat: bool | None = None
   max_new_tokens: int | None = None
   seed: int = 0
@@ -88,6 +92,14 @@ def check(run: Run, request: Request) -> Request:
       raise SampleError(
         f'--{flag} is not for --infill, which writes what its holes hold.'
       )
+  for flag, value in (
+    ('prompt', request.prompt),
+    ('infill', request.infill),
+    ('image', request.images),
+    ('trace', request.trace),
+  ):
+    if value and request.prompts:
+      raise SampleError(f'--{flag} is not for --prompts, a file of prompts.')
   return request._replace(chat=is_chat)
 
 

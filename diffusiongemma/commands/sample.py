@@ -5,6 +5,7 @@ import typing
 
 from absl import flags
 
+from diffusiongemma import paths
 from diffusiongemma.commands import shared
 
 if typing.TYPE_CHECKING:
@@ -32,6 +33,12 @@ _TOOLS = shared.path(
 )
 _INFILL = flags.DEFINE_string(
   'infill', None, 'A text with holes, ___, an underscore a token.'
+)
+_PROMPTS = flags.DEFINE_string(
+  'prompts',
+  '',
+  'JSON lines, {"prompt": ...} or {"messages": ...}, or - for standard input; '
+  'prints a JSON line for each.',
 )
 _CHAT = flags.DEFINE_bool(
   'chat', None, 'Prompts are messages. Default: if there are turns.'
@@ -62,6 +69,8 @@ def run(overrides: dict[str, str]) -> int:
     thinking=_THINK.value,
     tools=_read_tools(),
     infill=_INFILL.value,
+    prompts=paths.local(_PROMPTS.value, '--prompts'),
+    batch_size=shared.BATCH_SIZE.value or 8,
     chat=_CHAT.value,
     max_new_tokens=_MAX_NEW_TOKENS.value,
     seed=_SEED.value,
@@ -92,10 +101,13 @@ def sample(run: 'Run', request: 'Request') -> int:
       prompt can't be used, or a trace not be written.
   """
   from diffusiongemma.commands import chats
+  from diffusiongemma.commands import prompts
   from diffusiongemma.commands import request as requests
   from diffusiongemma.commands import texts
 
   request = requests.check(run, request)
+  if request.prompts:
+    return prompts.write(run, request)
   if request.infill is not None:
     return texts.infill(run, request)
   if request.chat:

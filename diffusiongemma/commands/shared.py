@@ -44,11 +44,18 @@ HF_DIR = path(
   )
 )
 FORMAT = flags.DEFINE_enum('format', 'text', ['text', 'json'], 'What to print.')
+BATCH_SIZE = flags.DEFINE_integer(
+  'batch_size',
+  None,
+  'Texts that are written together. Default: 8 of --prompts, 1 in a plan.',
+  lower_bound=1,
+)
 
 # The modes that take a flag of this file; without a row, all do.
 TAKEN_BY = {
   'config': ('train', 'evaluate', 'sample', 'plan', 'benchmark'),
   'hf_dir': ('evaluate', 'sample', 'convert', 'export'),
+  'batch_size': ('sample', 'plan'),
   'format': ('sample', 'evaluate', 'plan', 'benchmark'),
 }
 

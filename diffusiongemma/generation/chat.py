@@ -160,7 +160,7 @@ def take_turn(
   )
   known = _longest_read(conversation.read, tokens)
   generated = generate.generate_tokens(
-    _with_turn_ends(model.config, model.tokenizer),
+    with_turn_ends(model.config, model.tokenizer),
     model.params,
     [tokens[len(known.tokens) if known else 0 :]],
     key,
@@ -189,7 +189,7 @@ def take_turn(
   return reply, Conversation((*messages, said), pictures, read)
 
 
-def _with_turn_ends(config: Config, tokenizer: Tokenizer) -> Config:
+def with_turn_ends(config: Config, tokenizer: Tokenizer) -> Config:
   """`config` with the ends of a turn among its stop tokens; itself, which
   compiles nothing anew, where they are."""
   ends = map(tokenizer.control_tokens.get, TURN_ENDS)

@@ -309,6 +309,13 @@ def with_pictures(
   return rows, Seen(soft_ITD, counts)
 
 
+def _rounded(config: Config, room: int) -> int:
+  """`room` as a power of two canvases, four at least: texts of up to four
+  canvases share a compiled program, and so do those of five to eight."""
+  C = config.diffusion.canvas_length
+  return C * max(4, powers.smallest_power_of_two(-(-room // C)))
+
+
 def read(
   config: Config,
   params: Params,
@@ -325,7 +332,7 @@ def read(
     prompts: token ids of each row, pictures expanded.
     seen: their pictures.
     cache: the text before; None is none.
-    room: how many tokens more the cache must hold.
+    room: how many tokens more the cache must hold, at least.
   """
   B, bucket = len(prompts), max(16, *map(len, prompts))
   bucket = powers.smallest_power_of_two(bucket)
@@ -342,7 +349,8 @@ def read(
     images = denoiser.SoftTokens(seen.soft_ITD, jnp.asarray(index_BP))
   used_B = 0 if cache is None else np.asarray(cache.length_B)
   longest = int(np.max(used_B + length_B))
-  capacity = powers.smallest_power_of_two(max(bucket, longest)) + room
+  capacity = powers.smallest_power_of_two(max(bucket, longest))
+  capacity += _rounded(config, room)
   if cache is None:
     cache = kv_cache.init_cache(config.model, B, capacity)
   else:

@@ -21,6 +21,15 @@ TRAIN = (
   '--config.train.remat=full',
   '--config.data.sequence_length=4096',
 )
+# Adapters in the weights' bfloat16, 4 rows of 1,024 tokens.
+LORA = (
+  BIG,
+  '--config.lora.rank=16',
+  '--config.train.remat=full',
+  '--config.data.sequence_length=1024',
+  '--config.data.batch_size=4',
+  '--config.optimizer.weight_decay=0',
+)
 INT4_EXPERTS = ('--config.quantization.experts=int4',)
 FEW_BITS = (*INT4_EXPERTS, '--config.quantization.linears=int8')
 PLANS = {
@@ -43,6 +52,12 @@ PLANS = {
     '--topology=h200',
     '--program=sample',
     *INT4_EXPERTS,
+  ),
+  'h100-26b-lora': (*LORA, '--topology=h100'),
+  'h200-26b-lora-experts': (
+    *LORA,
+    '--topology=h200',
+    '--config.lora.targets=*/attention/*,*/experts/*',
   ),
   'h200-26b-sample': (BIG, '--topology=h200', '--program=sample'),
   'v5p-26b-finetune': (

@@ -12,6 +12,7 @@ from diffusiongemma.commands import sample
 from diffusiongemma.commands import texts
 from diffusiongemma.commands.request import Request
 from diffusiongemma.commands.request import SampleError
+from diffusiongemma.config import ConfigError
 from diffusiongemma.generation import chat
 from diffusiongemma.generation import generate
 from diffusiongemma.generation import prompt as prompt_lib
@@ -46,7 +47,7 @@ def script(chat_run, monkeypatch):
       tokens = chat_run.tokenizer.encode_template(text, '\ue000')
       stopped_by = 'stop_token' if '|>' in text[-8:] else 'max_new_tokens'
       row = generate.Generation(tokens, 4, len(tokens) / 4, stopped_by)
-      return generate.Generated([row], None, None)
+      return generate.Generated([row], 'cache', 'cache')
 
     monkeypatch.setattr(generate, 'generate_tokens', generated)
     return asked
@@ -149,7 +150,7 @@ def test_a_network_without_turns_goes_on(write, chat_run):
       write(run=run, prompt='To be', **flag)
   with pytest.raises(prompt_lib.PromptError, match='The prompt is empty'):
     write(run=run)
-  with pytest.raises(prompt_lib.PromptError, match='reads text only'):
+  with pytest.raises(ConfigError, match='reads text only'):
     write(run=run, prompt='To be', images=('a.png',))
 
 
@@ -214,3 +215,46 @@ def test_a_checkpoint_brings_its_own_template(write, script, chat_run):
   broken = chat_run.replace(chat_template='{% if %}')
   with pytest.raises(templates.TemplateError, match='broken in line 1'):
     write(run=broken, prompt='what')
+
+
+def test_many_prompts(write, tmp_path):
+  """A line's reply does not depend on the lines it is batched with."""
+  lines = [
+    {'prompt': 'what', 'id': 7},
+    {'messages': [{'role': 'user', 'content': 'what is this'}], 'seed': 3},
+    'this',
+  ]
+  path = tmp_path / 'prompts.jsonl'
+  path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  code, output, _ = write(prompts=str(path), batch_size=2, max_new_tokens=8)
+  together = [json.loads(line) for line in output.splitlines()]
+  assert code == 0 and len(together) == 3
+  assert together[0]['id'] == 7 and 'prompt' not in together[0]
+  assert {'text', 'thinking', 'tool_calls', 'steps'} <= set(together[1])
+  output = write(prompts=str(path), batch_size=3, max_new_tokens=8)[1]
+  others = [json.loads(line) for line in output.splitlines()]
+  assert [r['tokens'] for r in others] == [r['tokens'] for r in together]
+  with path.open('a') as stream:
+    stream.write('{"prompt": "what", "messages": []}\n')
+  with pytest.raises(SampleError, match='Line 4 of .*either "prompt" or'):
+    write(prompts=str(path))
+  with pytest.raises(SampleError, match='--trace is not for --prompts'):
+    write(prompts=str(path), trace='x.html')
+
+
+@pytest.mark.parametrize(
+  'line, message',
+  [
+    ('{"prompt": "what"', 'Line 1 of .*delimiter'),
+    ('3', 'neither an object nor a string'),
+    ('{"prompt": ""}', 'no text, or empty'),
+    ('{"prompt": "x", "seed": -1}', 'its seed -1 is no whole number'),
+    ('{"messages": [{"role": "me"}]}', "has the role 'me'"),
+    ('', 'has no line'),
+  ],
+)
+def test_lines_that_are_no_prompts(write, tmp_path, line, message):
+  path = tmp_path / 'prompts.jsonl'
+  path.write_text(line)
+  with pytest.raises(SampleError, match=message):
+    write(prompts=str(path))

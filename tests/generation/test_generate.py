@@ -486,3 +486,12 @@ def test_the_same_tokens_on_one_device_and_on_eight():
   """Rows on a device each, and everything on all of them."""
   output = many_devices.run(ON_EIGHT_DEVICES, devices=8)
   assert output.endswith('equal\n')
+
+
+def test_lengths_up_to_four_canvases_share_a_program(config, params):
+  run(config, params, 4 * C)
+  programs = (prompt_lib.read_tokens, engine.denoise_canvas)
+  before = [program._cache_size() for program in programs]
+  for new_tokens in (1, C, 2 * C, 3 * C):
+    run(config, params, new_tokens)
+  assert [program._cache_size() for program in programs] == before
