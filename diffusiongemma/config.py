@@ -294,10 +294,9 @@ class TrainConfig:
   folder. `loo_ce` is for likelihoods (`diffusion/likelihood.py`); the sampler
   uses its leave-one-out logits as they are. With a
   `self_conditioning_probability` of up to one half and an even number of rows
-  per device, the first pass is skipped for most rows that are not
-  self-conditioned. A step is skipped whose loss or gradient is not finite or,
-  with a `spike_factor`, whose gradient norm is that many times the norms
-  before.
+  per device, most rows that are not self-conditioned make no pass without
+  gradient. A step is skipped whose loss or gradient is not finite or, with a
+  `spike_factor`, whose gradient norm is that many times the norms before.
   """
 
   steps: int = field(1000, 'training steps in total', free=True)
