@@ -66,8 +66,8 @@ if TYPE_CHECKING:
   from diffusiongemma.runs.load import load as load
   from diffusiongemma.text.tokenizer import Tokenizer as Tokenizer
 
-# Where the public names are; each is imported when it is first asked for, so
-# that research code waits for what it uses alone.
+# The module of each public name, imported at first access: research code waits
+# only for the modules that it uses.
 _HOME = {
   'Likelihood': 'diffusiongemma.api',
   'Written': 'diffusiongemma.api',

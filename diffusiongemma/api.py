@@ -1,16 +1,15 @@
-"""What `import diffusiongemma` does with a run: load, write, chat, measure.
+"""The Python interface of a run: generate text, chat, measure likelihood.
 
   run = load('runs/tiny')
   generate(run, 'ROMEO.').text
   for piece in stream(run, 'ROMEO.'): ...
   chat(run, [{'role': 'user', 'content': 'Why is the sky blue?'}]).text
   log_likelihood(run, 'a text').log_p
-  loss(config, params, batch, key)             for a training loop of one's own
+  loss(config, params, batch, key)             for your own training loop
 
 Each is a few lines over functions that take parameters and token ids. Text is
-written with parameters as this device multiplies by them fastest
-(`weights.arrange`), which are made at the first call; `run.params` stays as it
-is.
+generated with parameters in the layout that is fastest on this device
+(`weights.arrange`), computed at the first call; `run.params` is not changed.
 """
 
 from collections.abc import Iterator
@@ -60,14 +59,14 @@ Seed = int | jax.Array
 
 
 class Written(NamedTuple):
-  """What was written after a prompt, or a piece of it.
+  """The text generated after a prompt, or a piece of it.
 
   Attributes:
-    text: control tokens left out.
-    tokens: its ids, a stop token included.
+    text: without control tokens.
+    tokens: token ids, a stop token included.
     steps: denoising passes used.
-    stopped_by: 'stop_token' or 'max_new_tokens'; None for a piece after which
-      there are more.
+    stopped_by: 'stop_token' or 'max_new_tokens'; None for a piece that is not
+      the last.
   """
 
   text: str
@@ -77,16 +76,16 @@ class Written(NamedTuple):
 
 
 class Likelihood(NamedTuple):
-  """How probable a text is to a network.
+  """The log likelihood of a text.
 
   Attributes:
-    log_p: of all tokens after the first, given those before: a number <= 0, in
-      nats, exact: the network read from left to right.
-    tokens: the ids, the first of which is not predicted.
-    log_p_of_token: float32, of each token after the first.
-    denoising_bound: what log p of denoising is at least, in nats, for a run
-      that has learnt with `loo_ce`; None for others.
-    denoising_bound_error: the standard error of that estimate.
+    log_p: log p of all tokens after the first, in nats: exact, from the
+      network read from left to right.
+    tokens: token ids; the first is not predicted.
+    log_p_of_token: float32, log p of each token after the first.
+    denoising_bound: estimated lower bound of log p under denoising, in nats,
+      for a run trained with `loo_ce`; None for others.
+    denoising_bound_error: standard error of that estimate.
   """
 
   log_p: float
@@ -97,7 +96,7 @@ class Likelihood(NamedTuple):
 
 
 class Options(TypedDict, total=False):
-  """What `generate` takes by name, for type checkers."""
+  """Keyword arguments of `generate`, for type checkers."""
 
   max_new_tokens: int | None
   key: Seed
@@ -130,27 +129,28 @@ def generate(
   pictures: Sequence[Any] | None = None,
   **fields: Any,
 ) -> Written | list[Written]:
-  """Goes on from a text, or from several at once.
+  """Continues a text, or several at once.
 
   Args:
     run: what `load` returns.
-    prompt: a text; token ids, the first of which is bos; or a list of either.
+    prompt: a text; token ids that begin with bos; or a list of either.
     max_new_tokens: of each text; None is four canvases.
-    key: a seed, or a key of `jax.random.key`: the same writes the same.
-    sampling: strategy, temperature, steps, hooks; what is not as configured.
-    pinned: tokens that the new text must have, by their place in it; for a
-      list of prompts a list.
-    pictures: images for the image tokens of the prompt, in order; for a list of
-      prompts a list of lists.
-    **fields: fields of `sampling`, one by one.
+    key: a seed, or a key of `jax.random.key`; the same key gives the same text.
+    sampling: strategy, temperature, steps, hooks, where they differ from the
+      config.
+    pinned: tokens that the new text must have, by their position in it; a list
+      for a list of prompts.
+    pictures: images for the image tokens of the prompt, in order; a list of
+      lists for a list of prompts.
+    **fields: single fields of `sampling`.
 
   Returns:
-    A `Written`, for a list of prompts a list of them.
+    A `Written`, or a list of them for a list of prompts.
 
   Raises:
-    PromptError: a prompt is empty, of another kind, or does not fit.
+    PromptError: a prompt is empty, of a wrong type, or does not fit.
     WorkdirError: the run has no tokenizer.
-    ConfigError: `run` is no run, or `sampling` can't be used.
+    ConfigError: `run` is not a `Run`, or `sampling` is invalid.
     ImageError: a picture can't be used.
   """
   _check_run(run)
@@ -177,10 +177,10 @@ def stream(
   pictures: Sequence[Any] | None = None,
   **fields: Any,
 ) -> Iterator[Written]:
-  """`generate` of one prompt, piece by piece: a piece is a canvas.
+  """`generate` for one prompt, canvas by canvas.
 
-  The texts of the pieces, joined, are that of `generate`. What is no longer
-  asked for is not written. Arguments and errors are those of `generate`.
+  The pieces joined are the text of `generate`. Canvases are generated as the
+  iterator is consumed. Arguments and errors are those of `generate`.
   """
   _check_run(run)
   prompts, is_one = _token_ids(run, prompt)
@@ -210,23 +210,23 @@ def chat(
   pictures: Sequence[Any] = (),
   **fields: Any,
 ) -> chats.Reply:
-  """The reply to a conversation, its thinking and calls of tools apart.
+  """The reply to a conversation, with thinking and tool calls separated.
 
   Args:
     run: what `load` returns; its tokenizer or template knows turns.
-    messages: `{'role': 'user', 'content': 'Hello'}` and so on, the last one of
-      the user's or a tool's.
-    tools: declarations of functions, as OpenAI has them.
-    thinking: whether it thinks before it answers.
+    messages: `{'role': 'user', 'content': 'Hello'}` and so on; the last is from
+      the user or a tool.
+    tools: declarations of functions in OpenAI's format.
+    thinking: whether the model thinks before it answers.
     max_new_tokens: of the reply; None is four canvases.
     key: a seed, or a key of `jax.random.key`.
-    sampling: what is not as configured.
+    sampling: what differs from the config.
     pictures: one for each image part of the messages, in order.
-    **fields: fields of `sampling`, one by one.
+    **fields: single fields of `sampling`.
 
   Raises:
     TemplateError: the template refuses the messages, or there are no turns.
-    PromptError: they do not fit the context.
+    PromptError: the messages do not fit the context.
     ImageError: a picture can't be used.
   """
   _check_run(run)
@@ -258,16 +258,16 @@ def log_likelihood(
 def log_likelihood(
   run: Run, text: Prompt | Prompts, *, key: Seed = 0
 ) -> Likelihood | list[Likelihood]:
-  """How probable a text is, exactly and as denoising bounds it.
+  """The log likelihood of a text, exact and bounded by denoising.
 
   Args:
     run: what `load` returns.
-    text: a text; token ids, the first of which is bos; or a list of either.
-      The end of a text counts if its token is there.
+    text: a text; token ids that begin with bos; or a list of either. The end
+      of a text counts only if its end token is included.
     key: of the noise of the bound.
 
   Returns:
-    A `Likelihood`, for a list a list of them.
+    A `Likelihood`, or a list of them for a list.
 
   Raises:
     PromptError: a text has nothing to predict, or is longer than the context.
@@ -294,18 +294,18 @@ def loss(
   """The training loss of a batch: pure, for `jax.grad` and `jax.jit`.
 
   Args:
-    config: the network, and in `config.train` what is learnt and how.
+    config: the network, and in `config.train` the objective.
     params: parameters of the network.
     batch: `tokens_BS` and so on, see `loss.check_batch`; `data.make_dataset`
-      gives them.
-    key: of all noise: canvases, times, corruption.
+      yields them.
+    key: for all random draws: canvases, times, corruption.
 
   Returns:
     (loss in nats per token, metrics), see `objectives`.
 
   Raises:
     ConfigError: `config` is no `Config`.
-    ValueError: the batch is another.
+    ValueError: the batch is invalid.
   """
   configs.check_kind(config, Config)
   losses.check_batch(batch, config.diffusion.canvas_length)
@@ -327,7 +327,7 @@ def _check_run(run: Run) -> None:
 
 
 def _rows(of_prompts: Any, is_one: bool) -> Any:
-  """What a list of prompts has a list of, from what a single prompt has."""
+  """Wraps the argument of a single prompt in a list; a list stays as it is."""
   return [of_prompts] if is_one and of_prompts is not None else of_prompts
 
 
@@ -342,7 +342,7 @@ def _with_fields(sampling: Sampling, fields: Mapping[str, Any]) -> Sampling:
 def _token_ids(
   run: Run, prompt: Prompt | Prompts
 ) -> tuple[list[list[int]], bool]:
-  """(token ids of each prompt, whether it is a single one)."""
+  """(token ids of each prompt, whether `prompt` is a single one)."""
   if isinstance(prompt, str):
     tokens = run.tokenizer.encode(prompt)
     if not tokens:
@@ -380,17 +380,17 @@ def _written(run: Run, row: generation.Generation) -> Written:
 def _pieces(
   run: Run, canvases: Iterator[generation.Canvas]
 ) -> Iterator[Written]:
-  """What each canvas adds to the text: a character may begin in one and end in
-  the next."""
-  told, steps = '', 0
+  """The text that each canvas adds; a character whose bytes are split between
+  two canvases comes with the second."""
+  sent, steps = '', 0
   for canvas in canvases:
-    (row,), (kept,) = canvas.so_far.rows, canvas.kept
+    (row,), (tokens,) = canvas.so_far.rows, canvas.kept
     text = run.tokenizer.decode(row.tokens)
     if row.stopped_by is None:
       text = text.rstrip('\N{REPLACEMENT CHARACTER}')
-    new = text[len(told) :]
-    yield Written(new, kept, row.steps - steps, row.stopped_by)
-    told, steps = told + new, row.steps
+    new = text[len(sent) :]
+    yield Written(new, tokens, row.steps - steps, row.stopped_by)
+    sent, steps = sent + new, row.steps
 
 
 def _likelihood(run: Run, tokens: list[int], key: jax.Array) -> Likelihood:

@@ -36,8 +36,8 @@ class VisionConfig:
   )
   mlp_dim: int = field(4304, 'hidden features of an MLP')
   patch_size: int = field(16, 'pixels a side of a patch')
-  pooling_kernel: int = field(3, 'patches a side of what becomes one token')
-  position_table_size: int = field(10240, 'positions with an embedding, a side')
+  pooling_kernel: int = field(3, 'patches a side that are pooled to one token')
+  position_table_size: int = field(10240, 'positions per axis in the table')
   rope_theta: float = field(100.0, 'base of the rotary frequencies')
   norm_epsilon: float = field(1e-6, 'added to the mean square in RMSNorm')
   standardize: bool = field(True, 'whether outputs are standardised')
@@ -46,17 +46,17 @@ class VisionConfig:
     True, 'whether the tokens of an image see each other in local layers'
   )
   image_token_id: int = field(
-    258880, "stands for each of an image's tokens in a prompt", at_least=0
+    258880, "placeholder of each of an image's tokens in a prompt", at_least=0
   )
-  begin_image_token_id: int = field(255999, 'comes before them', at_least=0)
-  end_image_token_id: int = field(258882, 'comes after them', at_least=0)
+  begin_image_token_id: int = field(255999, 'precedes them', at_least=0)
+  end_image_token_id: int = field(258882, 'follows them', at_least=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """The network (defaults are the text part of the released 26B-A4B)."""
 
-  vocab_size: int = field(262144, 'tokens that there are')
+  vocab_size: int = field(262144, 'tokens in the vocabulary (V)')
   embed_dim: int = field(2816, 'features of a token (D)')
   attention_pattern: tuple[Literal['local', 'global'], ...] = field(
     (('local',) * 5 + ('global',)) * 5, 'the kind of each layer'
@@ -79,7 +79,7 @@ class ModelConfig:
   )
   global_rotary_fraction: float = field(
     0.25,
-    'part of the features that turns in global layers',
+    'fraction of the features that is rotated in global layers',
     at_least=0,
     at_most=1,
   )
@@ -89,14 +89,14 @@ class ModelConfig:
   expert_dim: int = field(704, 'hidden features of an expert')
   context_length: int = field(262144, 'most tokens of a text')
   logit_softcap: float = field(
-    30.0, 'logits stay below it, by tanh; 0 lets them be', at_least=0
+    30.0, 'bound of the logits, by tanh; 0: none', at_least=0
   )
   norm_epsilon: float = field(1e-6, 'added to the mean square in RMSNorm')
   vision: VisionConfig | None = field(
-    None, 'the image encoder; without, it reads text alone'
+    None, 'the image encoder; None: the network reads text only'
   )
   dtype: Literal['float32', 'bfloat16'] = field(
-    'bfloat16', 'type that is computed in'
+    'bfloat16', 'type of activations and products'
   )
   param_dtype: Literal['float32', 'bfloat16'] = field(
     'float32', 'type of the parameters'
@@ -104,7 +104,7 @@ class ModelConfig:
 
   @property
   def image_encoder(self) -> VisionConfig:
-    """`vision` of a network that has it. Raises `ConfigError`."""
+    """`vision`. Raises `ConfigError` if the network reads text only."""
     if self.vision is None:
       raise ConfigError('This network reads text only; it can see no picture.')
     return self.vision
@@ -123,32 +123,34 @@ class DiffusionConfig:
   ] = field('entropy_bound', 'which predictions a step accepts', free=True)
   entropy_bound: float = field(
     0.1,
-    'most nats of all but the least certain of the tokens accepted together',
+    'largest total entropy, in nats, of the tokens accepted together, all but '
+    'the least certain one',
     at_least=0,
     free=True,
   )
   accept_confidence: float = field(
     0.9,
-    'probability from which the strategy confidence accepts',
+    "least probability that the strategy 'confidence' accepts",
     at_most=1,
     free=True,
   )
   stability_threshold: int = field(
     1,
-    'a canvas ends when its most probable tokens stayed the same so many steps',
+    'a canvas ends when its most probable tokens stayed the same for this many '
+    'steps',
     at_least=0,
     free=True,
   )
   confidence_threshold: float = field(
     0.005,
-    'and their mean entropy, in nats, is below this',
+    'and the mean entropy, in nats per token, is below this',
     at_least=0,
     free=True,
   )
   stop_token_ids: tuple[int, ...] = field(
     (1, 106, 50), 'tokens that end a text'
   )
-  pad_token_id: int = field(0, 'fills what is not used', at_least=0)
+  pad_token_id: int = field(0, 'fills unused positions', at_least=0)
   bos_token_id: int = field(2, 'begins a text', at_least=0)
 
 
@@ -157,9 +159,9 @@ class DataConfig:
   """The text.
 
   A line of `.jsonl` or `.json` is `{"text": ...}`, or `{"prompt": ...,
-  "response": ...}`, or `{"messages": [...]}`, a chat, and other forms that
-  `training/lines.py` lists: only the response, or what the assistant says, is
-  learnt. The shipped corpus has its own held-out plays.
+  "response": ...}`, or `{"messages": [...]}`, a chat, or another form that
+  `training/lines.py` lists. Only the response, or the messages of the
+  assistant, are trained on. The shipped corpus has its own held-out plays.
   """
 
   path: str = field(
@@ -177,8 +179,7 @@ class DataConfig:
   )
   on_error: Literal['stop', 'skip'] = field(
     'stop',
-    "what a line that can't be used does: stop the run, or be left out and "
-    'counted',
+    "on a line that can't be used: stop the run, or skip and count the line",
     free=True,
   )
   tokenizer: str = field(
@@ -198,26 +199,26 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """How the parameters are changed.
+  """The optimiser.
 
-  Adafactor is without momentum, and without second moments of what has two axes
-  of 128 or more; Muon makes the steps of matrices orthogonal and is Adam
-  elsewhere, with Nesterov's momentum (https://arxiv.org/abs/2502.16982). The
-  rate rises over `warmup_steps`, then falls as a cosine to
-  `final_rate_fraction` of its peak, or stays.
+  Adafactor has no momentum, and factored second moments for parameters with two
+  axes of 128 or more; Muon orthogonalises the steps of matrices and is Adam
+  elsewhere, with Nesterov momentum (https://arxiv.org/abs/2502.16982). The rate
+  rises over `warmup_steps`, then falls as a cosine to `final_rate_fraction` of
+  its peak, or stays constant.
   """
 
   kind: Literal['adam', 'adafactor', 'muon'] = field('adam', 'the optimiser')
   peak_learning_rate: float = field(1.5e-4, 'largest rate', free=True)
   schedule: Literal['cosine', 'constant'] = field(
-    'cosine', 'how the rate goes on after warmup_steps', free=True
+    'cosine', 'the rate after warmup_steps', free=True
   )
   warmup_steps: int = field(
     100, 'steps over which the rate rises', at_least=0, free=True
   )
   final_rate_fraction: float = field(
     0.1,
-    'last rate of the cosine, as a part of its peak',
+    'last rate of the cosine, as a fraction of the peak',
     at_least=0,
     at_most=1,
     free=True,
@@ -226,28 +227,28 @@ class OptimizerConfig:
     0.95, "decay of Adam's mean, and Muon's momentum", at_least=0, below=1
   )
   b2: float = field(0.99, "decay of Adam's mean square", at_least=0, below=1)
-  epsilon: float = field(1e-8, 'keeps steps of the smallest gradients short')
+  epsilon: float = field(1e-8, 'bounds the steps of the smallest gradients')
   weight_decay: float = field(
     1e-4,
-    'by this times the rate matrices decay, decoupled',
+    'decoupled decay of matrices: this times the rate, per step',
     at_least=0,
     free=True,
   )
-  clip_norm: float = field(1.0, 'longest gradient', free=True)
+  clip_norm: float = field(1.0, 'largest norm of the gradient', free=True)
   freeze: tuple[str, ...] = field(
-    (), 'patterns such as */router/* of parameters that stay as they are'
+    (), 'patterns such as */router/* of parameters that are not trained'
   )
 
 
 def _axis(default: int, what: str) -> int:
   """A field of the mesh."""
-  return field(default, what, special={-1: 'what is left'}, free=True)
+  return field(default, what, special={-1: 'the remaining devices'}, free=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """How many devices lie along each axis of the mesh, see `sharding.py`; one of
-  them may be -1, which takes the rest."""
+  """How many devices lie along each axis of the mesh, see `sharding.py`; one
+  axis may be -1 and takes the remaining devices."""
 
   data: int = _axis(-1, 'devices with rows of their own')
   fsdp: int = _axis(
@@ -259,129 +260,121 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-  """Low-rank adaptation: W + (alpha / rank) A B, of which only A and B are
-  learnt.
+  """Low-rank adaptation: W + (alpha / rank) A B; only A and B are trained.
 
   Source: Hu et al., https://arxiv.org/abs/2106.09685.
   """
 
-  rank: int = field(0, 'features of A and B; 0 learns W itself', at_least=0)
+  rank: int = field(0, 'rank of A B; 0 trains W itself', at_least=0)
   alpha: float = field(16.0, 'scale of A B, times the rank')
   targets: tuple[str, ...] = field(
     ('*/attention/*', '*/shared_mlp/*'),
-    'patterns of the matrices that are adapted; experts are */experts/*',
+    'patterns of the matrices with adapters; experts are */experts/*',
   )
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantizationConfig:
-  """Parameters of few bits, for sampling: 8 bits (integers, or floats of the
-  type e4m3) have a scale for each output, 4 bits one for each `group_size`
-  inputs."""
+  """Quantised parameters, for sampling: 8 bits (integers, or floats of the type
+  e4m3) with a scale per output, 4 bits with a scale per `group_size` inputs."""
 
   experts: Literal['none', 'int8', 'int4', 'fp8'] = field('none', 'the experts')
   linears: Literal['none', 'int8', 'int4', 'fp8'] = field(
     'none', 'the matrices of attention and MLPs'
   )
   embedding: Literal['none', 'int8'] = field('none', "the vocabulary's table")
-  group_size: int = field(64, 'inputs that share a scale of 4 bits')
+  group_size: int = field(64, 'inputs that share a scale, of 4 bits')
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
   """The training run.
 
-  With `init_from`, `config.model` and `config.diffusion` are what they are
-  there. `loo_ce` is for likelihoods (`diffusion/likelihood.py`), and the
-  sampler takes its logits, which leave out what a token tells of itself, as
-  they are. With a `self_conditioning_probability` of up to one half and an even
-  number of rows a device, most rows that are not self-conditioned make no
-  guess. A step whose loss or gradient is not finite, or, with a `spike_factor`,
-  whose gradient is so many times longer than those before, is left out.
+  With `init_from`, `config.model` and `config.diffusion` are those of that
+  folder. `loo_ce` is for likelihoods (`diffusion/likelihood.py`); the sampler
+  uses its leave-one-out logits as they are. With a
+  `self_conditioning_probability` of up to one half and an even number of rows
+  per device, most rows that are not self-conditioned make no pass without
+  gradient. A step is skipped whose loss or gradient is not finite or, with a
+  `spike_factor`, whose gradient norm is that many times the norms before.
   """
 
-  steps: int = field(1000, 'steps in all', free=True)
+  steps: int = field(1000, 'training steps in total', free=True)
   seed: int = field(0, 'of parameters and noise', at_least=0, below=2**63)
   init_from: str = field(
     '', 'folder of a run or of Hugging Face to start from', is_path=True
   )
   objective: Literal['ce', 'loo_ce', 'ar'] = field(
     'ce',
-    'denoising; the same, leaving out what a token tells of itself; from left '
-    'to right alone',
+    'denoising; leave-one-out denoising, without the evidence of a token about '
+    'itself; left to right only',
   )
   canvases: Literal['one', 'all'] = field(
-    'one', 'of a row, those that are denoised in a step'
+    'one', 'canvases per row that are denoised in a step'
   )
   self_conditioning_probability: float = field(
-    0.5, 'part of the rows that are self-conditioned', at_least=0, at_most=1
+    0.5, 'fraction of the rows that are self-conditioned', at_least=0, at_most=1
   )
   self_conditioning_passes: int = field(
     1,
-    'most passes that a row is self-conditioned on; more than one is for a '
-    'sampler that makes many',
+    'most passes that a row is self-conditioned on; more than one suits a '
+    'sampler with many passes',
   )
   ar_loss_weight: float = field(
     1.0,
-    'weight of the loss from left to right; 0 leaves the last canvas unread',
+    'weight of the left-to-right loss; with 0 the last canvas is not read',
     at_least=0,
   )
-  accumulate_steps: int = field(
-    1, 'parts that a batch is worked through in', free=True
-  )
+  accumulate_steps: int = field(1, 'micro-batches of a step', free=True)
   remat: Literal['none', 'dots', 'full'] = field(
     'none',
-    'what the backward pass computes again instead of keeping it: nothing, all '
-    'but products with dense matrices, all',
+    'what the backward pass recomputes instead of storing: nothing, all but '
+    'products with dense matrices, everything',
     free=True,
   )
   ema_decay: float = field(
     0.0,
-    'of the running mean of the parameters, which checkpoints then hold for '
+    'decay of the moving average of the parameters, which checkpoints hold for '
     'sampling; 0: none',
     at_least=0,
     below=1,
   )
   max_bad_steps: int = field(
-    5, 'steps left out in a row after which the run stops', free=True
+    5, 'consecutive skipped steps after which the run stops', free=True
   )
   spike_factor: float = field(
     0.0,
-    'a gradient so many times longer than those before is left out',
+    'skips a step whose gradient norm is this many times the norms before',
     above=1,
     special={0: 'off'},
     free=True,
   )
-  log_every: int = field(10, 'steps from line to line of the log', free=True)
-  evaluate_every: int = field(
-    500, 'steps from evaluation to evaluation', free=True
-  )
+  log_every: int = field(10, 'steps between log lines', free=True)
+  evaluate_every: int = field(500, 'steps between evaluations', free=True)
   evaluate_batches: int = field(8, 'batches of an evaluation', free=True)
-  sample_every: int = field(500, 'steps from sample to sample', free=True)
+  sample_every: int = field(500, 'steps between samples', free=True)
   sample_prompt: str = field(
-    'ROMEO.\n', 'what samples go on from; empty: no samples', free=True
+    'ROMEO.\n', 'prompt of the samples; empty: no samples', free=True
   )
-  checkpoint_every: int = field(
-    500, 'steps from checkpoint to checkpoint', free=True
-  )
-  keep_checkpoints: int = field(2, 'newest checkpoints that stay', free=True)
+  checkpoint_every: int = field(500, 'steps between checkpoints', free=True)
+  keep_checkpoints: int = field(2, 'newest checkpoints to keep', free=True)
   stops_when_unsaved: bool = field(
     False,
-    'whether a save that fails, on a full disk, stops the run; else the next '
-    'one is tried',
+    'whether a failed save (a full disk) stops the run; otherwise it goes on '
+    'to the next save',
     free=True,
   )
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Everything that `python -m diffusiongemma.main` needs to know.
+  """All settings.
 
-  A run may go on with other values of the fields that are `free`: how far it
-  goes and how fast it learns, what is told and kept of it, how its samples are
-  written, where and in what pieces it is computed (the same, but for rounding),
-  where its text lies (examples and tokenizers are compared). Why the others of
-  a group stay is said here.
+  A run may be resumed with other values of the fields that are `free`: number
+  of steps and learning rate, logging and checkpoints, sampling, mesh and
+  micro-batches (the same result but for rounding), paths of the text (examples
+  and tokenizers are compared). `fixed` says why the other fields of a group
+  must stay.
   """
 
   model: ModelConfig = field(
@@ -397,7 +390,7 @@ class Config:
   )
   optimizer: OptimizerConfig = field(
     OptimizerConfig(),
-    'how the parameters are changed',
+    'the optimiser',
     fixed="the optimiser's state follows from it",
   )
   lora: LoraConfig = field(
@@ -406,34 +399,36 @@ class Config:
   mesh: MeshConfig = field(MeshConfig(), 'how many devices share what')
   quantization: QuantizationConfig = field(
     QuantizationConfig(),
-    'parameters of few bits, for sampling',
+    'quantised parameters, for sampling',
     fixed='the parameters are stored so',
   )
   train: TrainConfig = field(
     TrainConfig(),
     'the training run',
-    fixed='it says what is learnt, or from what on',
+    fixed='it says what is learnt, or from which weights',
   )
 
 
 def check_kind(value: Any, kind: type, name: str = 'config') -> None:
-  """Raises `ConfigError` for an argument that is no `kind`, and says which part
-  of a whole `Config` is one."""
+  """Raises `ConfigError` for an argument that is not a `kind`; for a whole
+  `Config`, the message names the part that is."""
   if isinstance(value, kind):
     return
-  found = value if isinstance(value, type) else type(value)
+  actual = value if isinstance(value, type) else type(value)
   remedy = ''
   if isinstance(value, Config):
-    parts = {type(part): part_name for part_name, part in vars(value).items()}
-    remedy = f': give {name}.{parts[kind]}' if kind in parts else ''
+    field_of = {
+      type(part): part_name for part_name, part in vars(value).items()
+    }
+    remedy = f': give {name}.{field_of[kind]}' if kind in field_of else ''
   raise ConfigError(
-    f'{name} must be a {kind.__name__}, it is a {found.__name__}{remedy}.'
+    f'{name} must be a {kind.__name__}, it is a {actual.__name__}{remedy}.'
   )
 
 
 def find_config(name: str) -> str:
-  """The file of a config: `name` is a path, or that of one in `configs/`,
-  without its `.py`. Raises `ConfigError`."""
+  """Path of a config file; `name` is a path, or the name of a file in
+  `configs/` without `.py`. Raises `ConfigError`."""
   shipped = {path.stem: str(path) for path in sorted(CONFIGS.glob('*.py'))}
   if name in shipped:
     return shipped[name]
@@ -443,14 +438,14 @@ def find_config(name: str) -> str:
   nearest = difflib.get_close_matches(stem, shipped, n=1, cutoff=0.5)
   hint = f' Did you mean {nearest[0]!r}?' if nearest else ''
   raise ConfigError(
-    f'No config file at {name!r}, and by name there are '
+    f'No config file at {name!r}; the shipped ones are '
     f'{", ".join(shipped)}.{hint}'
   )
 
 
 def load_config(name: str) -> Config:
-  """What `get_config()` of a Python file returns, which is still to be
-  validated; `name` is its path, or its name in `configs/`."""
+  """Calls `get_config()` of a Python file; the result is not yet validated.
+  `name` is its path, or its name in `configs/`."""
   path = find_config(name)
   spec = importlib.util.spec_from_file_location('_config_file', path)
   if spec is None or spec.loader is None:
@@ -482,7 +477,7 @@ def _with_nearest_field(message: str) -> str:
 
 
 def validate(config: Config) -> None:
-  """Raises `ConfigError` naming the first field that can't be used."""
+  """Raises `ConfigError` that names the first invalid field."""
   fields.check(config)
   model, diffusion, data = config.model, config.diffusion, config.data
   validate_diffusion(diffusion)
@@ -543,14 +538,14 @@ def validate(config: Config) -> None:
 
 
 def validate_diffusion(diffusion: DiffusionConfig) -> None:
-  """The part of `validate` that the sampler alone can see."""
+  """The part of `validate` for the sampler's own fields."""
   fields.check(diffusion, 'config.diffusion')
   if diffusion.t_min > diffusion.t_max:
     raise ConfigError('config.diffusion.t_min is above config.diffusion.t_max.')
 
 
 def _validate_lora(config: Config) -> None:
-  """The part of `validate` that is about what adapters leave out."""
+  """The part of `validate` for settings that adapters exclude."""
   if not config.lora.targets:
     raise ConfigError('config.lora.targets names no matrix.')
   if config.optimizer.freeze:

@@ -1,12 +1,11 @@
-"""The base of all errors that a person can mend."""
+"""The base class of all errors that a user can fix."""
 
 
 class Error(Exception):
-  """Something that the user can mend; the message says how.
+  """An error that the user can fix; the message says how.
 
   Attributes:
-    exit_code: what the command line ends with: 2 for wrong usage, 1 for what
-      failed although it was asked for rightly.
+    exit_code: of the command line: 2 for wrong usage, 1 for any other failure.
   """
 
   exit_code = 1

@@ -1,9 +1,9 @@
 """Fields of nested frozen dataclasses by their dotted names, `config.a.b`.
 
 They are set from text, and read from plain values. Every name, type and limit
-is checked, and a wrong name is answered with the nearest right one. A field
-carries what is known of it alone: its help, its limits, and whether a run may
-go on with another value (`About`).
+is checked; the error for an unknown name suggests the nearest one. A field
+carries its help, its limits, and whether a run may be resumed with another
+value (`About`).
 """
 
 import ast
@@ -20,28 +20,28 @@ from typing import TypeVar
 from diffusiongemma.errors import Error
 
 T = TypeVar('T')
-# What an int32 holds, and with room for sums and products a float32.
+# Largest values: of an int32, and of a float32 with room for sums and products.
 _LARGEST = types.MappingProxyType({int: 2**31 - 1, float: 1e30})
 
 
 class ConfigError(Error, ValueError):
-  """A configuration that can't be used; the message says what to change."""
+  """An invalid configuration; the message says what to change."""
 
   exit_code = 2
 
 
 class About(NamedTuple):
-  """What a field carries.
+  """Metadata of a field.
 
   Attributes:
-    help: what it is, for a person.
-    above, at_least: the lower limit of a number; without one it is positive.
-    below, at_most: the upper one; without one it is what its type holds.
-    multiple_of: (divisor, why it must be one).
-    special: numbers outside the limits, and what they mean.
-    is_path: whether it names a file or a folder.
-    free: whether a run may go on with another value.
-    fixed: why it may not; of a group, of all its fields that are not free.
+    help: what the field is.
+    above, at_least: lower limit of a number; by default it must be positive.
+    below, at_most: upper limit; by default that of its type.
+    multiple_of: (divisor, reason).
+    special: allowed values outside the limits, and their meanings.
+    is_path: whether the field names a file or a folder.
+    free: whether a run may be resumed with another value.
+    fixed: why it may not; of a group, for all its fields that are not free.
   """
 
   help: str = ''
@@ -68,13 +68,13 @@ class About(NamedTuple):
 
 
 class Leaf(NamedTuple):
-  """A field that is no group.
+  """A field that is not a group.
 
   Attributes:
     name: dotted, `config.train.steps`.
-    default: its value in the config that was asked.
-    choices: the values there are, where they are few.
-    about: what it carries.
+    default: its value in the config passed to `leaves`.
+    choices: the allowed values of a `Literal`, else empty.
+    about: its metadata.
   """
 
   name: str
@@ -86,8 +86,7 @@ class Leaf(NamedTuple):
 def field(
   default: T, help: str, special: dict[int, str] | None = None, **more: Any
 ) -> T:
-  """A field of a dataclass that carries an `About`, whose arguments these
-  are."""
+  """A dataclass field whose metadata is an `About` with these arguments."""
   names = types.MappingProxyType(special or {})
   return dataclasses.field(
     default=default,
@@ -96,12 +95,12 @@ def field(
 
 
 def about(field: dataclasses.Field[Any]) -> About:
-  """What a field carries, if anything."""
+  """Metadata of a field; the default `About` if it has none."""
   return field.metadata.get('about', About())
 
 
 def leaves(config: Any, prefix: str = 'config') -> Iterator[Leaf]:
-  """All fields that are no groups; those of a group that is absent have their
+  """All fields that are not groups; those of an absent group have their
   defaults."""
   hints = typing.get_type_hints(type(config))
   for item in dataclasses.fields(config):
@@ -113,13 +112,13 @@ def leaves(config: Any, prefix: str = 'config') -> Iterator[Leaf]:
 
 
 def paths(config: Any) -> dict[str, str]:
-  """The values of fields that name a file or a folder."""
+  """Values of the fields that name a file or a folder, by dotted name."""
   return {x.name: x.default for x in leaves(config) if x.about.is_path}
 
 
 def why_fixed(kind: type, name: str) -> str:
-  """Why a run may not go on with another value of a field of `kind`, '' if it
-  may."""
+  """Why a run may not be resumed with another value of a field of `kind`; '' if
+  it may."""
   reason, group = '', kind
   for part in name.split('.')[1:]:
     (item,) = (f for f in dataclasses.fields(group) if f.name == part)
@@ -131,7 +130,7 @@ def why_fixed(kind: type, name: str) -> str:
 
 
 def override(config: Any, field: str, text: str) -> Any:
-  """The config with the dotted `field` set to what `text` spells."""
+  """The config with the dotted `field` set to the value parsed from `text`."""
 
   def replace(node, names, prefix):
     name, rest = names[0], names[1:]
@@ -160,7 +159,7 @@ def override(config: Any, field: str, text: str) -> Any:
 def from_dict(
   values: dict[str, Any], kind: type, prefix: str = 'config'
 ) -> Any:
-  """The inverse of `dataclasses.asdict`, a `kind`; unknown fields are errors,
+  """A `kind` from the dict of `dataclasses.asdict`; unknown fields are errors,
   missing ones take their defaults."""
   if not isinstance(values, dict):
     raise ConfigError(f'{prefix} must be a group of fields, it is {values!r}.')
@@ -199,8 +198,8 @@ def field_names(config: Any) -> list[str]:
 
 
 def unknown_name(name: str, known: list[str]) -> str:
-  """'No field x. Did you mean y?'; compares the last parts when the whole
-  names are not alike."""
+  """'There is no x. Did you mean y?'; compares the last components when the
+  whole names are not similar."""
   nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
   last = name.rsplit('.', 1)[-1]
   same_last = [k for k in known if k.rsplit('.', 1)[-1] == last]
@@ -215,7 +214,7 @@ def unknown_name(name: str, known: list[str]) -> str:
 
 
 def _parse(text: str, hint: Any, name: str) -> Any:
-  """The value that `text` spells for a field of type `hint`."""
+  """Parses `text` as the value of a field of type `hint`."""
   value: Any
   if hint is str or typing.get_origin(hint) is Literal:
     value = text
@@ -254,8 +253,8 @@ def _choices(hint: Any) -> tuple[str, ...]:
 
 
 def check(config: Any, prefix: str = 'config') -> None:
-  """Raises `ConfigError` naming the first field of another type, or outside its
-  limits."""
+  """Raises `ConfigError` that names the first field of a wrong type or outside
+  its limits."""
   check_types(config, prefix)
   _check_limits(config, prefix)
 
@@ -270,12 +269,12 @@ def _check_limits(config: Any, prefix: str) -> None:
 
 
 def spell(limit: float) -> str:
-  """A limit as a person reads it."""
+  """A limit in readable form."""
   return '2^63' if limit == 2**63 else f'{limit:.10g}'
 
 
 def _check_number(value: float, limits: About, name: str) -> None:
-  # As they are written, NaN is within none of them.
+  # Each comparison is written so that NaN fails it.
   if limits.at_least is not None:
     high_enough = value >= limits.at_least
   else:
@@ -299,7 +298,7 @@ def _check_number(value: float, limits: About, name: str) -> None:
 
 
 def check_types(config: Any, prefix: str) -> None:
-  """Raises `ConfigError` naming the first field of another type."""
+  """Raises `ConfigError` that names the first field of a wrong type."""
   for name, hint in typing.get_type_hints(type(config)).items():
     value = getattr(config, name)
     group = _group(hint)

@@ -64,7 +64,7 @@ def parse_flags(argv: list[str]) -> list[str]:
   except flags.Error as error:
     sys.exit(_fail(str(error), 2))
   if flags.FLAGS['verbosity'].using_default_value:
-    # At INFO, Orbax tells every file.
+    # At INFO, Orbax logs every file.
     flags.FLAGS['verbosity'].value = logging.WARNING
   return rest
 
@@ -100,29 +100,29 @@ def main(argv: list[str]) -> None:
 
 
 def run() -> None:
-  """What the console script `diffusiongemma` calls."""
+  """Entry point of the console script `diffusiongemma`."""
   app.run(main, flags_parser=parse_flags)
 
 
 def help_text(full: bool = False) -> str:
-  """What `--help` says; `full` is with the fields of the config."""
-  parts = [__doc__, 'Modes:']
+  """Text of `--help`; with `full`, the config fields too."""
+  lines = [__doc__, 'Modes:']
   for mode, command in _COMMANDS.items():
     default = ' The default.' if mode == _MODE.default else ''
     summary = (command.__doc__ or '').partition('\n')[0]
-    parts.append(f'  --mode={mode:<9} {summary}{default}')
-  parts += ['', help_lib.flags_text('Flags of several modes', shared)]
+    lines.append(f'  --mode={mode:<9} {summary}{default}')
+  lines += ['', help_lib.flags_text('Flags of several modes', shared)]
   for mode, command in _COMMANDS.items():
     if text := help_lib.flags_text(f'Flags of --mode={mode}', command):
-      parts.append(text)
-  text = '\n'.join(parts)
+      lines.append(text)
+  text = '\n'.join(lines)
   if full:
     return f'{text}\n{help_lib.fields_text()}'
   return f'{text}\n--helpfull lists the fields of the config too.'
 
 
 def _check_flags() -> None:
-  """Raises `ConfigError` for a flag that the mode would not look at."""
+  """Raises `ConfigError` for a flag that the mode does not use."""
   for name in flags.FLAGS:
     modes = _modes_of(name)
     if flags.FLAGS[name].present and _MODE.value not in modes:
@@ -136,8 +136,8 @@ def _check_flags() -> None:
 
 
 def _modes_of(flag: str) -> tuple[str, ...]:
-  """The modes that take a flag: that of the file that defines it, or those that
-  `shared` names."""
+  """The modes that take a flag: the mode whose file defines it, or the modes
+  listed in `shared.TAKEN_BY`."""
   home = flags.FLAGS.find_module_defining_flag(flag)
   for mode, command in _COMMANDS.items():
     if home == command.__name__:
@@ -146,8 +146,8 @@ def _modes_of(flag: str) -> tuple[str, ...]:
 
 
 def _fail(message: str, code: int) -> int:
-  """Says what is wrong; of several processes, each says who it is and ends,
-  for the others would wait for it."""
+  """Prints an error and returns the exit code; one of several processes names
+  itself and exits at once, since the others would wait for it."""
   if not _is_one_of_several():
     print(f'Error: {message}', file=sys.stderr)
     return code
@@ -159,7 +159,8 @@ def _fail(message: str, code: int) -> int:
 
 
 def _is_one_of_several() -> bool:
-  """Whether this process belongs to a job; without JAX, it does not yet."""
+  """Whether this process belongs to a multi-process job; before JAX is imported
+  it does not."""
   jax = sys.modules.get('jax')
   return jax is not None and jax.distributed.is_initialized()
 

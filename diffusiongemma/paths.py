@@ -1,23 +1,23 @@
-"""Names of files and folders as people write them: `~/runs/tiny`."""
+"""Local paths as users write them: `~/runs/tiny`."""
 
 import os
 import re
 
 from diffusiongemma.fields import ConfigError
 
-# `pathlib` makes `gs:/bucket` of `gs://bucket`.
+# One slash: `pathlib` turns `gs://bucket` into `gs:/bucket`.
 _SCHEME = re.compile(r'[A-Za-z][A-Za-z0-9+.-]+:/')
 
 
 def local(path: str | os.PathLike[str], name: str = '') -> str:
-  """The path with `~` as the home folder.
+  """The path with `~` expanded to the home folder.
 
   Args:
-    path: a file, a folder or a pattern of them.
-    name: of the flag or field that has it, for the message.
+    path: a file, a folder or a glob.
+    name: the flag or field with this path, for the message.
 
   Raises:
-    ConfigError: it is in a bucket or on the web.
+    ConfigError: the path is in a bucket or on the web, or has no home folder.
   """
   path = os.fspath(path)
   if _SCHEME.match(path):

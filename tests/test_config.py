@@ -82,7 +82,11 @@ def test_bad_override(field, text, message):
     ('train', {'ema_decay': 1.0}, 'must be below 1, it is 1.0'),
     ('train', {'log_every': 2**31}, 'at most 2147483647'),
     ('optimizer', {'clip_norm': float('inf')}, r'at most 1e\+30'),
-    ('mesh', {'tensor': 0}, r'positive, or -1 \(what is left\), it is 0'),
+    (
+      'mesh',
+      {'tensor': 0},
+      r'positive, or -1 \(the remaining devices\), it is 0',
+    ),
     ('mesh', {'tensor': -1}, 'only one axis can be -1'),
   ],
 )

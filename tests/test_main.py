@@ -171,7 +171,7 @@ def test_wrong_usage(name):
 @pytest.mark.parametrize(
   'argument, message',
   [
-    ('--config.model.embed_dim=32', 'config.model stays as it is'),
+    ('--config.model.embed_dim=32', 'config.model cannot be changed'),
     ('--seed=99999999999999999999', 'seed'),
     ('--seed=-1', 'seed'),
     ('--think', '--think is for a chat'),

@@ -8,5 +8,5 @@ class CheckpointError(Error, RuntimeError):
 
 
 class LeftAloneError(CheckpointError):
-  """A save that failed in one process of several, for which the others now
-  wait: the job can't go on."""
+  """A save failed in one of several processes and the others wait for it: the
+  job can't continue."""

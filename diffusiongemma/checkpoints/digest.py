@@ -1,12 +1,11 @@
-"""A checksum of an array that does not depend on where its parts lie.
+"""A checksum of an array that does not depend on its sharding.
 
   word_i  = the bits of element i
   sum_s   = sum_i  mix(word_i ^ mix(i ^ salt_s))   mod 2^32,   s = 1, 2
 
-Sums are the same in any order, so where an array lies on several processes its
-devices add up their parts, and no process ever holds it whole. It is for
-accidents, a flipped bit or a lost block, and no protection from who wants to
-deceive.
+A sum does not depend on the order, so the devices of an array on several
+processes add up their shards, and no process ever holds all of it. The checksum
+detects accidents, a flipped bit or a lost block, but not a deliberate change.
 `mix` is the finaliser of MurmurHash3 (Appleby, public domain).
 """
 
@@ -21,16 +20,16 @@ import numpy as np
 from diffusiongemma import powers
 
 _SALTS = (0x9E3779B9, 0x85EBCA6B)
-_MOST_WORDS = 2**20  # Of an array on the host that are looked at at a time.
+_MOST_WORDS = 2**20  # Words of a host array that are summed at a time.
 
 
 def digest(array: Any) -> str:
   """32 hexadecimal digits from an array's type, shape and bits.
 
-  For an array that lies on several processes this is collective.
+  A collective if the array is sharded over several processes.
   """
   head = f'{array.dtype} {tuple(array.shape)}'
-  if array.dtype == jnp.int4:  # Packed by some, and by others not.
+  if array.dtype == jnp.int4:  # Packed on some platforms, not on others.
     array = array.astype(jnp.int8)
   if isinstance(array, jax.Array) and not array.is_fully_addressable:
     sums = np.asarray(_sums_of_array(array))
@@ -47,19 +46,19 @@ def digests(tree: Any) -> dict[str, str]:
 
 
 def name_of(path: tuple[str, ...]) -> str:
-  """The name that `digests` gives the array at a path of nested dicts."""
+  """The key in `digests` of the array at a path of nested dicts."""
   return jax.tree_util.keystr(tuple(map(jax.tree_util.DictKey, path)))
 
 
 def _mix(x: jax.Array) -> jax.Array:
-  """uint32 to uint32, every bit of which depends on every bit."""
+  """uint32 to uint32; every bit of the result depends on every bit of x."""
   x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
   x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
   return x ^ (x >> 16)
 
 
 def _sums(words: jax.Array, index: jax.Array, counts: Any) -> jax.Array:
-  """uint32 [2]: the two sums over the words that count."""
+  """uint32 [2]: the two sums over the words where `counts` is true."""
   return jnp.stack(
     [
       jnp.sum(
@@ -73,7 +72,7 @@ def _sums(words: jax.Array, index: jax.Array, counts: Any) -> jax.Array:
 
 @jax.jit
 def _sums_of_array(x: jax.Array) -> jax.Array:
-  """The sums of an array wherever it lies; elements of up to four bytes."""
+  """The sums of a sharded array; elements of up to four bytes."""
   if x.dtype == jnp.bool_:
     x = x.astype(jnp.uint8)
   size = x.dtype.itemsize
@@ -87,12 +86,13 @@ def _sums_of_array(x: jax.Array) -> jax.Array:
 
 @jax.jit
 def _sums_of_piece(words: jax.Array, start: jax.Array, count: jax.Array):
-  place = jnp.arange(len(words), dtype=jnp.uint32)
-  return _sums(words, start + place, place < count)
+  position = jnp.arange(len(words), dtype=jnp.uint32)
+  return _sums(words, start + position, position < count)
 
 
 def _sums_of_host_array(array: np.ndarray) -> np.ndarray:
-  """The same sums, piece by piece; of eight bytes, both halves are words."""
+  """The sums of a host array, piece by piece; an element of eight bytes is two
+  words."""
   array = np.ascontiguousarray(array).reshape(-1)
   word_bytes = min(array.dtype.itemsize, 4)
   words = array.view(np.dtype(f'uint{8 * word_bytes}'))

@@ -1,7 +1,7 @@
-"""Files from strangers: opened, read and parsed without trust.
+"""Opens, reads and parses untrusted files.
 
-A file is regular, lies in its folder, and is no longer than it may be; JSON
-is an object in which no name is twice. Whatever is wrong ends in one line.
+A file must be regular, inside its folder, and within a size limit; JSON must be
+an object without duplicate keys. Errors are one line.
 """
 
 import collections
@@ -16,17 +16,17 @@ from typing import Any
 
 from diffusiongemma.checkpoints import CheckpointError
 
-MAX_DIGITS = 20  # Of 2**64; reading a number is quadratic in its digits.
+MAX_DIGITS = 20  # As 2**64 has; parsing a number is quadratic in its digits.
 # More would take gigabytes to parse; the header of the released model's
 # safetensors has a tenth of a megabyte.
 MAX_JSON_BYTES = 10_000_000
 CHUNK_BYTES = 64 * 2**20  # Of one system call; Linux stops short of 2**31.
-# What Git leaves in place of a large file that was not downloaded.
+# Start of the file that Git puts in place of a large one not yet downloaded.
 _LFS_POINTER = b'version https://git-lfs.github.com/spec/v1'
 
 
 def quote(text: str) -> str:
-  """Quoted and cut; control characters must not reach a terminal."""
+  """`text` quoted and shortened, with control characters escaped."""
   quoted = repr(text[:100])
   if len(text) > 100 or len(quoted) > 120:
     quoted = quoted[:100] + '...'
@@ -34,14 +34,14 @@ def quote(text: str) -> str:
 
 
 def listed(names: Collection[str]) -> str:
-  """The first four, and how many more."""
+  """The first four names, and the number of the others."""
   more = f' and {len(names) - 4} more' if len(names) > 4 else ''
   return ', '.join(map(quote, sorted(names)[:4])) + more
 
 
 @contextlib.contextmanager
 def system_errors(what: str) -> Iterator[None]:
-  """The system's refusals as `CheckpointError`."""
+  """Raises `CheckpointError` for an `OSError` in the block."""
   try:
     yield
   except OSError as error:
@@ -49,7 +49,8 @@ def system_errors(what: str) -> Iterator[None]:
 
 
 def checked_path(folder: str, name: str) -> str:
-  """The path of a file of `folder`; raises where a link leads elsewhere."""
+  """The path of a file in `folder`. Raises `CheckpointError` if it is missing,
+  or a link out of the folder."""
   path = os.path.join(folder, name)
   if not os.path.exists(path):
     reason = 'is missing'
@@ -76,7 +77,7 @@ def checked_path(folder: str, name: str) -> str:
 
 @contextlib.contextmanager
 def opened(path: str) -> Iterator[tuple[int, int]]:
-  """Descriptor and bytes of a regular file; never waits for a pipe."""
+  """(descriptor, size in bytes) of a regular file; never blocks on a pipe."""
   with system_errors(f'{path!r} cannot be read'):
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -118,19 +119,19 @@ def read_bytes(
 
 
 def claim_room(descriptor: int, nbytes: int) -> None:
-  """Raises `OSError` where the disk has no room for `nbytes`."""
+  """Allocates `nbytes` for a file. Raises `OSError` if the disk is too full."""
   if not hasattr(os, 'posix_fallocate'):
-    return  # Not on macOS: a full disk shows while writing.
+    return  # Not on macOS: a full disk is noticed while writing.
   try:
     os.posix_fallocate(descriptor, 0, max(1, nbytes))
   except OSError as error:
-    # Some network file systems can't; then, too, it shows while writing.
+    # Some network file systems can't; there, too, it is noticed while writing.
     if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
       raise
 
 
 def parse_json(data: bytes | bytearray, what: str) -> dict[str, Any]:
-  """An object from JSON in UTF-8, in which no name is twice."""
+  """Parses a JSON object in UTF-8 without duplicate keys."""
 
   def to_dict(pairs: list[Any]) -> dict[str, Any]:
     result = dict(pairs)
@@ -171,7 +172,7 @@ def parse_json(data: bytes | bytearray, what: str) -> dict[str, Any]:
 
 
 def read_file(folder: str, name: str, max_bytes: int) -> bytes:
-  """All of a file of `folder` that may have `max_bytes`."""
+  """The content of a file in `folder`, at most `max_bytes` long."""
   path = checked_path(folder, name)
   with opened(path) as (descriptor, size):
     if size > max_bytes:
@@ -183,6 +184,6 @@ def read_file(folder: str, name: str, max_bytes: int) -> bytes:
 
 
 def read_json(folder: str, name: str) -> dict[str, Any]:
-  """The JSON object in a file of `folder`, of `MAX_JSON_BYTES` at most."""
+  """The JSON object in a file in `folder`, at most `MAX_JSON_BYTES` long."""
   path = os.path.join(folder, name)
   return parse_json(read_file(folder, name, MAX_JSON_BYTES), repr(path))

@@ -1,4 +1,4 @@
-"""A new folder that is there when it is complete, or not at all.
+"""Writes files and folders atomically: complete, or not at all.
 
 with appearing('runs/new') as folder, progress('convert', size) as advance:
   write_file(os.path.join(folder, 'config.json'), content)
@@ -21,7 +21,8 @@ from diffusiongemma.checkpoints import files
 
 
 def write_file(path: str, content: bytes) -> None:
-  """Raises `CheckpointError` where there is no room, or no permission."""
+  """Writes a file. Raises `CheckpointError` for a full disk or a missing
+  permission."""
   with (
     files.system_errors(f'{path!r} cannot be written'),
     open(path, 'wb') as file,
@@ -30,8 +31,8 @@ def write_file(path: str, content: bytes) -> None:
 
 
 def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
-  """Writes beside `path`, down to the disk, and renames: it is whole, or as it
-  was before and nothing is beside it. Raises `OSError`."""
+  """Writes a temporary file beside `path`, flushes it to disk and renames it.
+  After an error `path` is unchanged and nothing is left. Raises `OSError`."""
   temporary = f'{os.fspath(path)}.{os.getpid()}.tmp'
   try:
     with open(temporary, 'wb') as file:
@@ -46,8 +47,8 @@ def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def remove_unfinished(path: str) -> None:
-  """Removes what `replace_file` has left beside `path` in processes that were
-  killed. To be called where no other process is replacing it."""
+  """Removes temporary files of `replace_file` that killed processes left beside
+  `path`. No other process may be replacing it meanwhile."""
   for left in glob.glob(f'{glob.escape(path)}.*.tmp'):
     process = left.removeprefix(f'{path}.').removesuffix('.tmp')
     if process.isdecimal():
@@ -57,21 +58,21 @@ def remove_unfinished(path: str) -> None:
 
 @contextlib.contextmanager
 def appearing(path: str) -> Iterator[str]:
-  """A new folder that gets the name `path` when the block is done, and is
-  removed when it fails."""
+  """A temporary folder that is renamed to `path` after the block, and removed
+  if the block fails."""
   path = os.path.abspath(path)
   if os.path.lexists(path) and not (
     os.path.isdir(path) and not os.listdir(path)
   ):
     raise CheckpointError(f'{path} exists already; give a new folder.')
-  with files.system_errors(f'{path} cannot be made'):
+  with files.system_errors(f'{path} cannot be created'):
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = tempfile.mkdtemp(
       prefix=f'.{os.path.basename(path)}-', dir=os.path.dirname(path)
     )
   try:
     yield temporary
-    with files.system_errors(f'{path} cannot be made'):
+    with files.system_errors(f'{path} cannot be created'):
       os.chmod(temporary, 0o777 & ~_umask())
       os.rename(temporary, path)
   except BaseException:
@@ -80,7 +81,7 @@ def appearing(path: str) -> Iterator[str]:
 
 
 def _umask() -> int:
-  """What new files may not be; `mkdtemp` makes folders for the owner only."""
+  """The umask; `mkdtemp` ignores it and creates folders for the owner only."""
   mask = os.umask(0)
   os.umask(mask)
   return mask
@@ -88,7 +89,8 @@ def _umask() -> int:
 
 @contextlib.contextmanager
 def progress(what: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
-  """A function to call with bytes done: a bar, or a line for every tenth."""
+  """A function to call with the bytes just done; shows a bar, or prints a line
+  for every tenth."""
   console = rich_console.Console(stderr=True)
   if console.is_terminal:
     columns = (

@@ -1,7 +1,7 @@
-"""Folders and weights of other kinds: what they are, and what to do.
+"""Recognises weights in formats that are not supported, for error messages.
 
-An adapter, GGUF files, pickles, quantised weights: none of them is read, and
-each is named in one or two sentences.
+Adapters, GGUF files, pickles, quantised weights: none of them is read; the
+message names the format and the remedy.
 """
 
 import fnmatch
@@ -18,7 +18,7 @@ PICKLES = (
 )
 _WEIGHTS = (ADAPTER_CONFIG, '*.safetensors', '*.gguf', *PICKLES)
 
-# Where a config.json says that its weights are quantised; MLX writes the last.
+# Keys of a config.json with quantised weights; MLX writes the last one.
 _QUANTIZATIONS = ('quantization_config', 'compression_config', 'quantization')
 _DETAILS = ('format', 'quant_algo', 'bnb_4bit_quant_type', 'bits')
 
@@ -29,8 +29,8 @@ def has_weights(folder: str) -> bool:
 
 
 def describe_folder(folder: str) -> str | None:
-  """What a folder without a Hugging Face checkpoint is and what to do, as
-  sentences; None where it is nothing known."""
+  """Sentences on the format and the remedy for a folder without a Hugging Face
+  checkpoint; None for an unknown format."""
   if os.path.lexists(os.path.join(folder, ADAPTER_CONFIG)):
     return (
       f'{folder!r} is a PEFT adapter{_base_of(folder)}, and adapters are not '
@@ -68,14 +68,14 @@ def _base_of(folder: str) -> str:
 
 
 def describe_quantization(values: dict[str, Any]) -> str | None:
-  """How the weights of a config.json are quantised, and what to do; None where
-  they are not. Null and empty are absent, as in `transformers`."""
+  """Sentences on the quantisation in a config.json and the remedy; None without
+  one. Null and empty count as absent, as in `transformers`."""
   text = values.get('text_config')
-  for place in (values, text if isinstance(text, dict) else {}):
+  for group in (values, text if isinstance(text, dict) else {}):
     for key in _QUANTIZATIONS:
-      if place.get(key):
+      if group.get(key):
         return (
-          f'{key} says that the weights are quantised {_method(place[key])}, '
+          f'{key} says that the weights are quantised {_method(group[key])}, '
           'which is not read here. Give the folder of the model that they were '
           'made from, in bfloat16, and quantise that with --mode=quantize.'
         )
@@ -83,12 +83,12 @@ def describe_quantization(values: dict[str, Any]) -> str | None:
 
 
 def _method(settings: Any) -> str:
-  """'by torchao', with what else is said of it."""
+  """'by torchao (...)', with details in the brackets."""
   if not isinstance(settings, dict):
     return f'as {files.quote(str(settings))}'
   method = settings.get('quant_method')
   if method is None and {'bits', 'group_size'} <= settings.keys():
-    method = 'mlx'  # Names no method, and writes its settings twice.
+    method = 'mlx'  # MLX names no method, and writes its settings twice.
   details = [
     files.quote(f'{key} {settings[key]}')
     for key in _DETAILS
@@ -98,7 +98,7 @@ def _method(settings: Any) -> str:
   return by + (f' ({", ".join(details)})' if details else '')
 
 
-# Parts of the names that tools give to tensors that others store otherwise.
+# Fragments of tensor names by which the tool that wrote them is recognised.
 _TOOLS = (
   (('lora_A', 'lora_B', 'lora_magnitude'), 'an adapter of PEFT'),
   (('weight_packed', 'weight_scale', 'input_scale'), 'quantised weights'),
@@ -112,8 +112,8 @@ _TOOLS = (
 
 
 def describe_names(names: list[str]) -> str:
-  """Whose names of tensors these are, as ' (they are those of ...)', or ''."""
-  for parts, what in _TOOLS:
-    if any(part in name for name in names for part in parts):
+  """' (these are names of ...)' for tensor names of a known tool, else ''."""
+  for fragments, what in _TOOLS:
+    if any(fragment in name for name in names for fragment in fragments):
       return f' (these are names of {what})'
   return ''

@@ -1,12 +1,12 @@
-"""Hugging Face's DiffusionGemma tensors: what each of them is here.
+"""Maps Hugging Face's DiffusionGemma tensors to our parameters.
 
   model.decoder.layers.7.self_attn.q_proj.weight  [N*H, D]
     = layer_07/attention/q_proj  [D, N, H]          transposed, then split
 
 Every leaf of the parameters is one tensor of a folder; types and bits are never
 changed. Encoder and decoder share all weights of the text layers, and the head
-is the embedding: a folder may hold such a tensor under each of its names, with
-the same bits, or under any one of them. Names as in `transformers` 5.24.
+is the embedding: a folder may hold such a tensor under several of its names,
+with the same bits, or under any one of them. Names as in `transformers` 5.24.
 """
 
 from collections.abc import Collection
@@ -30,7 +30,7 @@ from diffusiongemma.config import ModelConfig
 from diffusiongemma.model import denoiser
 from diffusiongemma.model import parameters
 
-# (our path, their name, whether it is transposed); * is the layer's number.
+# (our path, their name, whether transposed); * is the number of the layer.
 _TEXT_LAYER = (
   ('norm_in/scale', 'input_layernorm.weight', False),
   ('attention/q_proj', 'self_attn.q_proj.weight', True),
@@ -84,7 +84,7 @@ _TABLE = (
     (f'layer_*/{ours}', f'{_DECODER}.layers.*.{theirs}', transposed)
     for ours, theirs, transposed in _TEXT_LAYER
   ),
-  # All that differs between the roles; the rest is stored once.
+  # The only weights that differ between encoder and decoder.
   (
     'layer_*/prefill_scalar',
     f'{_ENCODER}.language_model.layers.*.layer_scalar',
@@ -115,7 +115,7 @@ _TABLE = (
 _RULES = {ours: (theirs, transposed) for ours, theirs, transposed in _TABLE}
 _TEXT_ENCODER = f'{_ENCODER}.language_model'
 _SCALAR = 'layer_scalar'
-# Buffers that follow from the config, of which some versions store a few.
+# Buffers that follow from the config; some versions store a few of them.
 _DERIVED = ('inv_freq', 'position_ids', 'embed_scale')
 _ONE_WEIGHT = (
   'this network has one weight for both roles, encoder and decoder, and for '
@@ -124,14 +124,14 @@ _ONE_WEIGHT = (
 
 
 class Entry(NamedTuple):
-  """One tensor in both worlds.
+  """One tensor, ours and theirs.
 
   Attributes:
-    name: theirs, under which it is written.
-    copies: other names that they have for it.
-    path: ours, the keys from the root of the parameters.
-    shape: ours.
-    their_shape: theirs.
+    name: their name, under which it is written.
+    copies: their other names for it, tied to `name`.
+    path: our keys from the root of the parameters.
+    shape: our shape.
+    their_shape: their shape.
     transposed: whether they store it output-major.
   """
 
@@ -143,7 +143,7 @@ class Entry(NamedTuple):
   transposed: bool
 
   def to_ours(self, array: np.ndarray) -> np.ndarray:
-    """Their tensor as ours, the same bits."""
+    """Their tensor in our shape, with the same bits."""
     if self.transposed:
       array = np.ascontiguousarray(array.T)
     return array.reshape(self.shape)
@@ -194,31 +194,30 @@ def _copies(name: str) -> tuple[str, ...]:
 def find_tensors(
   folder: str, table: dict[str, Entry], are_tied: bool = True
 ) -> dict[str, list[safetensors.Tensor]]:
-  """Where a folder has each entry of the table, from headers alone.
+  """Finds the tensors of each entry in a folder; reads only headers.
 
   Args:
     folder: of safetensors.
     table: see `tensor_table`.
-    are_tied: whether one copy of a tied tensor stands for all.
+    are_tied: whether one copy of a tied tensor is enough.
 
   Returns:
-    `{entry's name: its tensors}`, one or more, which should be equal.
+    `{name of an entry: its tensors}`, one or more copies, which must be equal.
 
   Raises:
-    CheckpointError: names are missing or unknown, or a shape or type is
-      another.
+    CheckpointError: names are missing or unknown, or a shape or type is wrong.
   """
   entry_of = {
     name: entry.name
     for entry in table.values()
     for name in (entry.name, *entry.copies)
   }
-  found: dict[str, list[safetensors.Tensor]] = {}
+  by_name: dict[str, list[safetensors.Tensor]] = {}
   unknown, derived = [], []
   for name, tensor in safetensors.list_tensors(folder).items():
     name = _full_name(name, entry_of)
     if name in entry_of:
-      found.setdefault(name, []).append(tensor)
+      by_name.setdefault(name, []).append(tensor)
     elif name.endswith(_DERIVED):
       derived.append(name)
     else:
@@ -227,14 +226,14 @@ def find_tensors(
     entry.name: [
       tensor
       for name in (entry.name, *entry.copies)
-      for tensor in found.get(name, ())
+      for tensor in by_name.get(name, ())
     ]
     for entry in table.values()
   }
   _fill_scalars(tensors, folder)
   missing = [name for name, copies in tensors.items() if not copies]
   _check_names(folder, missing, unknown)
-  _check_tied(folder, [] if are_tied else entry_of.keys() - found.keys())
+  _check_tied(folder, [] if are_tied else entry_of.keys() - by_name.keys())
   if derived:
     logging.warning(
       '%s: %s are not read; they follow from config.json.',
@@ -247,7 +246,7 @@ def find_tensors(
 
 
 def _full_name(name: str, known: Collection[str]) -> str:
-  """With the prefix that the inner model, saved alone, has not."""
+  """The full name of a tensor; the inner model, saved alone, lacks a prefix."""
   for full in (name, f'model.{name}', name.removeprefix('model.')):
     if full in known:
       return full
@@ -257,8 +256,8 @@ def _full_name(name: str, known: Collection[str]) -> str:
 def _fill_scalars(
   tensors: dict[str, list[safetensors.Tensor]], folder: str
 ) -> None:
-  """Where all scalars of a role are missing, those of the other stand in: some
-  tools drop the encoder's, and in the released weights the two are equal."""
+  """If all scalars of a role (encoder, decoder) are missing, uses those of the
+  other: some tools drop the encoder's, and the released ones are equal."""
   for role, other in (_TEXT_ENCODER, _DECODER), (_DECODER, _TEXT_ENCODER):
     names = [n for n in tensors if n.startswith(role) and n.endswith(_SCALAR)]
     stand_ins = [tensors[other + n.removeprefix(role)] for n in names]
@@ -266,7 +265,7 @@ def _fill_scalars(
       continue
     tensors.update(zip(names, stand_ins, strict=True))
     logging.warning(
-      '%s has no %s.layers.*.%s: those of %s stand in.',
+      '%s has no %s.layers.*.%s: those of %s are used instead.',
       *(folder, role, _SCALAR, other),
     )
 
@@ -285,7 +284,7 @@ def _check_names(folder: str, missing: list[str], unknown: list[str]) -> None:
 
 
 def _check_tied(folder: str, lost: Collection[str]) -> None:
-  """Raises where weights that the config unties have no copy of their own."""
+  """Raises `CheckpointError` if untied weights lack a copy of their own."""
   if lost:
     raise CheckpointError(
       f'The config.json in {folder} unties weights (tie_word_embeddings is '
@@ -311,11 +310,11 @@ def _check_tensor(tensor: safetensors.Tensor, entry: Entry) -> None:
 def read_array(
   entry: Entry, tensors: Sequence[safetensors.Tensor]
 ) -> np.ndarray:
-  """One array as ours, the same bits.
+  """One array in our shape, with the same bits.
 
   Args:
     entry: of the table.
-    tensors: where it lies, once or more; see `find_tensors`.
+    tensors: its copies, one or more; see `find_tensors`.
 
   Raises:
     CheckpointError: copies of a tied tensor differ, or a file changes
@@ -335,7 +334,7 @@ def read_array(
 def from_state_dict(
   config: ModelConfig, state: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
-  """Our parameters from a `transformers` model's tensors, by their names."""
+  """Our parameters from the state dict of a `transformers` model."""
   table = tensor_table(denoiser.abstract_params(config))
   return traverse_util.unflatten_dict(
     {

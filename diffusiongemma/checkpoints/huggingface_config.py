@@ -1,9 +1,9 @@
-"""Hugging Face's config.json and generation_config.json, both ways.
+"""Reads and writes Hugging Face's config.json and generation_config.json.
 
-One table per object: (our field, their key, the default in `transformers`
-5.24, or the type of what has none). Null is absent, and keys that do not change
-the numbers are left alone; options that this network does not have are refused,
-so that what loads is what was meant. What is written, 5.11 and later read.
+One table per object: (our field, their key, the default in `transformers` 5.24,
+or the type of a key without default). Null counts as absent, and keys that do
+not change the numbers are ignored; options that this network does not have are
+errors. Files written here are read by `transformers` 5.11 and later.
 """
 
 import os
@@ -62,7 +62,7 @@ _GENERATION_FIELDS = (
   ('confidence_threshold', 'confidence_threshold', 0.005),
   ('pad_token_id', 'pad_token_id', 0),
 )
-# Their options that this network does not have: the one value that is it.
+# Their options with only one value that this network supports.
 _FIXED_TEXT = {
   'hidden_activation': 'gelu_pytorch_tanh',
   'attention_bias': False,
@@ -79,7 +79,7 @@ _MAX_LAYERS = 1000
 
 
 def is_theirs(values: dict[str, Any]) -> bool:
-  """Whether a config.json is one of Hugging Face's, of whatever network."""
+  """Whether a config.json is Hugging Face's, of any network."""
   return 'model_type' in values or 'architectures' in values
 
 
@@ -90,7 +90,7 @@ def model_config(
 
   Args:
     values: the contents of their config.json.
-    path: where they come from, for messages.
+    path: of that file, for messages.
 
   Raises:
     CheckpointError: another `model_type`, an option that this network does
@@ -125,8 +125,8 @@ def model_config(
 
 
 def is_tied(values: dict[str, Any], path: str = 'config.json') -> bool:
-  """Whether one copy of a tensor stands for both roles, and for embedding and
-  head. What text_config says of it is read by nobody."""
+  """Whether encoder and decoder, and embedding and head, are stored once. The
+  key in text_config is ignored, as in `transformers`."""
   return _Reader(values, path).take('tie_word_embeddings', True)
 
 
@@ -151,13 +151,13 @@ def _attention_pattern(text: '_Reader') -> tuple[str, ...]:
       f'{text.where("layer_types")} has {len(names)} entries for '
       f'{count} layers.'
     )
-  # transformers makes the last layer a global one, whatever is written.
+  # transformers makes the last layer global, whatever the config says.
   return (*(_KINDS[name] for name in names[:-1]), 'global')
 
 
 def _global_heads(text: '_Reader', fields: dict[str, Any]) -> dict[str, int]:
-  """Sizes of global layers: in fields of their own as released, or layer by
-  layer as `save_pretrained` writes them."""
+  """Sizes of global layers: in separate fields as released, or per layer as
+  `save_pretrained` writes them."""
   pattern = fields['attention_pattern']
   by_layer = text.values.get('per_layer_config')
   if by_layer is None:
@@ -178,7 +178,7 @@ def _global_heads(text: '_Reader', fields: dict[str, Any]) -> dict[str, int]:
   sizes: dict[str, set[Any]] = {kind: set() for kind in ('local', 'global')}
   try:
     layers = {int(k): _Reader(v, text.path) for k, v in by_layer.items()}
-    # What a layer says nothing of is as in all.
+    # Keys that a layer lacks are those of text_config.
     for index, kind in enumerate(pattern):
       layer = layers.pop(index, _Reader({}, text.path))
       kv_heads = layer.take('num_key_value_heads', fields['num_kv_heads'])
@@ -204,7 +204,8 @@ def _global_heads(text: '_Reader', fields: dict[str, Any]) -> dict[str, int]:
 def _rotations(
   text: '_Reader', pattern: tuple[str, ...]
 ) -> dict[str, float | int]:
-  """Bases of both kinds of layers, and how much of a global head is rotated."""
+  """Rotary bases of both kinds of layers, and the rotated fraction of a global
+  head."""
   fields = {
     'local_rope_theta': 1e4,
     'global_rope_theta': 1e6,
@@ -218,7 +219,7 @@ def _rotations(
       continue
     fields[f'{ours}_rope_theta'] = rope.take('rope_theta', float)
     fraction = rope.take('partial_rotary_factor', 1.0)
-    # Rotating whole heads, the two are the same.
+    # If whole heads are rotated, the two are the same.
     kinds = ['proportional'] + ['default'] * (fraction == 1.0)
     kind = rope.values.get('rope_type') or rope.values.get('type', 'default')
     if kind not in kinds:
@@ -241,7 +242,8 @@ def _vision_config(values: dict[str, Any], path: str) -> VisionConfig:
   vision.check_fixed(_FIXED_VISION)
   vision.check_empty('rope_scaling')
   rope = vision.group('rope_parameters')
-  # The released name of the axial rotation, and that since transformers 5.17.
+  # 'default' is the released name of the axial rotation, 'axial' the name since
+  # transformers 5.17.
   kind = rope.values.get('rope_type') or rope.values.get('type') or 'default'
   if kind not in ('default', 'axial'):
     raise CheckpointError(
@@ -268,8 +270,8 @@ def _vision_config(values: dict[str, Any], path: str) -> VisionConfig:
 
 
 def _dtypes(values: dict[str, Any]) -> dict[str, str]:
-  """Computation in the type of the weights; float16 has the range for
-  neither these activations nor their sums and is computed in float32."""
+  """Computation in the type of the weights; float16 lacks the range for these
+  activations and their sums and is computed in float32."""
   dtype = values.get('dtype') or values.get('torch_dtype')
   dtype = 'bfloat16' if dtype == 'bfloat16' else 'float32'
   return {'dtype': dtype, 'param_dtype': dtype}
@@ -282,21 +284,21 @@ def diffusion_config(
 
   Args:
     values: their config.json.
-    generation: their generation_config.json, {} where there is none.
-    vocab_size: stop ids beyond it are left out.
+    generation: their generation_config.json, {} without one.
+    vocab_size: stop ids beyond it are dropped.
     path: of the folder, for messages.
   """
   reader = _Reader(generation, os.path.join(path, 'generation_config.json'))
   text = _Reader(values, path).group('text_config')
   fields = reader.fields(_GENERATION_FIELDS)
-  # transformers leaves it out; where it is there, it says the same.
+  # transformers omits it; if present, it equals that of text_config.
   fields['bos_token_id'] = reader.take(
     'bos_token_id', text.take('bos_token_id', 2)
   )
   entropy = reader.group('sampler_config')
   kind = entropy.values.get('_cls_name', 'EntropyBoundSamplerConfig')
   if kind != 'EntropyBoundSamplerConfig':
-    logging.warning('%s names the sampler %r; it is left out.', path, kind)
+    logging.warning('%s names the sampler %r; it is ignored.', path, kind)
     entropy = _Reader({}, entropy.path)
   stops = [x.get('eos_token_id') for x in (generation, values, text.values)]
   stop = next((x for x in stops if x is not None), 1)
@@ -312,7 +314,7 @@ def diffusion_config(
 
 
 class _Reader:
-  """Typed access to a JSON object, with messages that say where."""
+  """Typed access to a JSON object; errors name file and key."""
 
   def __init__(self, values: Any, path: str, prefix: str = ''):
     if not isinstance(values, dict):
@@ -324,13 +326,14 @@ class _Reader:
     return f'{self.path}: {self._prefix}{key}'
 
   def group(self, key: str) -> '_Reader':
-    """A nested object; absent is empty."""
+    """A nested object; empty if absent."""
     values = self.values.get(key)
     values = {} if values is None else values
     return _Reader(values, self.path, f'{self._prefix}{key}.')
 
   def take(self, key: str, default: Any) -> Any:
-    """The value, of the default's type; required where that is a type."""
+    """The value of a key, of the type of `default`; if `default` is a type, the
+    key is required."""
     value = self.values.get(key)
     is_required = isinstance(default, type)
     if value is None:
@@ -367,7 +370,7 @@ class _Reader:
 def to_config(
   model: ModelConfig, diffusion: DiffusionConfig, dtype: str
 ) -> dict[str, Any]:
-  """Their config.json for a network that has a vision encoder.
+  """Their config.json for a network with a vision encoder.
 
   Args:
     model: the network.
@@ -383,8 +386,8 @@ def to_config(
     )
   if not model.logit_softcap:
     raise CheckpointError(
-      'config.model.logit_softcap is 0, for logits as they are; transformers '
-      'always has a softcap.'
+      'config.model.logit_softcap is 0, no softcap; transformers always has '
+      'one.'
     )
   theirs = {ours: name for name, ours in _KINDS.items()}
   vision = model.image_encoder
@@ -423,7 +426,7 @@ def to_config(
     'tie_word_embeddings': True,
     'vision_config': {
       'dtype': dtype,
-      # Before 5.17, transformers knows no 'axial'; from then on it is meant.
+      # transformers before 5.17 has no 'axial'; later 'default' means it here.
       'rope_parameters': {
         'rope_theta': vision.rope_theta,
         'rope_type': 'default',

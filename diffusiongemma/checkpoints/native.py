@@ -2,12 +2,12 @@
 
   WORKDIR/checkpoints/<step>/{params, opt_state, data, config, digests}
 
-Items are apart, so that sampling restores `params` alone. Orbax writes a step
-beside its place and renames it when complete, and notices neither a flipped
-bit nor a missing chunk: `digests` has one of every array, and restoring goes
-back to the newest step whose arrays all agree. Manager and items are Orbax' v0
-interface; its v1 adds what v0 lacks, saving piece by piece. All processes of a
-job save and restore together.
+Items are separate, so that sampling restores only `params`. Orbax writes a step
+to a temporary folder and renames it when complete, but notices neither a
+flipped bit nor a missing chunk: `digests` has a checksum of every array, and
+the newest step whose arrays all match is restored. Manager and items are Orbax'
+v0 interface; saving piece by piece is its v1. Saving and restoring are
+collectives.
 """
 
 from collections.abc import Callable
@@ -37,17 +37,17 @@ from diffusiongemma.checkpoints import digest as digest_lib
 from diffusiongemma.checkpoints import files
 from diffusiongemma.devices import processes
 
-# Where an array is to live: (path in the parameters, shape) -> sharding.
+# Sharding of an array: (path in the parameters, shape) -> sharding.
 ShardingOf = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]
 
 
 class Restored(NamedTuple):
-  """One step read back.
+  """A restored checkpoint.
 
   Attributes:
     step: training steps done.
     params: nested dict of arrays.
-    opt_state: the optimiser's, or None where it was not asked for.
+    opt_state: state of the optimiser, None if it was not requested.
     data: state of the data iterator, or None.
   """
 
@@ -62,8 +62,8 @@ def open_checkpoints(
 ) -> ocp.CheckpointManager:
   """The checkpoints in `directory`, an absolute path.
 
-  With `keep`, to write: the newest `keep` steps stay, and what an unfinished
-  save has left is removed. Without, to read, also beside a run that writes.
+  With `keep`, for writing: the newest `keep` steps are kept, and leftovers of
+  an unfinished save are removed. Without, for reading, also while a run writes.
   """
   if keep is not None and processes.is_first():
     _remove_claimed_room(directory)
@@ -84,12 +84,12 @@ def save(
   data: dict[str, Any],
   config: configs.Config,
 ) -> None:
-  """Writes a step; older ones stay until it is complete.
+  """Saves a step; older ones are kept until it is complete.
 
   Raises:
-    CheckpointError: the disk is full, read-only or gone. What was saved
-      before is as it was.
-    LeftAloneError: the same, noticed by this process when others were writing.
+    CheckpointError: the disk is full, read-only or gone. Older steps are
+      unchanged.
+    LeftAloneError: the same, in this process while others were writing.
   """
   if step in manager.all_steps():
     return
@@ -126,7 +126,7 @@ def save(
     if jax.process_count() > 1:
       raise LeftAloneError(
         f'{failed} by this process in {manager.directory}: {_reason(error)}. '
-        'The others wait for it. Fix this, and the same commands go on from '
+        'The others wait for it. Fix this, and the same commands resume from '
         'the newest checkpoint.'
       ) from error
     _remove_unfinished(manager, step)
@@ -135,7 +135,7 @@ def save(
     ) from error
 
 
-# Arrays are handed to TensorStore in pieces of about this many bytes.
+# Arrays are given to TensorStore in pieces of about this many bytes.
 _PIECE_BYTES = 2**28
 
 
@@ -146,11 +146,11 @@ def save_arrays(
   num_bytes: int,
   config: configs.Config,
 ) -> None:
-  """Writes a step of parameters that arrive one by one and never all exist.
+  """Saves a step of parameters that arrive one by one and never all exist.
 
   Args:
-    directory: of the checkpoints, new; the caller renames it into its place
-      when this function has returned.
+    directory: a new folder for the checkpoints; the caller renames it after
+      this function has returned.
     step: its number.
     arrays: (path in the parameters, array).
     num_bytes: of all arrays together.
@@ -196,7 +196,7 @@ def save_arrays(
     os.rename(os.path.join(arriving, 'state'), params)
     shutil.rmtree(arriving)
   except CheckpointError:
-    raise  # Of the arrays' source.
+    raise  # From the source of the arrays.
   except Exception as error:  # Orbax and TensorStore raise many kinds.
     raise CheckpointError(
       f'The parameters could not be saved in {directory}: {_reason(error)}.'
@@ -204,7 +204,7 @@ def save_arrays(
 
 
 def _reason(error: Exception) -> str:
-  """One line of what went wrong."""
+  """The reason of an error in one line."""
   if isinstance(error, OSError) and error.strerror:
     return error.strerror
   from_system = re.search(r'OS error \d+: ([^\]]+)', str(error))
@@ -216,27 +216,27 @@ def _reason(error: Exception) -> str:
 
 
 def _remove_unfinished(manager: ocp.CheckpointManager, step: int) -> None:
-  """Frees the room that a failed save has taken."""
+  """Removes the temporary folder of a failed save."""
   for folder in manager.directory.glob(f'{step}.orbax-checkpoint-tmp*'):
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_room(directory: str, num_bytes: int) -> None:
-  """Raises `OSError` where `num_bytes` can't be written, and leaves nothing.
+  """Raises `OSError` if `num_bytes` can't be written; leaves no file.
 
-  Asked before saving because TensorStore, once under way, answers a full disk
-  with a page of stack traces from its threads.
+  Called before saving because TensorStore reports a full disk with a page of
+  stack traces from its threads.
   """
   if not os.path.isdir(directory):
     return  # Not a local folder.
-  # It has no name, so that it is gone with the process, however that ends.
+  # Without a name, it is gone with the process, however that ends.
   with tempfile.TemporaryFile(dir=directory) as file:
     files.claim_room(file.fileno(), num_bytes)
 
 
 def _remove_claimed_room(directory: str) -> None:
-  """Removes the files by which older versions claimed room: a process that was
-  killed meanwhile has left them, each as large as a checkpoint."""
+  """Removes files by which killed processes of older versions claimed room,
+  each as large as a checkpoint."""
   for path in pathlib.Path(directory).glob('room-*'):
     made_here = re.fullmatch('room-[a-z0-9_]{8}', path.name)
     if made_here and path.is_file() and not path.is_symlink():
@@ -250,17 +250,17 @@ def restore_newest(
   opt_state: Any = None,
   verify: bool = True,
 ) -> Restored | None:
-  """The newest step that is whole, or None where there is no step at all.
+  """Restores the newest intact step; None if there is no step at all.
 
   Args:
-    manager: where to look.
-    params: arrays or `jax.ShapeDtypeStruct` of the shapes, and shardings if
-      any, to expect; types are as stored.
-    opt_state: the same, types too; None restores the parameters alone.
-    verify: compares digests; without, a flipped bit goes unnoticed.
+    manager: of the checkpoints.
+    params: arrays or `jax.ShapeDtypeStruct` with the expected shapes, and
+      shardings if any; types are as stored.
+    opt_state: the same, with the expected types; None restores only parameters.
+    verify: whether to compare digests; else a flipped bit goes unnoticed.
 
   Raises:
-    CheckpointError: there are steps, but none of them is whole.
+    CheckpointError: there are steps, but none of them is intact.
   """
   manager.reload()
   steps = sorted(manager.all_steps(), reverse=True)
@@ -272,11 +272,11 @@ def restore_newest(
       problems.append(str(error))
       continue
     for problem in problems:
-      logging.warning('%s Going back to the step before.', problem)
+      logging.warning('%s Trying the step before.', problem)
     return restored
   if problems:
     raise CheckpointError(
-      f'No checkpoint in {manager.directory} is whole; move that folder away '
+      f'No checkpoint in {manager.directory} is intact; move that folder away '
       'to start afresh.\n' + '\n'.join(problems)
     )
   return None
@@ -289,7 +289,7 @@ def restore_step(
   opt_state: Any = None,
   verify: bool = True,
 ) -> Restored:
-  """One step, verified array by array. Raises `CheckpointError`."""
+  """Restores one step, verified array by array. Raises `CheckpointError`."""
   problem = None
   try:
     items = _read_step(manager, step, params, opt_state)
@@ -303,8 +303,8 @@ def restore_step(
     if name not in items:
       continue
     expected = _digests_in(items.digests, name, step)
-    found = digest_lib.digests(items[name])
-    wrong = sorted(k for k in found if expected.get(k) != found[k])
+    actual = digest_lib.digests(items[name])
+    wrong = sorted(k for k in actual if expected.get(k) != actual[k])
     if wrong:
       raise CheckpointError(
         f'Checkpoint {step} is damaged, or of an older version: {name} '
@@ -314,8 +314,8 @@ def restore_step(
   if verify and 'data' in items:
     if items.digests.get('data') != _json_digest(items.data):
       raise CheckpointError(
-        f'Checkpoint {step} is damaged, or of an older version: its place in '
-        'the data differs from what was saved.'
+        f'Checkpoint {step} is damaged, or of an older version: its position '
+        'in the data differs from what was saved.'
       )
   return Restored(step, items.params, items.get('opt_state'), items.get('data'))
 
@@ -326,19 +326,19 @@ def _json_digest(value: Any) -> str:
 
 
 def _digests_in(digests: Any, name: str, step: int) -> dict[str, str]:
-  """Those of an item. Raises `CheckpointError` where they are damaged."""
-  found = digests.get(name) if isinstance(digests, dict) else None
-  if not isinstance(found, dict):
+  """The digests of an item. Raises `CheckpointError` if they are damaged."""
+  of_item = digests.get(name) if isinstance(digests, dict) else None
+  if not isinstance(of_item, dict):
     raise CheckpointError(
       f'Checkpoint {step} is damaged: its digests of {name} cannot be read.'
     )
-  return found
+  return of_item
 
 
 def _read_step(
   manager: ocp.CheckpointManager, step: int, params: Any, opt_state: Any
 ) -> Any:
-  """The items of a step as Orbax gives them. Raises `CheckpointError`."""
+  """The items of a step as Orbax returns them. Raises `CheckpointError`."""
   _check_index(manager, step)
   wanted = {'params': _with_stored_types(manager, step, params)}
   if opt_state is not None:
@@ -361,12 +361,12 @@ def _with_stored_types(
   """`params` with the types on disk, so that restoring casts nothing."""
   stored = _metadata(manager, step)
   try:
-    # Without a sharding, Orbax would ask for the devices that saved.
+    # Without a sharding, Orbax would require the devices that saved.
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(
-      lambda wanted, found: jax.ShapeDtypeStruct(
+      lambda wanted, on_disk: jax.ShapeDtypeStruct(
         wanted.shape,
-        found.dtype,
+        on_disk.dtype,
         sharding=getattr(wanted, 'sharding', None) or here,
       ),
       params,
@@ -379,8 +379,8 @@ def _with_stored_types(
 
 
 def _check_index(manager: ocp.CheckpointManager, step: int) -> None:
-  """Reads where every array lies. Orbax, meeting a damaged index while it
-  reads a hundred arrays at once, answers with a hundred stack traces."""
+  """Reads the index of the arrays. Orbax, which reads a hundred arrays at once,
+  reports a damaged index with a hundred stack traces."""
   directory = manager.directory / str(step) / 'params'
   spec = {'driver': 'ocdbt', 'base': f'file://{directory}/'}
   try:
@@ -393,8 +393,8 @@ def _check_index(manager: ocp.CheckpointManager, step: int) -> None:
 
 
 def _unreadable(manager: ocp.CheckpointManager, step: int) -> str:
-  """What is wrong with the first array that can't be read, which Orbax,
-  reading all at once, does not say."""
+  """The error of the first array that can't be read, '' without one; Orbax,
+  which reads all at once, does not name it."""
   try:
     read = array_reader(manager, step)
     for path in stored_types(manager, step):
@@ -417,7 +417,7 @@ def stored_types(
 
 
 def _metadata(manager: ocp.CheckpointManager, step: int) -> Any:
-  """The parameters of a step as Orbax describes them."""
+  """Orbax' metadata of the parameters of a step."""
   directory = manager.directory / str(step) / 'params'
   try:
     return ocp.PyTreeCheckpointHandler().metadata(directory).tree
@@ -430,10 +430,10 @@ def _metadata(manager: ocp.CheckpointManager, step: int) -> Any:
 def array_reader(
   manager: ocp.CheckpointManager, step: int
 ) -> Callable[[tuple[str, ...]], np.ndarray]:
-  """A function path -> array in the parameters of a step, verified.
+  """A function path -> array of the parameters of a step, verified.
 
-  Raises, as the function does:
-    CheckpointError: one is missing or differs from what was saved.
+  Raises, as does the function:
+    CheckpointError: an array is missing or differs from what was saved.
   """
   _check_index(manager, step)
   directory = manager.directory / str(step) / 'params'
@@ -481,8 +481,8 @@ def array_reader(
 
 
 def set_aside_after(manager: ocp.CheckpointManager, step: int) -> None:
-  """Renames newer steps to `damaged-<step>`: their numbers are needed again,
-  and what is in them may still be of use to somebody."""
+  """Renames newer steps to `damaged-<step>`: the run will save these steps
+  again, and their content may still be useful."""
   for newer in manager.all_steps() if processes.is_first() else ():
     if newer > step:
       aside = manager.directory / f'damaged-{newer}'

@@ -1,12 +1,12 @@
-"""Hugging Face folders of safetensors, read tensor by tensor.
+"""Reads Hugging Face folders of safetensors, tensor by tensor.
 
   file = uint64 n | n bytes of JSON | data
   JSON = {name: {"dtype", "shape", "data_offsets": [begin, end]}, ...}
 
-The offsets count from the start of the data, which they cover exactly. Where
-there are several files an index names them; what they hold, they say
-themselves. Files come from strangers: nothing in them is believed before it is
-checked. The library of this name maps whole files.
+The offsets count from the start of the data and cover it exactly. An index
+names the files if there are several; the headers say what they hold. Files are
+untrusted: everything in them is checked before use. The library of this name
+maps whole files.
 """
 
 from collections.abc import Mapping
@@ -29,14 +29,14 @@ from diffusiongemma.checkpoints import foreign
 SINGLE = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
 
-# All that the released model and its fine-tuned children are stored in.
+# The types in which the released model and its fine-tuned versions are stored.
 DTYPES = {
   'BF16': np.dtype(ml_dtypes.bfloat16),
   'F16': np.dtype('<f2'),
   'F32': np.dtype('<f4'),
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# Types of what lies beside them, such as positions, and of quantised weights.
+# Also types of other tensors, such as positions, and of quantised weights.
 _ALL_DTYPES = DTYPES | {
   'F64': np.dtype('<f8'),
   'F8_E4M3': np.dtype(ml_dtypes.float8_e4m3fn),
@@ -47,21 +47,21 @@ _ALL_DTYPES = DTYPES | {
   **{f'U{8 * n}': np.dtype(f'<u{n}') for n in (1, 2, 4, 8)},
 }
 
-MAX_DIMENSIONS = 32  # More, NumPy before 2.0 and XLA can't hold.
+MAX_DIMENSIONS = 32  # The limit of NumPy before 2.0 and of XLA.
 MAX_BYTES = 2**63 - 1  # Of an array, empty dimensions aside: NumPy's limit.
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """Where a tensor lies.
+  """Name, type and position of a tensor in a file.
 
   Attributes:
     name: as in the file, `model.decoder.embed_tokens.weight`.
-    dtype: bfloat16, float16 or float32 of weights; any type of a file.
+    dtype: bfloat16, float16 or float32 for weights; other tensors have any.
     shape: sizes, outermost first; `()` for a scalar.
     path: the file.
     offset: of its first byte, from the start of the file.
-    nbytes: its length there, the product of the shape times the item size.
+    nbytes: its length, the product of the shape times the item size.
   """
 
   name: str
@@ -73,31 +73,31 @@ class Tensor:
 
 
 def list_tensors(folder: str) -> dict[str, Tensor]:
-  """Every tensor of a folder, from headers alone: no data is read, but of
-  tensors that lie in several files.
+  """Every tensor of a folder, from the headers; data is read only of tensors
+  that are in several files.
 
   Args:
     folder: holds `model.safetensors`, or `model.safetensors.index.json` and
-      the files it names, there or in folders below. Links must stay inside, or
-      be those of the Hugging Face cache.
+      the files it names, there or in subfolders. Links must stay inside, or be
+      those of the Hugging Face cache.
 
   Returns:
-    `{name: Tensor}`, in the order in which they lie in the files.
+    `{name: Tensor}`, in the order of their data in the files.
 
   Raises:
-    CheckpointError: there are no such files, or they are damaged,
-      contradict each other or hold what this package can't read.
+    CheckpointError: there are no such files, or they are damaged, contradict
+      each other or hold unsupported types.
   """
   if not os.path.isdir(folder):
     raise CheckpointError(
       f'{folder!r} is not a folder; give one that holds {SINGLE} or {INDEX}.'
     )
-  # A dangling link counts as there: it tells of a lost file.
+  # A dangling link counts as present, so that the error names the lost file.
   has_single = os.path.lexists(os.path.join(folder, SINGLE))
   if os.path.lexists(os.path.join(folder, INDEX)):
     weight_map = _read_index(folder)
-    # transformers takes the single file, which is right where the index was
-    # left behind. AutoRound names the single file as one of several.
+    # transformers prefers the single file, which is right if the index is a
+    # leftover. AutoRound names the single file as one of several.
     if not has_single or SINGLE in weight_map.values():
       return _list_indexed(folder, weight_map)
   if has_single:
@@ -111,11 +111,11 @@ def list_tensors(folder: str) -> dict[str, Tensor]:
 
 
 def read_tensor(tensor: Tensor) -> np.ndarray:
-  """The tensor in a fresh, writable, C-contiguous array.
+  """The tensor in a new, writable, C-contiguous array.
 
   Raises:
-    CheckpointError: the file can't be read, has shrunk since it was listed,
-      or there is no memory.
+    CheckpointError: the file can't be read, has shrunk since it was listed, or
+      memory is insufficient.
   """
   what = f'Tensor {files.quote(tensor.name)} in {tensor.path!r}'
   end = tensor.offset + tensor.nbytes
@@ -129,15 +129,15 @@ def read_tensor(tensor: Tensor) -> np.ndarray:
       array = np.empty(tensor.shape, tensor.dtype)
     except MemoryError as error:
       raise CheckpointError(
-        f'{what} needs {tensor.nbytes} bytes of memory, which are not there.'
+        f'{what} needs {tensor.nbytes} bytes of memory, more than there is.'
       ) from error
     files.read_into(bytes_of(array), descriptor, tensor.offset, what)
   return array
 
 
 def has_bits(tensor: Tensor, array: np.ndarray) -> bool:
-  """Whether a tensor is this array to the bit; no more than
-  `files.CHUNK_BYTES` of it are held."""
+  """Whether a tensor is bit-equal to an array; reads `files.CHUNK_BYTES` at a
+  time."""
   if (tensor.dtype, tensor.shape) != (array.dtype, array.shape):
     return False
   view = bytes_of(array)
@@ -152,12 +152,12 @@ def has_bits(tensor: Tensor, array: np.ndarray) -> bool:
 
 
 def bytes_of(array: np.ndarray) -> memoryview:
-  """The bytes of a C-contiguous array, not copied."""
+  """The bytes of a C-contiguous array, without a copy."""
   return array.reshape(-1).view(np.uint8).data
 
 
 def is_text(value: Any) -> bool:
-  """Whether this is a string without halves of surrogate pairs."""
+  """Whether this is a string without lone surrogates."""
   if not isinstance(value, str):
     return False
   try:
@@ -182,7 +182,7 @@ def _list_file(path: str) -> dict[str, Tensor]:
         'it again.'
       )
     length = int.from_bytes(files.read_bytes(descriptor, 0, 8, path), 'little')
-    # Before it is read: a few bytes must not cost more memory than they are.
+    # Checked before reading: a small file must not cost gigabytes of memory.
     if length > files.MAX_JSON_BYTES:
       raise CheckpointError(
         f'{path!r} declares a header of {length} bytes, and '
@@ -211,7 +211,8 @@ def _list_file(path: str) -> dict[str, Tensor]:
 def _checked_entry(
   name: str, entry: Any, path: str, start: int, size: int
 ) -> Tensor:
-  """One entry of the header, where its data begins at `start`."""
+  """The tensor of a header entry; the data begins at byte `start` of the
+  file."""
 
   def refuse(reason: str) -> CheckpointError:
     return CheckpointError(f'Tensor {files.quote(name)} in {path!r} {reason}.')
@@ -234,7 +235,7 @@ def _checked_entry(
       f'has {len(shape)} dimensions, and {MAX_DIMENSIONS} are the limit'
     )
   itemsize = _ALL_DTYPES[dtype].itemsize
-  # Also where another dimension is 0, in which NumPy looks no different.
+  # NumPy has this limit even if another dimension is 0.
   if math.prod(x or 1 for x in shape) * itemsize > MAX_BYTES:
     raise refuse(f'has a shape, {shape}, that no array can have')
   if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
@@ -266,34 +267,35 @@ def _are_sizes(value: Any) -> bool:
 def _check_cover(
   tensors: list[Tensor], path: str, start: int, size: int
 ) -> None:
-  """Raises unless sorted tensors lie end to end from `start` to `size`.
+  """Raises `CheckpointError` unless the sorted tensors cover `start` to `size`
+  without gaps and overlaps.
 
-  The format demands it: bytes read twice or never are damage, or hide
+  The format requires it: bytes of two tensors or of none are damage, or hide
   something.
   """
-  place, before = start, 'the header'
+  position, before = start, 'the header'
   for tensor in tensors:
     what = f'Tensor {files.quote(tensor.name)} in {path!r}'
-    if tensor.offset < place:
+    if tensor.offset < position:
       raise CheckpointError(
-        f'{what} begins {place - tensor.offset} bytes before the end of '
+        f'{what} begins {position - tensor.offset} bytes before the end of '
         f'{before}: they overlap.'
       )
-    if tensor.offset > place:
+    if tensor.offset > position:
       raise CheckpointError(
-        f'{what} begins {tensor.offset - place} bytes after the end of '
+        f'{what} begins {tensor.offset - position} bytes after the end of '
         f'{before}: a hole that belongs to no tensor.'
       )
-    place, before = tensor.offset + tensor.nbytes, files.quote(tensor.name)
-  if place != size:
+    position, before = tensor.offset + tensor.nbytes, files.quote(tensor.name)
+  if position != size:
     raise CheckpointError(
-      f'{path!r} has {size - place} bytes after the end of {before}, its last: '
-      'they belong to no tensor.'
+      f'{path!r} has {size - position} bytes after the end of {before}, its '
+      'last: they belong to no tensor.'
     )
 
 
 def _read_index(folder: str) -> dict[str, str]:
-  """`{name of a tensor: path of its file, from the folder}`."""
+  """`{name of a tensor: path of its file, relative to the folder}`."""
   path = files.checked_path(folder, INDEX)
   weight_map = files.read_json(folder, INDEX).get('weight_map')
   if not _is_text_map(weight_map):
@@ -306,7 +308,7 @@ def _read_index(folder: str) -> dict[str, str]:
 
 
 def _checked_shard(shard: str, path: str) -> str:
-  """The path of a file that an index names, normalised."""
+  """The normalised path of a file that an index names."""
   is_inside = '..' not in shard.split('/') and not shard.startswith('/')
   is_plain = '\0' not in shard and len(shard) <= 1000
   if not (is_inside and is_plain and shard.endswith('.safetensors')):
@@ -320,9 +322,9 @@ def _checked_shard(shard: str, path: str) -> str:
 def _list_indexed(
   folder: str, weight_map: Mapping[str, str]
 ) -> dict[str, Tensor]:
-  """The tensors of all files that the index names. Which of them a tensor is
-  in, and which tensors there are, the files say."""
-  # Before any is opened: most often a download was not finished.
+  """The tensors of all files that the index names; the headers of the files
+  decide which tensors there are, and where."""
+  # Before any file is opened: most often a download was not finished.
   shards = sorted(set(weight_map.values()))
   paths = [files.checked_path(folder, shard) for shard in shards]
   tensors: dict[str, Tensor] = {}

@@ -1,8 +1,8 @@
-"""Hugging Face folders of safetensors, written tensor by tensor.
+"""Writes Hugging Face folders of safetensors, tensor by tensor.
 
-The library of this name writes only what is all in memory at once. Here room
-is claimed before anything is read, each tensor goes to its place as it comes,
-and a failure leaves no file.
+The library of this name needs all tensors in memory at once. Here disk space is
+allocated before anything is read, each tensor is written at its offset when it
+arrives, and a failure leaves no file.
 """
 
 from collections.abc import Callable
@@ -35,21 +35,21 @@ def write_folder(
 ) -> None:
   """Writes `model.safetensors`, or an index and `model-00001-of-0000N...`.
 
-  Room for all files is claimed before the first tensor is asked for, and one
+  Disk space for all files is allocated before the first call of `read`, and one
   tensor is held at a time. A call that fails removes the files it created.
 
   Args:
     folder: exists, and holds no such files yet.
-    tensors: `{name: (shape, dtype)}`. Files are filled in this order, and
-      within a file float32 comes before the 16-bit types, so that all of
-      them are aligned.
-    read: gives the tensor of a name; called once each, in the order written.
-    max_shard_bytes: of tensors in a file, where no single one is larger.
-    on_bytes: told the bytes of each tensor written.
+    tensors: `{name: (shape, dtype)}`. Files are filled in this order; within a
+      file float32 comes before the 16-bit types, so that all are aligned.
+    read: name -> tensor; called once each, in the order written.
+    max_shard_bytes: most bytes of tensors in a file, unless a single tensor is
+      larger.
+    on_bytes: called with the bytes of each tensor written.
 
   Raises:
     CheckpointError: the disk is full, a file exists or can't be written, or
-      `read` gave another shape or type than was declared.
+      `read` returned another shape or type than declared.
   """
   groups = _split(tensors, max_shard_bytes)
   paths = [os.path.join(folder, x) for x in _file_names(len(groups))]
@@ -76,7 +76,7 @@ def write_folder(
 def _split(
   tensors: Mapping[str, tuple[Sequence[int], Any]], max_shard_bytes: int
 ) -> list[list[Tensor]]:
-  """Which tensors share a file; their places are still to be found."""
+  """The tensors of each file, still without path and offset."""
   groups: list[list[Tensor]] = [[]]
   room = max_shard_bytes
   for name, (shape, dtype) in tensors.items():
@@ -105,8 +105,8 @@ def _file_names(count: int) -> list[str]:
 
 
 def _place(path: str, tensors: list[Tensor]) -> tuple[bytes, list[Tensor]]:
-  """All of a file before its data, and its tensors at their places."""
-  # Larger items first: then each begins at a multiple of its own size.
+  """(bytes of a file before its data, its tensors with path and offset)."""
+  # Larger items first, so that each begins at a multiple of its item size.
   tensors = sorted(tensors, key=lambda x: -x.dtype.itemsize)
   bounds = itertools.accumulate((x.nbytes for x in tensors), initial=0)
   spans = list(itertools.pairwise(bounds))
@@ -133,7 +133,7 @@ def _place(path: str, tensors: list[Tensor]) -> tuple[bytes, list[Tensor]]:
 
 
 def _create(path: str, head: bytes, nbytes: int, created: list[str]) -> None:
-  """A new file that begins with `head` and has room for `nbytes`."""
+  """Creates a file that begins with `head`, with `nbytes` allocated."""
   with (
     files.system_errors(f'{path!r} ({nbytes} bytes) cannot be written'),
     open(path, 'xb', buffering=0) as file,
@@ -150,8 +150,8 @@ def _fill(
   read: Callable[[str], np.ndarray],
   on_bytes: Callable[[int], None] | None,
 ) -> None:
-  """Writes the data of a file that was created."""
-  # `read` stays outside of these: its own errors are not about this file.
+  """Writes the data of a created file."""
+  # Not around `read`, whose errors are not about this file.
   errors = lambda: files.system_errors(f'{path!r} cannot be written')
   with errors():
     descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
@@ -171,7 +171,8 @@ def _fill(
 
 
 def _checked_bytes(tensor: Tensor, array: np.ndarray) -> memoryview:
-  """The bytes of what `read` gave; copied only where not C-contiguous."""
+  """The bytes of an array from `read`, copied only if it is not
+  C-contiguous."""
   array = np.asarray(array)
   if array.dtype != tensor.dtype or array.shape != tensor.shape:
     raise CheckpointError(
@@ -188,7 +189,7 @@ def _write(descriptor: int, view: memoryview) -> None:
 
 
 def _index_json(tensors: list[Tensor]) -> bytes:
-  """As transformers writes it."""
+  """The index in the format of transformers."""
   index = {
     'metadata': {
       'total_parameters': sum(math.prod(x.shape) for x in tensors),

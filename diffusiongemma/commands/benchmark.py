@@ -12,12 +12,12 @@ _GRID = flags.DEFINE_list(
   'Batches and contexts to sample with: 1x256,1x4096,8x256.',
 )
 _PEER = flags.DEFINE_bool(
-  'peer', True, 'Beside transformers, where that is installed.'
+  'peer', True, 'Measure transformers too, if it is installed.'
 )
 
 
 def run(overrides: dict[str, str]) -> int:
-  """Prints what was measured; returns the exit code."""
+  """Prints the measurements; returns the exit code."""
   from diffusiongemma.tools import benchmark
 
   config = shared.load_config(overrides)

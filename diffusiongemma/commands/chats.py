@@ -1,4 +1,4 @@
-"""A chat: turns typed one after the other, or a single --prompt."""
+"""A chat in the terminal, or a single turn with --prompt."""
 
 from collections.abc import Callable
 import contextlib
@@ -23,11 +23,11 @@ HELP = """\
 /think        switch thinking on or off
 /new          forget the conversation
 /quit         end (as Ctrl-D does; Ctrl-C stops a reply)
-A line that ends in \\ goes on in the next one; // begins a line with a /."""
+A line that ends in \\ continues on the next one; // begins a line with a /."""
 
 
 def make_model(run: Run, request: Request) -> chat.Model:
-  """The network as `chat.take_turn` wants it."""
+  """The network in the form of `chat.take_turn`."""
   return chat.Model(
     run.config,
     run.params,
@@ -47,7 +47,8 @@ def start(request: Request) -> chat.Conversation:
 
 
 def write(run: Run, request: Request) -> int:
-  """One message and its reply, or as many as are typed."""
+  """Answers the --prompt, or messages typed until the end; returns the exit
+  code."""
   if request.prompt is None:
     return _Chat(run, request).talk()
   if not request.prompt.strip() and not request.images:
@@ -58,7 +59,7 @@ def write(run: Run, request: Request) -> int:
 
 
 class _Chat:
-  """A chat on the terminal, or from lines of a file."""
+  """A chat in the terminal, or with lines of standard input."""
 
   def __init__(self, run: Run, request: Request):
     self.run = run
@@ -86,7 +87,7 @@ class _Chat:
     return int(self.failed)
 
   def read_line(self, prompt: str) -> str | None:
-    """What was typed, None at the end."""
+    """The next message, None at the end."""
     lines: list[str] = []
     while not lines or lines[-1].endswith('\\'):
       try:
@@ -102,7 +103,7 @@ class _Chat:
     return '\n'.join([*(line[:-1] for line in lines[:-1]), lines[-1]])
 
   def attempt(self, action: Callable[..., None], *arguments: str) -> None:
-    """Does it; what goes wrong is told, and nothing of it stays."""
+    """Calls `action`; after an error, the conversation is as before."""
     try:
       action(*arguments)
     except Error as error:
@@ -112,7 +113,7 @@ class _Chat:
       print('\nStopped; the message is forgotten.', file=sys.stderr)
 
   def obey(self, command: str, argument: str) -> None:
-    """Follows a line that begins with a slash."""
+    """Executes a command, a line that begins with a slash."""
     if command == '/image':
       images.load_image(argument)
       self.pictures.append(argument)
@@ -130,13 +131,14 @@ class _Chat:
       )
 
   def answer(self, text: str) -> None:
-    """Sends a message, then what tools answer, until the model has done."""
+    """Sends a message, then results of tools, until the model makes no more
+    calls."""
     pictures, self.pictures = self.pictures, []
     message = chat.user_message(text, len(pictures))
     reply = self.say([message], pictures)
     while reply.tool_calls:
       results = []
-      # The calls stand in the last message, with their names.
+      # The last message has the calls, with their names.
       for call in self.conversation.messages[-1]['tool_calls']:
         function = call['function']
         result = self.read_line(f'{_spell(function)} = ')
@@ -169,7 +171,7 @@ class _Chat:
 
 
 def show_reply(reply: chat.Reply) -> None:
-  """Prints a reply, its thinking apart."""
+  """Prints a reply, with its thinking separated."""
   if reply.thinking:
     requests.print_text('[thinking]', terminal.STATUS)
     requests.print_text(reply.thinking, terminal.NOISE)

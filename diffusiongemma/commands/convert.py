@@ -1,4 +1,4 @@
-"""Makes a Hugging Face folder a run."""
+"""Converts a Hugging Face folder to a run."""
 
 from diffusiongemma.commands import shared
 
@@ -11,7 +11,7 @@ def run(overrides: dict[str, str]) -> int:
   config = convert.convert(hf_dir, workdir)
   layers = len(config.model.attention_pattern)
   print(
-    f'{workdir} holds the {layers} layers of {hf_dir}. Write with it:\n'
+    f'{workdir} holds the {layers} layers of {hf_dir}. Sample from it:\n'
     f'  python -m diffusiongemma.main --mode=sample --workdir={workdir} '
     f'--prompt="..."'
   )

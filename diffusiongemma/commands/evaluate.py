@@ -7,7 +7,7 @@ from diffusiongemma.commands import shared
 
 
 def run(overrides: dict[str, str]) -> int:
-  """Prints what was measured; returns the exit code."""
+  """Prints the measurements; returns the exit code."""
   from rich import console as rich_console
 
   from diffusiongemma.training import corpus as corpora

@@ -1,4 +1,4 @@
-"""Makes a run a Hugging Face folder."""
+"""Exports a run to a Hugging Face folder."""
 
 from diffusiongemma.commands import shared
 

@@ -1,4 +1,4 @@
-"""What there is to say on a command line: modes, flags, fields of the config.
+"""Texts of `--help`: flags of the modes, fields of the config.
 
 python -m diffusiongemma.commands.help BUILD.md   writes its table of fields
 """
@@ -29,20 +29,20 @@ def flags_text(title: str, module: ModuleType) -> str:
 
 def fields_text() -> str:
   """All fields of the config with their defaults, group by group."""
-  parts = []
+  blocks = []
   for group, about, leaves in _groups():
-    parts.append(f'\n--{group}.*: {about}')
+    blocks.append(f'\n--{group}.*: {about}')
     for leaf in leaves:
       head = f'  {leaf.name.removeprefix(group + ".")}={_default(leaf)}'
       wrapped = textwrap.wrap(
         _what(leaf), WIDTH, initial_indent=' ' * 6, subsequent_indent=' ' * 6
       )
-      parts.append('\n'.join([head, *wrapped]))
-  return '\n'.join(parts).lstrip('\n')
+      blocks.append('\n'.join([head, *wrapped]))
+  return '\n'.join(blocks).lstrip('\n')
 
 
 def fields_table() -> str:
-  """The same as a table of Markdown."""
+  """All fields of the config as a Markdown table."""
   lines = [
     '| field of `config` | default | what | may change |',
     '|---|---|---|---|',
@@ -60,7 +60,7 @@ def fields_table() -> str:
 
 
 def with_table(page: str) -> str:
-  """A page with the table between its marks."""
+  """`page` with the table inserted between `BEGIN` and `END`."""
   before, _, rest = page.partition(BEGIN)
   _, end, after = rest.partition(END)
   if not end:
@@ -90,7 +90,7 @@ def _group(leaf: fields.Leaf) -> str:
 
 
 def _default(leaf: fields.Leaf) -> str:
-  """As it is written on the command line."""
+  """The default as written on the command line."""
   value = leaf.default
   if isinstance(value, tuple) and len(value) > 4:
     return f'({len(value)} values)'
@@ -104,11 +104,11 @@ def _default(leaf: fields.Leaf) -> str:
 
 
 def _what(leaf: fields.Leaf) -> str:
-  """Its help, its values and its limits."""
-  parts = [leaf.about.help]
+  """Help, choices and limits of a field."""
+  clauses = [leaf.about.help]
   if leaf.choices:
     *others, last = leaf.choices
-    parts.append(f'{", ".join(others)} or {last}')
+    clauses.append(f'{", ".join(others)} or {last}')
   about = leaf.about
   if type(leaf.default) in (int, float):
     limits = [] if about.lower_limit == 'positive' else [about.lower_limit]
@@ -117,8 +117,8 @@ def _what(leaf: fields.Leaf) -> str:
     if about.below is not None:
       limits.append(f'below {fields.spell(about.below)}')
     if limits:
-      parts.append(', '.join(limits))
-  return '; '.join(parts)
+      clauses.append(', '.join(limits))
+  return '; '.join(clauses)
 
 
 if __name__ == '__main__':

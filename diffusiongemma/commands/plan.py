@@ -1,4 +1,4 @@
-"""Compiles for devices that are not there: what would it take?"""
+"""Compiles for devices that are not attached, and estimates memory and time."""
 
 import json
 
@@ -19,7 +19,7 @@ _PROGRAM = flags.DEFINE_enum(
 _CONTEXT = flags.DEFINE_integer(
   'context',
   None,
-  'Tokens that sampling has room for. Default: 8192, or what the network has.',
+  'Context length for sampling. Default: 8192, or that of the network if less.',
   lower_bound=1,
 )
 

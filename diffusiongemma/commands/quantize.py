@@ -1,4 +1,4 @@
-"""Makes a run, or a Hugging Face folder, a run of few bits."""
+"""Quantises a run, or a Hugging Face folder, to a new run."""
 
 from absl import flags
 
@@ -25,8 +25,8 @@ def run(overrides: dict[str, str]) -> int:
   others = [f for f in overrides if not f.startswith('quantization.')]
   if others:
     raise configs.ConfigError(
-      '--mode=quantize takes --config.quantization.* alone; the rest is as it '
-      'is in --source.'
+      '--mode=quantize takes only --config.quantization.*; the rest is that of '
+      '--source.'
     )
   config = overrides_lib.apply(overrides, configs.Config())
   configs.validate(config)

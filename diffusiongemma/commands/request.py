@@ -1,4 +1,4 @@
-"""What `--mode=sample` is asked for, and how it shows what a network writes."""
+"""Requests of `--mode=sample`, and the output of what a network writes."""
 
 from collections.abc import Iterator
 import contextlib
@@ -24,12 +24,12 @@ class SampleError(Error, ValueError):
 
 
 class Request(NamedTuple):
-  """What a person asks for.
+  """The options of a call of `--mode=sample`.
 
   Attributes:
-    prompt: a text or message; None asks for messages one after the other.
-    system: what the model is told before the first message.
-    images: files, shown with the prompt.
+    prompt: a text or message; None reads messages from standard input.
+    system: the system message.
+    images: files of the pictures of the prompt.
     thinking: whether the model thinks before it answers.
     tools: declarations, see `chat.read_tools`.
     infill: a text with holes.
@@ -39,7 +39,7 @@ class Request(NamedTuple):
     max_new_tokens: of each text; None is four canvases.
     seed: of the noise.
     trace: a file for the denoising steps of the last text.
-    as_json: print one object a text, nothing else.
+    as_json: print only one JSON object per text.
   """
 
   prompt: str | None = None
@@ -58,10 +58,10 @@ class Request(NamedTuple):
 
 
 def check(run: Run, request: Request) -> Request:
-  """The request with `chat` as it is for this network.
+  """The request with `chat` resolved for this network.
 
   Raises:
-    SampleError: the network can't do it.
+    SampleError: the network does not support the request.
   """
   if request.trace:
     try:
@@ -76,21 +76,21 @@ def check(run: Run, request: Request) -> Request:
       templates.template_of(run.tokenizer, run.chat_template)
     except templates.TemplateError as error:
       raise SampleError(str(error)) from error
-  for flag, given in (
+  for flag, value in (
     ('system', request.system),
     ('think', request.thinking),
     ('tools', request.tools),
   ):
-    if given and not is_chat:
+    if value and not is_chat:
       raise SampleError(f'--{flag} is for a chat; this network has none.')
-  for flag, given in (
+  for flag, value in (
     ('think', request.thinking),
     ('tools', request.tools),
     ('max_new_tokens', request.max_new_tokens is not None),
   ):
-    if given and request.infill is not None:
+    if value and request.infill is not None:
       raise SampleError(
-        f'--{flag} is not for --infill, which writes what its holes hold.'
+        f'--{flag} is not for --infill, which writes only into its holes.'
       )
   for flag, value in (
     ('prompt', request.prompt),
@@ -104,7 +104,7 @@ def check(run: Run, request: Request) -> Request:
 
 
 def most_tokens(run: Run, request: Request) -> int:
-  """How many tokens a text may have."""
+  """Most new tokens of a text."""
   if request.max_new_tokens is None:
     return generate.default_max_new_tokens(run.config)
   return request.max_new_tokens
@@ -114,9 +114,9 @@ def most_tokens(run: Run, request: Request) -> int:
 def watching(
   run: Run, request: Request, shown: str
 ) -> Iterator[dict[str, Any]]:
-  """Callbacks for `generate`: a live canvas, and what the trace is made of.
+  """Callbacks for `generate`: a live canvas, and the recorder of a trace.
 
-  Without any, the whole canvas is denoised on the device in one go.
+  Without callbacks, a whole canvas is denoised in one program.
   """
   steps = run.config.diffusion.max_denoising_steps
   watchers = []
@@ -142,22 +142,21 @@ def watching(
 
 
 def console() -> rich_console.Console:
-  """The terminal, or the file, that texts are printed on."""
+  """A console on standard output."""
   return rich_console.Console(file=sys.stdout, highlight=False, soft_wrap=True)
 
 
 def print_text(text: str, style: str = '') -> None:
-  """Prints what a network wrote; nothing in it reaches the terminal as a
-  command."""
+  """Prints text of a network, without control characters."""
   console().print(rich_text.Text(terminal.printable(text), style))
 
 
 def print_statistics(written: generate.Generation) -> None:
-  """Prints what a text has cost, where anyone is watching."""
+  """Prints tokens and steps of a text, if the output is a terminal."""
   reason = (written.stopped_by or 'nothing').replace('_', ' ')
   if console().is_terminal:
     print_text(
       f'{len(written.tokens)} tokens in {written.steps} steps '
-      f'({written.tokens_per_forward:.1f} a step), stopped by {reason}',
+      f'({written.tokens_per_forward:.1f} per step), stopped by {reason}',
       terminal.STATUS,
     )

@@ -1,4 +1,4 @@
-"""Chats, or goes on from a text."""
+"""Chats, or continues a text."""
 
 import pathlib
 import typing
@@ -13,11 +13,9 @@ if typing.TYPE_CHECKING:
   from diffusiongemma.runs.load import Run
 
 _PROMPT = flags.DEFINE_string(
-  'prompt', None, 'The message, or the text to go on from.'
+  'prompt', None, 'The message, or the text to continue.'
 )
-_SYSTEM = flags.DEFINE_string(
-  'system', '', 'What the model is told before the first message.'
-)
+_SYSTEM = flags.DEFINE_string('system', '', 'The system message.')
 _IMAGE = shared.path(
   flags.DEFINE_multi_string(
     'image', [], 'A picture for the first message; may be repeated.'
@@ -28,11 +26,11 @@ _THINK = flags.DEFINE_bool(
 )
 _TOOLS = shared.path(
   flags.DEFINE_string(
-    'tools', None, 'JSON file, a list of functions it may call.'
+    'tools', None, 'JSON file with a list of functions it may call.'
   )
 )
 _INFILL = flags.DEFINE_string(
-  'infill', None, 'A text with holes, ___, an underscore a token.'
+  'infill', None, 'A text with holes, ___, one underscore per token.'
 )
 _PROMPTS = flags.DEFINE_string(
   'prompts',
@@ -41,11 +39,11 @@ _PROMPTS = flags.DEFINE_string(
   'prints a JSON line for each.',
 )
 _CHAT = flags.DEFINE_bool(
-  'chat', None, 'Prompts are messages. Default: if there are turns.'
+  'chat', None, 'Prompts are messages. Default: if the network knows turns.'
 )
 _TRACE = shared.path(
   flags.DEFINE_string(
-    'trace', '', '.html or .png to draw the denoising steps in.'
+    'trace', '', 'A .html or .png file for a trace of the denoising steps.'
   )
 )
 _SEED = flags.DEFINE_integer(
@@ -59,7 +57,7 @@ _MAX_NEW_TOKENS = flags.DEFINE_integer(
 
 
 def run(overrides: dict[str, str]) -> int:
-  """Writes; returns the exit code."""
+  """Samples; returns the exit code."""
   from diffusiongemma.commands.request import Request
 
   request = Request(
@@ -81,7 +79,7 @@ def run(overrides: dict[str, str]) -> int:
 
 
 def _read_tools() -> tuple[dict[str, typing.Any], ...]:
-  """What `--tools` declares. Raises `ToolsError`."""
+  """The declarations in the file of `--tools`. Raises `ToolsError`."""
   from diffusiongemma.generation import chat
 
   if not _TOOLS.value:
@@ -93,12 +91,12 @@ def _read_tools() -> tuple[dict[str, typing.Any], ...]:
 
 
 def sample(run: 'Run', request: 'Request') -> int:
-  """Writes with a run what is asked for; returns the exit code.
+  """Answers a request with a run; returns the exit code.
 
   Raises:
-    SampleError: the network can't do it.
+    SampleError: the network does not support the request.
     PromptError, ImageError, TemplateError, TokenizerError, TraceError: the
-      prompt can't be used, or a trace not be written.
+      prompt can't be used, or a trace can't be written.
   """
   from diffusiongemma.commands import chats
   from diffusiongemma.commands import prompts

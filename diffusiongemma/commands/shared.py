@@ -1,4 +1,4 @@
-"""Flags that several modes take, and what follows from them."""
+"""Flags of several modes, and the folders and configs that they name."""
 
 import os
 import pathlib
@@ -20,8 +20,8 @@ _PATHS: list[str] = []  # Names of the flags that are paths.
 
 
 def path(flag: flags.FlagHolder[Any]) -> flags.FlagHolder[Any]:
-  """A flag whose value is a file or a folder, or a list of them: `find_paths`
-  makes it a local one."""
+  """Registers a flag whose value is a path or a list of paths, for
+  `find_paths`."""
   _PATHS.append(flag.name)
   return flag
 
@@ -30,7 +30,7 @@ CONFIG = path(
   flags.DEFINE_string(
     'config',
     None,
-    'A config by its name, as tiny, or a Python file with get_config().',
+    'Name of a shipped config (tiny), or a Python file with get_config().',
   )
 )
 WORKDIR = path(
@@ -40,7 +40,7 @@ WORKDIR = path(
 )
 HF_DIR = path(
   flags.DEFINE_string(
-    'hf_dir', None, 'The Hugging Face folder to read; export: to make.'
+    'hf_dir', None, 'The Hugging Face folder to read; export: to write.'
   )
 )
 FORMAT = flags.DEFINE_enum('format', 'text', ['text', 'json'], 'What to print.')
@@ -51,7 +51,7 @@ BATCH_SIZE = flags.DEFINE_integer(
   lower_bound=1,
 )
 
-# The modes that take a flag of this file; without a row, all do.
+# The modes that take a flag of this file; one without a row is for all modes.
 TAKEN_BY = {
   'config': ('train', 'evaluate', 'sample', 'plan', 'benchmark'),
   'hf_dir': ('evaluate', 'sample', 'convert', 'export'),
@@ -61,7 +61,7 @@ TAKEN_BY = {
 
 
 def find_paths() -> None:
-  """Makes flags that are paths local ones. Raises `ConfigError`."""
+  """Expands the flags registered with `path`. Raises `ConfigError`."""
   for flag in map(flags.FLAGS.__getitem__, _PATHS):
     name = f'--{flag.name}'
     if isinstance(flag.value, list):
@@ -80,7 +80,7 @@ def workdir() -> str:
 
 
 def load_config(overrides: dict[str, str]) -> Config:
-  """The config that `--config` names, with single fields changed.
+  """The config that `--config` names, with `overrides` applied.
 
   Raises:
     ConfigError, WorkdirError, CheckpointError: it can't be used.
@@ -95,7 +95,7 @@ def load_config(overrides: dict[str, str]) -> Config:
 
 
 def load_run(overrides: dict[str, str]) -> 'Run':
-  """The run, or the Hugging Face folder, to write with or to measure.
+  """Loads the run or the Hugging Face folder to sample from or to evaluate.
 
   Raises:
     ConfigError, WorkdirError, CheckpointError: it can't be used.
@@ -114,8 +114,8 @@ def load_run(overrides: dict[str, str]) -> 'Run':
 
 
 def both_folders(mode: str, overrides: dict[str, str]) -> tuple[str, str]:
-  """(hf_dir, workdir) of a conversion, which changes no field of a config.
-  Raises `ConfigError`."""
+  """(hf_dir, workdir) of a conversion, which takes no overrides. Raises
+  `ConfigError`."""
   require(mode, '--hf_dir is the Hugging Face folder, --workdir ours', HF_DIR)
   require(mode, '--hf_dir is the Hugging Face folder, --workdir ours', WORKDIR)
   if overrides:
@@ -133,6 +133,7 @@ def require(mode: str, why: str, flag: flags.FlagHolder[Any]) -> None:
 
 
 def end_on_signals() -> None:
-  """So that what a stopped conversion has written is removed."""
+  """Exits on SIGINT and SIGTERM in the ordinary way, so that files of a stopped
+  conversion are removed."""
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, _: sys.exit(128 + number))

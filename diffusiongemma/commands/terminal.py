@@ -1,7 +1,7 @@
-"""The live canvas: text that settles out of noise, step by step.
+"""The live canvas: shows the denoising of a text step by step.
 
-Accepted tokens stand still in full colour, noise is dimmed and changes; the
-prompt and finished canvases stay above.
+Accepted tokens are in full colour, noise is dimmed; the prompt and finished
+canvases stay above.
 """
 
 import sys
@@ -21,11 +21,11 @@ PROMPT, ACCEPTED, NOISE, STATUS = 'bold', 'default', 'bright_black', 'cyan'
 def canvas_text(
   tokenizer: Tokenizer, tokens_L: np.ndarray, accepted_L: np.ndarray
 ) -> rich_text.Text:
-  """One canvas in two styles.
+  """A canvas with accepted tokens and noise in two styles.
 
-  Line breaks among the noise are shown as `↵`, so that the picture does not
-  jump; accepted ones are line breaks. Other control characters, which noise is
-  free to spell, never reach the terminal.
+  Line breaks in the noise are shown as `↵`, so that the picture does not jump;
+  accepted ones are line breaks. Other control characters, which noise may
+  contain, never reach the terminal.
   """
   text = rich_text.Text()
   start = 0
@@ -43,7 +43,8 @@ def canvas_text(
 
 
 def printable(text: str) -> str:
-  """`text` with a sign in place of control characters but line breaks."""
+  """`text` with a replacement character for control characters other than line
+  breaks."""
   return ''.join(
     '\ufffd' if unicodedata.category(c) == 'Cc' and c != '\n' else c
     for c in text
@@ -51,10 +52,10 @@ def printable(text: str) -> str:
 
 
 class LiveCanvas:
-  """Shows a generation as it goes; hand its methods to `generate`.
+  """Shows a generation live; `on_step` and `on_canvas` are callbacks of
+  `generate`.
 
-  A context manager, which leaves nothing on the screen. `on_step` and
-  `on_canvas` are the callbacks.
+  A context manager, which leaves nothing on the screen.
   """
 
   def __init__(self, tokenizer: Tokenizer, prompt: str, max_steps: int):
@@ -71,7 +72,7 @@ class LiveCanvas:
 
   @property
   def is_terminal(self) -> bool:
-    """Whether anyone is watching."""
+    """Whether the output is a terminal."""
     return self._console.is_terminal
 
   def __enter__(self):
@@ -97,11 +98,11 @@ class LiveCanvas:
     self._live.update(self._fit(self._written + shown, status), refresh=True)
 
   def on_canvas(self, tokens: list[int]) -> None:
-    """Keeps a finished canvas."""
+    """Appends the text of a finished canvas."""
     self._written.append(printable(self._tokenizer.decode(tokens)), ACCEPTED)
 
   def _fit(self, body: rich_text.Text, status: rich_text.Text):
-    """The end of the text, as many lines as the terminal has."""
+    """The last lines of the text that fit the terminal, and the status."""
     lines = body.wrap(self._console, self._console.width)
     room = max(1, self._console.height - 4)
     return rich_text.Text('\n').join(lines[-room:]) + status

@@ -1,7 +1,7 @@
-"""Texts that a network writes: how a prompt goes on, what stands in holes.
+"""Continues a --prompt, or fills the holes of a text.
 
-a text        a --prompt and how it goes on, from a network without turns
-an infilling  --infill="The capital of ___ is Rome."
+continuation  --prompt="ROMEO.", with a network without turns
+infilling     --infill="The capital of ___ is Rome."
 """
 
 import json
@@ -25,11 +25,11 @@ HOLE = re.compile(r' ?(_{3,})')
 
 
 def go_on(run: Run, request: Request) -> int:
-  """A prompt, and how it goes on."""
+  """Prints the continuation of a prompt; returns the exit code."""
   prompt = request.prompt or ''
   if not prompt:
     raise prompt_lib.PromptError(
-      'The prompt is empty; give a few words to go on from: --prompt="..."'
+      'The prompt is empty; give a few words to continue: --prompt="..."'
     )
   tokens = [run.tokenizer.bos_id]
   if request.images:
@@ -59,7 +59,8 @@ def go_on(run: Run, request: Request) -> int:
 
 
 def infill(run: Run, request: Request) -> int:
-  """A text whose holes are filled, after the prompt if there is one."""
+  """Prints a text with its holes filled, after the prompt if there is one;
+  returns the exit code."""
   pins, holes, length = parse_infill(run.tokenizer, request.infill or '')
   if request.chat:
     model = chats.make_model(run, request)
@@ -105,11 +106,11 @@ def infill(run: Run, request: Request) -> int:
 def parse_infill(
   tokenizer: tokenizers.Tokenizer, text: str
 ) -> tuple[dict[int, int], list[tuple[int, int]], int]:
-  """A text with holes: three underscores or more, one for each token.
+  """Parses a text with holes: three underscores or more, one for each token.
 
   Returns:
-    (the tokens around the holes by their position, first position and end of
-    each hole, tokens in all).
+    (tokens around the holes by position, (start, end) of each hole, total
+    number of tokens).
 
   Raises:
     SampleError: there is no hole.
@@ -118,9 +119,9 @@ def parse_infill(
   holes: list[tuple[int, int]] = []
   position, start = 0, 0
 
-  def add(part):
+  def add(segment):
     nonlocal position
-    for token in tokenizer.encode(part):
+    for token in tokenizer.encode(segment):
       pins[position] = token
       position += 1
 
@@ -133,7 +134,7 @@ def parse_infill(
   if not holes:
     raise requests.SampleError(
       '--infill needs a hole: ___, three underscores or more, one for each '
-      'token that is to stand there.'
+      'token to fill in.'
     )
   add(text[start:])
   return pins, holes, position

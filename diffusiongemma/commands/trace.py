@@ -1,13 +1,13 @@
-"""A record of a denoising run: every step of it, as a page or a picture.
+"""A trace of the denoising steps of a text, as a page or a picture.
 
-`.html` is one file that loads nothing: a slider through the steps, each token
-coloured by its entropy. `.png` is a heat map, steps x positions. What the page
-shows stands in it as JSON:
+`.html` is one self-contained file: a slider through the steps, each token
+coloured by its entropy. `.png` is a heat map, steps x positions. The page
+contains its data as JSON:
 
-  pieces, ids   the distinct tokens: what they look like, and their ids
+  pieces, ids   the distinct tokens: their texts, and their ids
   canvases      for each its `text`, the number of tokens `kept`, its `steps`:
-    canvas, draft  for each position i + 1, a token `pieces[i]`, or 0, the same
-                   as at the step before (at step 0 there is no draft)
+    canvas, draft  for each position i + 1 for the token `pieces[i]`, or 0 for
+                   that of the step before (at step 0 there is no draft)
     entropy        in thousandths of a nat
     accepted       '1' where accepted, else '0'
 """
@@ -38,11 +38,12 @@ from diffusiongemma.text import tokenizer as tokenizers
 TEMPLATE = tokenizers.ASSETS / 'trace.html'
 SUFFIXES = ('.html', '.png')
 
-# Could end the JSON's element, or turn the text around it.
+# Characters that could end the JSON's element, or reverse the text around it.
 _ESCAPED = re.compile(
   '[<\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]'
 )
-# The page's colours by day, oklch(.94 .035 200) to oklch(.5 .2 318).
+# The colours of the page's light theme, oklch(.94 .035 200) to
+# oklch(.5 .2 318).
 _RAMP = ('#d1f3f4', '#93d1ef', '#77a5ee', '#816fdb', '#902cab')
 _MARK = '#18202b'
 
@@ -52,7 +53,7 @@ class TraceError(Error, ValueError):
 
 
 class Step(NamedTuple):
-  """Row 0 of a `SamplerState`; see there."""
+  """Row 0 of the arrays of a `SamplerState`."""
 
   canvas_L: np.ndarray
   draft_L: np.ndarray
@@ -62,7 +63,7 @@ class Step(NamedTuple):
 
 @dataclasses.dataclass
 class Canvas:
-  """The steps of one canvas, and the tokens kept of it when it is done."""
+  """The steps of a canvas, and after the last the tokens kept of it."""
 
   steps: list[Step] = dataclasses.field(default_factory=list)
   kept: list[int] | None = None
@@ -70,7 +71,8 @@ class Canvas:
 
 @dataclasses.dataclass
 class Trace:
-  """Records a generation as it goes; hand its methods to `generate`."""
+  """Records a generation; `on_step` and `on_canvas` are callbacks of
+  `generate`."""
 
   tokenizer: tokenizers.Tokenizer
   prompt: str
@@ -78,7 +80,7 @@ class Trace:
   canvases: list[Canvas] = dataclasses.field(default_factory=list)
 
   def on_step(self, step: int, state: sampler.SamplerState) -> None:
-    """Keeps the first row, but for steps at which it was frozen."""
+    """Records the first row, except for steps where it was frozen."""
     if int(state.steps_B[0]) < step or (step == 0 and state.converged_B[0]):
       return
     if step == 0:
@@ -88,7 +90,7 @@ class Trace:
     self.canvases[-1].steps.append(Step(*arrays))
 
   def on_canvas(self, tokens: Sequence[int]) -> None:
-    """Keeps a finished canvas."""
+    """Records the tokens kept of a finished canvas."""
     if self.canvases and self.canvases[-1].kept is None:
       self.canvases[-1].kept = [int(token) for token in tokens]
 
@@ -101,11 +103,11 @@ def check_path(path: str | os.PathLike[str]) -> None:
       f'A trace is a page or a picture: {str(path)!r} must end in '
       f'{" or ".join(SUFFIXES)}.'
     )
-  if os.path.isdir(path):  # Unlike pathlib, of any name.
+  if os.path.isdir(path):  # Unlike pathlib, it accepts any name.
     raise TraceError(f'{str(path)!r} is a folder; name a file in it.')
   if not os.path.isdir(path.parent):
     raise TraceError(f'There is no folder {str(path.parent)!r} for the trace.')
-  # Permissions prove nothing: root has them all, on a read-only disk too.
+  # Permissions prove nothing: root has all, even on a read-only disk.
   with _beside(path) as temporary:
     temporary.touch()
   if path.suffix.lower() == '.png':
@@ -113,10 +115,10 @@ def check_path(path: str | os.PathLike[str]) -> None:
 
 
 def write(trace: Trace, path: str | os.PathLike[str]) -> None:
-  """Writes what was recorded; `path` is whole afterwards, or as it was before.
+  """Writes a trace; `path` is complete afterwards, or unchanged.
 
   Raises:
-    TraceError: as `check_path`, the disk is full, or nothing was recorded.
+    TraceError: as in `check_path`, the disk is full, or nothing was recorded.
   """
   check_path(path)
   path = pathlib.Path(path)
@@ -131,7 +133,7 @@ def write(trace: Trace, path: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def _beside(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A name beside `path`, gone afterwards; what fails there in plain words."""
+  """A temporary file beside `path`. Raises `TraceError` for an `OSError`."""
   temporary = path.with_name(f'.{path.name}.{os.getpid()}')
   try:
     yield temporary
@@ -150,7 +152,7 @@ def page(trace: Trace) -> bytes:
   )
   content = _ESCAPED.sub(lambda c: f'\\u{ord(c.group()):04x}', content)
   template = TEMPLATE.read_text('utf-8')
-  # Only this script may run, even if a browser found another in the data.
+  # Only this script may run, even if a browser found another one in the data.
   script = template.rpartition('<script>')[2].rpartition('</script>')[0]
   digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
   template = template.replace('{{script digest}}', f'sha256-{digest}')
@@ -158,7 +160,7 @@ def page(trace: Trace) -> bytes:
 
 
 def as_json(trace: Trace) -> dict[str, Any]:
-  """The trace as it stands in the page; see the top of the file."""
+  """The data of the page; see the module docstring."""
   steps = [step for canvas in trace.canvases for step in canvas.steps]
   ids = np.unique([(step.canvas_L, step.draft_L) for step in steps])
   ids = ids[ids >= 0]
@@ -243,7 +245,7 @@ def picture(trace: Trace) -> bytes:
   )
   title = terminal.printable(' '.join(trace.prompt.split()))
   title = title if len(title) <= 60 else title[:59] + '…'
-  # A `$` in a prompt is no formula; letters that the font lacks are boxes.
+  # A `$` in a prompt is no formula; glyphs that the font lacks become boxes.
   figure.suptitle(f'“{title}”', x=0.01, ha='left', parse_math=False)
   file = io.BytesIO()
   with warnings.catch_warnings():
@@ -253,7 +255,8 @@ def picture(trace: Trace) -> bytes:
 
 
 def _import_matplotlib():
-  """Only a picture needs it. No pyplot, which has a state and may open windows.
+  """Imports matplotlib, which only a picture needs. Without pyplot, which has
+  global state and may open windows.
 
   Raises:
     TraceError: it is not installed.

@@ -1,4 +1,4 @@
-"""Trains, and goes on with a run that was stopped."""
+"""Trains, or resumes a run that was stopped."""
 
 import functools
 import shlex
@@ -13,14 +13,13 @@ from diffusiongemma.config import QuantizationConfig
 _COORDINATOR = flags.DEFINE_string(
   'coordinator',
   None,
-  'HOST:PORT of process 0, where several train together; "auto" asks the '
-  'cluster.',
+  'HOST:PORT of process 0 of a multi-process job; "auto" asks the cluster.',
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
-  'num_processes', None, 'How many processes train together.', lower_bound=1
+  'num_processes', None, 'Number of processes of the job.', lower_bound=1
 )
 _PROCESS_ID = flags.DEFINE_integer(
-  'process_id', None, 'Which of them this is, from 0 on.', lower_bound=0
+  'process_id', None, 'Index of this process, from 0.', lower_bound=0
 )
 
 
@@ -46,16 +45,16 @@ def run(overrides: dict[str, str]) -> int:
   if code == 0:
     prompt = shlex.quote(config.train.sample_prompt.strip() or '...')
     print(
-      f'Done; the checkpoint is in {workdir}. Write with it:\n'
+      f'Done; the checkpoint is in {workdir}. Sample from it:\n'
       f'  python -m diffusiongemma.main --mode=sample --workdir={workdir} '
       f'--prompt={prompt}'
     )
   elif code > 128:
-    print(f'Stopped and saved in {workdir}; the same command goes on.')
+    print(f'Stopped and saved in {workdir}; the same command resumes the run.')
   else:
     print(
       f'Error: the end of the run is not saved in {workdir}. The same command '
-      'goes on from the newest checkpoint there, or starts again without one.',
+      'resumes from the newest checkpoint there, or starts again without one.',
       file=sys.stderr,
     )
   return code

@@ -1,7 +1,7 @@
-"""Logits of a few positions at a time: those of all would not fit.
+"""Maps functions over chunks of positions, because all logits would not fit.
 
-A chunk is some positions of all rows, [B, size, ...]. Nothing here is meant for
-gradients through it: all chunks of what they need would be kept.
+A chunk is some positions of all rows, [B, size, ...]. Not for differentiation:
+the residuals of all chunks would be stored.
 """
 
 from collections.abc import Callable
@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Logits held at once by a chunk, in numbers (128 MB in float32).
+# Number of logits of a chunk (128 MB in float32).
 CHUNK_LOGITS = 2**25
-# Rows of hidden states that meet the vocabulary in one streaming pass.
+# Rows of hidden states in one streaming pass over the vocabulary.
 PASS_ROWS = 1024
 
 
@@ -20,12 +20,12 @@ def in_chunks(
   chunk: Callable[..., Any], size: int, *given_BL: jax.Array
 ) -> Any:
   """Maps a function of arrays [B, size, ...] over [B, L, ...]."""
-  return scan(lambda _, given: (None, chunk(*given)), None, given_BL, size)[1]
+  return scan(lambda _, arrays: (None, chunk(*arrays)), None, given_BL, size)[1]
 
 
 def chunk_size(logits_fn: Callable[..., Any], h_BLD: jax.Array) -> int:
-  """How many positions of all rows have logits that fit CHUNK_LOGITS, on each
-  device of the mesh: with some of the rows, devices would idle."""
+  """Number of positions, of all rows, whose logits fit CHUNK_LOGITS on each
+  device of the mesh; with only some of the rows, devices would idle."""
   B, L, D = h_BLD.shape
   row = jax.ShapeDtypeStruct((1, 1, D), h_BLD.dtype)
   V = jax.eval_shape(logits_fn, row).shape[-1]
@@ -37,8 +37,8 @@ def scan(
   step: Callable[..., Any], carry: Any, given_BL: tuple[Any, ...], size: int
 ):
   """`lax.scan` of (carry, arrays [B, size, ...]) -> (carry, arrays like them)
-  over [B, L, ...], whose last chunk is filled with zeros: what they give is not
-  returned, but is in the carry."""
+  over [B, L, ...]. The last chunk is padded with zeros; their results are not
+  returned, but enter the carry."""
   L = given_BL[0].shape[1]
   if size == L:
     return step(carry, given_BL)
@@ -53,5 +53,5 @@ def scan(
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(len(x), -1, *x.shape[3:])[:, :L]
 
-  carry, made = jax.lax.scan(step, carry, jax.tree.map(split, given_BL))
-  return carry, jax.tree.map(join, made)
+  carry, results = jax.lax.scan(step, carry, jax.tree.map(split, given_BL))
+  return carry, jax.tree.map(join, results)

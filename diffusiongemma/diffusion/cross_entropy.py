@@ -1,9 +1,9 @@
-"""Cross entropy of logits that exist a chunk at a time.
+"""Cross entropy with one chunk of logits in memory at a time.
 
   CE(f, x) = log sum_v e^f_v - f_x,      d CE / d f = softmax(f) - onehot(x)
 
-The gradients of a weighted sum are made together with it, while the logits are
-there: weights are known before, and what comes later can only scale them.
+The gradients of a weighted sum are computed in the forward pass, while the
+logits exist: the weights are known, and the backward pass only scales them.
 """
 
 from collections.abc import Callable
@@ -26,14 +26,14 @@ def weighted(
   """(sum of weights * cross entropy in nats, hits [B, L]), float32; a hit is 1
   where no token is more probable than the target.
 
-  Logits exist for one chunk of positions at a time, and are computed once:
-  where there is a gradient, it is made while they are there. Positions of no
-  weight may hold anything, and their hits are 0; they come last, so that whole
-  chunks of them are left out. Weights are constants, whose gradient is 0. See
-  `per_position` for the rest.
+  Logits exist for one chunk of positions at a time and are computed once: a
+  gradient is computed in the forward pass. Positions of weight 0 may hold
+  anything, and their hits are 0; they are sorted to the end, so that whole
+  chunks of them are skipped. Weights are constants, with gradient 0. For the
+  other arguments see `per_position`.
   """
   size, L = chunks.chunk_size(logits_fn, h_BLD), h_BLD.shape[1]
-  given = (h_BLD, targets_BL, weights_BL, *(evidence or ()))
+  operands = (h_BLD, targets_BL, weights_BL, *(evidence or ()))
   logits_fn, held = _hoist(logits_fn, h_BLD[:, :size])
 
   def part(held, h_BLD, targets_BL, weights_BL, *evidence_BL):
@@ -45,71 +45,71 @@ def weighted(
     loss_BL = weights_BL * loss_BL
     return jnp.sum(loss_BL), (loss_BL, counts_BL * right_BL)
 
-  def scan(step, carry, given):
-    """`chunks.scan` over chunks that count; what others give is zero."""
+  def scan(step, carry, operands):
+    """`chunks.scan` that skips chunks of weight 0; their results are zero."""
 
-    def step_or_skip(carry, given):
-      shapes = jax.eval_shape(step, carry, given)[1]
+    def step_or_skip(carry, operands):
+      shapes = jax.eval_shape(step, carry, operands)[1]
       zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-      counts = jnp.any(given[2] != 0)
-      skip = lambda carry, given: (carry, zeros)
-      return jax.lax.cond(counts, step, skip, carry, given)
+      counts = jnp.any(operands[2] != 0)
+      skip = lambda carry, operands: (carry, zeros)
+      return jax.lax.cond(counts, step, skip, carry, operands)
 
     if size == L:
-      return step(carry, given)
-    order_BL = jnp.argsort(given[2] == 0, axis=1, stable=True)
-    # The last chunk is filled with any position, and no weight.
+      return step(carry, operands)
+    order_BL = jnp.argsort(operands[2] == 0, axis=1, stable=True)
+    # The last chunk is padded with arbitrary positions of weight 0.
     filled_BL = jnp.pad(order_BL, ((0, 0), (0, -L % size)))
-    h_BLD, targets_BL, weights_BL, *evidence = _reorder(given, filled_BL)
+    h_BLD, targets_BL, weights_BL, *evidence = _reorder(operands, filled_BL)
     weights_BL = jnp.where(jnp.arange(filled_BL.shape[1]) < L, weights_BL, 0)
-    given = (h_BLD, targets_BL, weights_BL, *evidence)
-    carry, made = chunks.scan(step_or_skip, carry, given, size)
-    return carry, _reorder(made, jnp.argsort(order_BL, axis=1))
+    operands = (h_BLD, targets_BL, weights_BL, *evidence)
+    carry, results = chunks.scan(step_or_skip, carry, operands, size)
+    return carry, _reorder(results, jnp.argsort(order_BL, axis=1))
 
   @jax.custom_vjp
-  def total(held, *given):
-    step = lambda _, given: (None, part(held, *given)[1])
-    _, (loss_BL, right_BL) = scan(step, None, given)
+  def total(held, *operands):
+    step = lambda _, operands: (None, part(held, *operands)[1])
+    _, (loss_BL, right_BL) = scan(step, None, operands)
     return jnp.sum(loss_BL), right_BL
 
-  def forward(held, *given):
-    def step(d_held, given):
+  def forward(held, *operands):
+    def step(d_held, operands):
       gradient_fn = jax.grad(part, argnums=(0, 1), has_aux=True)
-      (d_here, d_BLD), found = gradient_fn(held, *given)
-      return jax.tree.map(jnp.add, d_held, d_here), (*found, d_BLD)
+      (d_here, d_BLD), losses = gradient_fn(held, *operands)
+      return jax.tree.map(jnp.add, d_held, d_here), (*losses, d_BLD)
 
     zeros = jax.tree.map(jnp.zeros_like, held)
-    d_held, (loss_BL, right_BL, d_BLD) = scan(step, zeros, given)
+    d_held, (loss_BL, right_BL, d_BLD) = scan(step, zeros, operands)
     return (jnp.sum(loss_BL), right_BL), (d_held, d_BLD)
 
-  def backward(made, d):
+  def backward(gradients, d):
     scale = lambda x: (d[0] * x).astype(x.dtype)
-    constants = [None] * (len(given) - 1)
-    return *jax.tree.map(scale, made), *constants
+    constants = [None] * (len(operands) - 1)
+    return *jax.tree.map(scale, gradients), *constants
 
   total.defvjp(forward, backward)
-  return total(held, *given)
+  return total(held, *operands)
 
 
 def _hoist(
   function: Callable[..., Any], example: jax.Array
 ) -> tuple[Callable[..., Any], list[Any]]:
-  """(`function` with what it holds as its first argument, what it holds): its
-  parameters. `jax.closure_convert` would keep them alive in a cache."""
+  """(`function` with the arrays of its closure, its parameters, as first
+  argument; these arrays). `jax.closure_convert` would keep them in a cache."""
   closed = jax.make_jaxpr(function)(example)
   has_gradient = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)
 
   def hoisted(held, x):
     values = iter(held)
     consts = [next(values) if has_gradient(c) else c for c in closed.consts]
-    (made,) = jax.core.eval_jaxpr(closed.jaxpr, consts, x)
-    return made
+    (result,) = jax.core.eval_jaxpr(closed.jaxpr, consts, x)
+    return result
 
   return hoisted, list(filter(has_gradient, closed.consts))
 
 
 def _reorder(arrays: Any, order_BL: jax.Array) -> Any:
-  """[B, L, ...] of arrays by their positions."""
+  """Arrays [B, L, ...] permuted along their positions."""
 
   def reorder(x):
     index = order_BL.reshape(order_BL.shape + (1,) * (x.ndim - 2))
@@ -124,16 +124,16 @@ def per_position(
   targets_BL: jax.Array,
   evidence: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Cross entropy in nats and hits, [B, L] each, float32; not meant for
-  gradients, which `weighted` makes.
+  """(cross entropy in nats, hits), [B, L] each, float32; for gradients use
+  `weighted`.
 
   Logits exist for one chunk of positions at a time. With `evidence` (z_BL,
-  t_BL), they are those of a leave-one-out predictor, and what z tells of its
-  own position is added.
+  t_BL), they are those of a leave-one-out predictor, to which the evidence of z
+  about its own position is added.
   """
 
-  def chunk(h_BLD, *given):
-    return _cross_entropy(logits_fn(h_BLD), *given)
+  def chunk(h_BLD, *targets):
+    return _cross_entropy(logits_fn(h_BLD), *targets)
 
   size = chunks.chunk_size(logits_fn, h_BLD)
   return chunks.in_chunks(chunk, size, h_BLD, targets_BL, *(evidence or ()))
@@ -143,7 +143,7 @@ def _cross_entropy(logits_BLV, targets_BL, *evidence_BL):
   if evidence_BL:
     logits_BLV = add_evidence(logits_BLV, *evidence_BL)
   loss_BL = negative_log_likelihood(logits_BLV, targets_BL)
-  # As the loss computes them: they are not computed again, as argmax would be.
+  # From values that the loss computes anyway, unlike an argmax.
   right_BL = _pick(logits_BLV, targets_BL) == jnp.max(logits_BLV, axis=-1)
   return loss_BL, right_BL.astype(jnp.float32)
 
@@ -153,7 +153,7 @@ def negative_log_likelihood(
   logits_BLV: jax.Array, targets_BL: jax.Array
 ) -> jax.Array:
   """-log softmax(logits) of the targets in nats, [B, L]. Its gradient is
-  softmax - one_hot; the logits are all that is kept of their size."""
+  softmax - one_hot; the logits are the only residual of their size."""
   return _nll_forward(logits_BLV, targets_BL)[0]
 
 
@@ -161,13 +161,13 @@ def _nll_forward(logits_BLV, targets_BL):
   max_BL = jnp.max(logits_BLV, axis=-1)
   sum_BL = jnp.sum(jnp.exp(logits_BLV - max_BL[..., None]), axis=-1)
   picked_BL = _pick(logits_BLV, targets_BL)
-  kept = (logits_BLV, targets_BL, max_BL, sum_BL)
-  return jnp.log(sum_BL) + (max_BL - picked_BL), kept
+  residuals = (logits_BLV, targets_BL, max_BL, sum_BL)
+  return jnp.log(sum_BL) + (max_BL - picked_BL), residuals
 
 
-def _nll_backward(kept, d_BL):
-  logits_BLV, targets_BL, max_BL, sum_BL = kept
-  # Not from log sum, whose rounding would be all that is left where p = 1.
+def _nll_backward(residuals, d_BL):
+  logits_BLV, targets_BL, max_BL, sum_BL = residuals
+  # Not from log sum: its rounding error would dominate where p = 1.
   p_BLV = jnp.exp(logits_BLV - max_BL[..., None]) / sum_BL[..., None]
   d_BLV = p_BLV - _is_target(logits_BLV, targets_BL)
   return d_BL[..., None] * d_BLV, None
@@ -175,7 +175,7 @@ def _nll_backward(kept, d_BL):
 
 def _pick(logits_BLV, targets_BL):
   """The logit of each target."""
-  # As a sum: a vocabulary in parts is not put together for it.
+  # As a sum, so that a sharded vocabulary is not gathered.
   is_target_BLV = _is_target(logits_BLV, targets_BL)
   return jnp.sum(jnp.where(is_target_BLV, logits_BLV, 0.0), axis=-1)
 

@@ -5,9 +5,9 @@
   qbar_v = alpha 1[v = x] + (1 - alpha) / V,    r = qbar_z / pbar_z
   pbar_v = alpha mu_v + (1 - alpha) / V
 
-mu_i tells x_i from all of z but z_i. A network trained with `loo_ce` emits its
-logits, mu = softmax(f). One trained with `ce` does not: its logits hold what
-`cross_entropy.add_evidence` adds, and the bound is far off.
+mu_i predicts x_i from all of z but z_i. A network trained with `loo_ce` returns
+its logits, mu = softmax(f). One trained with `ce` does not: its logits contain
+what `cross_entropy.add_evidence` adds, and the bound would be very loose.
 """
 
 import jax
@@ -18,7 +18,7 @@ from diffusiongemma.diffusion import chunks
 from diffusiongemma.diffusion import loss
 from diffusiongemma.diffusion import noise
 
-DRAWS = 4  # Denoising passes over a text that is measured.
+DRAWS = 4  # Denoising passes per measured text.
 
 
 def nelbo_density(
@@ -26,15 +26,15 @@ def nelbo_density(
 ) -> jax.Array:
   """The integrand l of the bound, for each token.
 
-  With  y = pbar / qbar  and  g(d) = e^d - 1 - d,  which is never negative,
+  With  y = pbar / qbar  and  g(d) = e^d - 1 - d >= 0,
   KL = sum_v qbar_v g(log y_v)  and  r - log r - 1 = g(-log y_z). No terms
-  cancel, and a mu of zero is no special case.
+  cancel, and mu = 0 is no special case.
 
   Args:
-    log_mu_MV: float32, normalized log-probabilities; -inf is allowed.
-    x_M: int32, the clean tokens.
-    z_M: int32, the noisy ones.
-    t_M: float32 in (0, 1), the time of each.
+    log_mu_MV: float32, normalised log-probabilities; -inf is allowed.
+    x_M: int32, clean tokens.
+    z_M: int32, noisy tokens.
+    t_M: float32 in (0, 1), the time of each token.
 
   Returns:
     l in nats per unit of time, float32 [M], at least 0; M may be several axes.
@@ -73,13 +73,13 @@ def draw_times(
   """Times and weights: the mean of weight * f(t) estimates Int_0^1 f dt.
 
   t = u^2 with weight dt/du = 2u, because near t = 0 the integrand is about
-  1/t with probability t, whose variance under uniform t is infinite. Draw j
-  has its u in [j/n, (j+1)/n): every draw of a canvas covers its own part.
+  1/t with probability t, whose variance under uniform t is infinite. Times are
+  stratified: draw j has its u in [j/n, (j+1)/n).
 
   Returns:
-    (t, weight), float32 [num_draws, *shape]; t stays `loss.T_MARGIN` away
-    from 0 and 1, and stands for what is beyond. That takes 1e-4 nats off the
-    bound of a token, whatever the network.
+    (t, weight), float32 [num_draws, *shape]; t is clipped to `loss.T_MARGIN`
+    from 0 and 1, which lowers the bound of a token by 1e-4 nats, whatever the
+    network.
   """
   uniforms = jax.random.uniform(key, (num_draws, *shape), jnp.float32)
   stratum = jnp.arange(num_draws).reshape(-1, *(1 for _ in shape))
@@ -99,24 +99,24 @@ def nelbo(
 ) -> jax.Array:
   """Estimates of the bound for K canvases of each row; L = K * C.
 
-  Canvases that follow each other multiply,  p(x) = prod_k p(x_k | before), so
-  their bounds add up:  -log p(canvases | what is before) <= E[nats]. Pads and
-  fill are not counted. They are still seen, as noisy as the rest: the bound is
-  that of the counted tokens given the others, of a text given where it ends.
+  Probabilities of consecutive canvases multiply,  p(x) = prod_k p(x_k |
+  before),  so their bounds add up:  -log p(canvases | text before) <= E[nats].
+  Padding is not counted. It is still seen, as noisy as the rest: the bound is
+  that of the counted tokens given the others, so of a text given its end.
 
   Args:
     network: the functions of a network whose logits are leave-one-out.
     key: one key; every draw, row and canvas has its own time and noise.
     tokens_BS: int32, clean rows of one document each.
-    length_B: int32, real tokens of each row.
-    start_BK: int32, where each canvas starts; it sees what is before it.
+    length_B: int32, tokens of each row without padding.
+    start_BK: int32, start of each canvas, which sees the tokens before it.
     counted_BL: bool, the positions that count.
     vocab_size: V.
     num_draws: n, denoising passes over the batch; memory is that of one.
 
   Returns:
     nats_nB, float32: one estimate for each draw and row, to be averaged over
-    all n draws (one alone is biased: it has seen its own part of the times).
+    all n draws (a single one is biased: it covers only its stratum of times).
   """
   time_key, corrupt_key = jax.random.split(key)
   C = counted_BL.shape[1] // start_BK.shape[1]
@@ -146,12 +146,12 @@ def combine(nats_nB: np.ndarray) -> tuple[np.float64, np.float64]:
   """The bound in nats, summed over the rows, and its standard error.
 
   Args:
-    nats_nB: what `nelbo` returns, in nats.
+    nats_nB: result of `nelbo`, in nats.
 
   Returns:
     (total, standard error), float64. The error is that of independent draws.
-    As each draw has its own part of the times, the true one is smaller: by a
-    third for a canvas of 64 tokens and 8 draws.
+    Since the times are stratified, the true one is smaller: by a third for a
+    canvas of 64 tokens and 8 draws.
 
   Raises:
     ValueError: there are fewer than two draws.

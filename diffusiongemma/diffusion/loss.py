@@ -1,14 +1,14 @@
-"""What training objectives are made of: noise, and two cross entropies.
+"""Components of training objectives: noise, and two cross entropies.
 
   t ~ U(1e-4, 1 - 1e-4),  z ~ q(z_t | x_sel),  sel ~ U(valid canvases), or all
-  s = 0, or with probability p the soft embedding of passes before (no grad)
+  s = 0, or with probability p the soft embedding of earlier passes (no grad)
   denoising_loss = mean_i CE(f(z, s | prompt, canvases < sel), x_sel_i)
   read_text      = mean_j CE(prefill(x)_j, x_j+1)
 
 The mean is over all C positions of a canvas, kept ones too, with no 1/t
-weight. With `leave_one_out`, f learns to tell x_i from all of z but z_i, by
-being handed the evidence of z_i:  CE(f + log(1 + V alpha / (1 - alpha))
-onehot(z), x).
+weight. With `leave_one_out`, f learns to predict x_i from all of z but z_i,
+because the evidence of z_i is added to it:  CE(f + log(1 + V alpha /
+(1 - alpha)) onehot(z), x).
 """
 
 from collections.abc import Callable
@@ -23,22 +23,23 @@ from diffusiongemma.diffusion import cross_entropy
 from diffusiongemma.diffusion import noise
 
 T_MARGIN = 1e-4
-# Rows of which one makes a guess, at most: more would save little.
+# Most rows that share one guess (a pass without gradient for
+# self-conditioning); more would save little.
 _LARGEST_GROUP = 8
 
 
 class Network(NamedTuple):
-  """What the loss asks of a network; parameters are already bound.
+  """The functions of a network that the loss needs, with parameters bound.
 
   Attributes:
     prefill: (tokens_BS, length_B, first_BP=) -> (h_BSD, cache, auxiliary);
-      no token sees what is before its `first`.
+      no token sees positions before its `first`.
     denoise: (tokens_BL, sc_BLD, cache, start_BK, first_BK) -> h_BLD; `sc_BLD`
-      is None where self-conditioning is off.
+      is None without self-conditioning.
     logits: h [..., D] -> float32 [..., V].
-    soft_embedding: h_BLD -> [B, L, D], the mean embedding of what they predict:
-      the self-conditioning signal.
-    frozen: the same network with no gradients to its parameters.
+    soft_embedding: h_BLD -> [B, L, D], the mean embedding under the predicted
+      probabilities: the self-conditioning signal.
+    frozen: the same network without gradients to its parameters.
   """
 
   prefill: Callable[..., Any]
@@ -49,12 +50,12 @@ class Network(NamedTuple):
 
 
 class Counts(NamedTuple):
-  """What sums over a batch are divided by; at least 1 each.
+  """Denominators of means over a batch; at least 1 each.
 
   Attributes:
     targets: tokens that the AR loss predicts.
-    rows: rows that have a canvas.
-    corrupted: positions of canvases that were drawn anew.
+    rows: rows with a canvas.
+    corrupted: redrawn positions of canvases.
   """
 
   targets: jax.Array
@@ -66,18 +67,18 @@ class Noise(flax.struct.PyTreeNode):
   """Every random choice of one batch, for K canvases of each row; L = K * C.
 
   Attributes:
-    start_BK: int32, position of each canvas.
+    start_BK: int32, start of each canvas.
     first_BK: int32, position where its document begins.
     valid_BK: bool, canvases that the row has; others are not learnt.
-    t_BK: float32, the time of each.
+    t_BK: float32, time of each canvas.
     canvas_BL: int32, the noisy canvases.
-    corrupted_BL: bool, the positions drawn anew.
-    guesses_B: int32, passes without gradient before the one that is learnt
-      from, each of which sees what the one before it gave; 0 for a row that
-      sees nothing. None where no row ever does.
-    group_size: of so many rows, which follow each other, at most one sees its
-      guess, so that the others need not make any.
-    most_guesses: no row has more.
+    corrupted_BL: bool, the redrawn positions.
+    guesses_B: int32, number of passes (guesses) that a row is self-conditioned
+      on: without gradient, each self-conditioned on the one before. 0 for a row
+      without self-conditioning; None if it is off.
+    group_size: of so many consecutive rows at most one is self-conditioned, so
+      that the others need no such passes.
+    most_guesses: upper bound of `guesses_B`.
   """
 
   start_BK: jax.Array
@@ -101,14 +102,14 @@ BATCH_KEYS = (
 
 
 def check_batch(batch: dict[str, Any], canvas_length: int) -> None:
-  """Raises `ValueError` unless the batch is exactly what the loss reads.
+  """Raises `ValueError` unless the batch has exactly the keys of the loss.
 
   Batch:
-    tokens_BS: int32, one document or more in a row, padded on the right.
-    length_B: int32, real tokens of each row.
+    tokens_BS: int32, one or more documents per row, padded on the right.
+    length_B: int32, tokens of each row without padding.
     first_BS: int32, position where the document of each token begins.
-    canvas_start_BK: int32, positions at which a canvas may start, -1 for none
-      at the end of a row. They don't overlap, and each has a token before it.
+    canvas_start_BK: int32, positions where a canvas may start, then -1. They
+      don't overlap, and each has a token before it.
     target_mask_BS: bool, tokens that the AR loss predicts.
   """
   if set(batch) != set(BATCH_KEYS):
@@ -134,12 +135,12 @@ def draw_noise(
 ) -> Noise:
   """Draws canvas, time, corruption and self-conditioning for each row.
 
-  `canvases` is 'one', drawn from those of the row, or 'all' of them. A row
-  that is self-conditioned sees its own guess after 1 to
-  `self_conditioning_passes` passes. Each is with the same probability p, but
-  not each for itself: of a group of rows after each other one at most, so
-  that there is less to compute. A group has as many as divide the batch, up to
-  1 / p and 8. The loss is the same in the mean.
+  `canvases` is 'one', drawn from those of the row, or 'all' of them. A
+  self-conditioned row is self-conditioned on 1 to `self_conditioning_passes`
+  passes. Every row is with the same probability p, but rows are not
+  independent: at most one row of a group of consecutive rows is, which saves
+  passes. The size of a group is the largest divisor of the batch size up to
+  1 / p and 8. The expected loss is the same.
   """
   select_key, time_key, corrupt_key, sc_key = jax.random.split(key, 4)
   C, start_BK = canvas_length, batch['canvas_start_BK']
@@ -151,7 +152,7 @@ def draw_noise(
     )
     start_BK = jnp.take_along_axis(start_BK, index_B1, axis=1)
   valid_BK = start_BK >= 0
-  # Those that a row does not have still lie somewhere in it.
+  # Invalid canvases get a position in the row, too.
   start_BK = jnp.maximum(start_BK, 0)
   first_BK = jnp.take_along_axis(batch['first_BS'], start_BK, axis=1)
   t_BK = jax.random.uniform(
@@ -166,11 +167,11 @@ def draw_noise(
     most = int(min(_LARGEST_GROUP, 1 / self_conditioning_probability))
     group_size = max(n for n in range(1, most + 1) if B % n == 0)
     uniform_G1 = jax.random.uniform(sc_key, (B // group_size, 1), jnp.float32)
-    told_G1 = jnp.floor(uniform_G1 / self_conditioning_probability)
-    told_B = (told_G1 == jnp.arange(group_size)[None, :]).reshape(B)
+    which_G1 = jnp.floor(uniform_G1 / self_conditioning_probability)
+    is_conditioned_B = (which_G1 == jnp.arange(group_size)[None, :]).reshape(B)
     passes_key, most = jax.random.fold_in(sc_key, 1), self_conditioning_passes
     passes_B = jax.random.randint(passes_key, (B,), 1, most + 1, jnp.int32)
-    guesses_B = jnp.where(told_B, passes_B, 0)
+    guesses_B = jnp.where(is_conditioned_B, passes_B, 0)
   return Noise(
     start_BK,
     first_BK,
@@ -191,19 +192,19 @@ def read_text(
   counts: Counts,
   is_learnt: bool = True,
 ) -> tuple[jax.Array, Any, Any]:
-  """Prefill, from which canvases are denoised, and the loss of what it reads.
+  """Prefills the cache for denoising; computes the autoregressive loss.
 
   Args:
     network: the functions of a network.
     batch: see `check_batch`.
     canvas_length: C.
-    counts: what sums are divided by.
-    is_learnt: without, the loss is 0, and the text of the last canvas is not
+    counts: denominators.
+    is_learnt: if False, the loss is 0, and the text of the last canvas is not
       read.
 
   Returns:
-    (autoregressive loss in nats a token, cache, what `network.prefill` returns
-    third).
+    (autoregressive loss in nats per token, cache, third value of
+    `network.prefill`).
   """
   if is_learnt:
     h_BSD, cache, auxiliary = network.prefill(
@@ -216,7 +217,7 @@ def read_text(
       network.logits, h_BSD, targets_BS, mask_BS / counts.targets
     )
     return nats, cache, auxiliary
-  # No canvas sees further than where the last one can begin.
+  # No canvas sees beyond the last possible start of a canvas.
   P = batch['tokens_BS'].shape[1] - canvas_length
   _, cache, auxiliary = network.prefill(
     batch['tokens_BS'][:, :P],
@@ -241,13 +242,13 @@ def denoising_loss(
     cache: of the batch's text, see `read_text`.
     batch: see `check_batch`.
     drawn: see `draw_noise`.
-    counts: what sums are divided by.
-    leave_one_out: hand the network the evidence of each token, so that it
-      learns from the others alone; see the top of the file.
+    counts: denominators.
+    leave_one_out: whether to add the evidence of each token to its logits, so
+      that they are learnt from the other tokens; see the module docstring.
 
   Returns:
-    (nats a token, share of corrupted positions whose argmax is right). Every
-    row with a canvas counts the same, and every canvas of a row.
+    (nats per token, share of corrupted positions whose argmax is right). All
+    rows with a canvas have the same weight, and so have all canvases of a row.
   """
   C = drawn.canvas_BL.shape[1] // drawn.start_BK.shape[1]
   h_BLD = denoise_canvases(network, cache, drawn)
@@ -266,7 +267,7 @@ def denoising_loss(
 
 
 def count(batch: dict[str, Any], drawn: Noise) -> Counts:
-  """How much there is to learn in a batch."""
+  """The denominators of a batch."""
   rows = jnp.any(batch['canvas_start_BK'] >= 0, axis=1)
   corrupted_BKC = drawn.corrupted_BL.reshape(*drawn.valid_BK.shape, -1)
   counted = (
@@ -278,25 +279,27 @@ def count(batch: dict[str, Any], drawn: Noise) -> Counts:
 
 
 def denoise_canvases(network: Network, cache, drawn: Noise) -> jax.Array:
-  """The pass over the canvases that is learnt from, and those without
-  gradients before it, where a row may see what they give.
+  """Hidden states of the pass over the canvases with gradients, after passes
+  without gradients for self-conditioning.
 
-  A canvas sees the clean text before it and nothing else, though the cache
-  holds the answer too.
+  A canvas sees only the clean text before it, although the cache also holds the
+  answer.
   """
-  places = (drawn.start_BK, drawn.first_BK)
+  positions = (drawn.start_BK, drawn.first_BK)
   if drawn.guesses_B is None:
-    return network.denoise(drawn.canvas_BL, None, cache, *places)
+    return network.denoise(drawn.canvas_BL, None, cache, *positions)
   guesses_GN = drawn.guesses_B.reshape(-1, drawn.group_size)
   which_G = jnp.argmax(guesses_GN, axis=1)
-  canvas_GL, guesses_G, frozen_cache, *guess_places = jax.tree.map(
+  canvas_GL, guesses_G, frozen_cache, *guess_positions = jax.tree.map(
     lambda x: _one_of_each_group(x, which_G, drawn.group_size),
-    jax.lax.stop_gradient((drawn.canvas_BL, drawn.guesses_B, cache, *places)),
+    jax.lax.stop_gradient(
+      (drawn.canvas_BL, drawn.guesses_B, cache, *positions)
+    ),
   )
 
   def guess(sc_GLD):
     h_GLD = network.frozen.denoise(
-      canvas_GL, sc_GLD, frozen_cache, *guess_places
+      canvas_GL, sc_GLD, frozen_cache, *guess_positions
     )
     return network.frozen.soft_embedding(h_GLD)
 
@@ -309,13 +312,13 @@ def denoise_canvases(network: Network, cache, drawn: Noise) -> jax.Array:
     sc_GLD = jax.lax.fori_loop(1, drawn.most_guesses, again, sc_GLD)
   sc_GNLD = jnp.where(guesses_GN[:, :, None, None] > 0, sc_GLD[:, None], 0.0)
   sc_BLD = sc_GNLD.reshape(-1, *sc_GLD.shape[1:])
-  return network.denoise(drawn.canvas_BL, sc_BLD, cache, *places)
+  return network.denoise(drawn.canvas_BL, sc_BLD, cache, *positions)
 
 
 def _one_of_each_group(
   x_B: jax.Array, which_G: jax.Array, size: int
 ) -> jax.Array:
-  """Of each group of neighbouring rows [B, ...] one: [B / size, ...]."""
+  """One row of each group of consecutive rows: [B, ...] -> [B / size, ...]."""
   x_GN = x_B.reshape(-1, size, *x_B.shape[1:])
   which = which_G.reshape(-1, *(1,) * (x_B.ndim - 1))
   which = jnp.broadcast_to(which, x_GN[:, 0].shape)
@@ -325,7 +328,7 @@ def _one_of_each_group(
 def slice_canvases(
   tokens_BS: jax.Array, start_BK: jax.Array, canvas_length: int
 ) -> jax.Array:
-  """The canvases of each row that start there, [B, K * C]."""
-  place_BKC = start_BK[:, :, None] + jnp.arange(canvas_length)[None, None, :]
-  place_BL = place_BKC.reshape(len(start_BK), -1)
-  return jnp.take_along_axis(tokens_BS, place_BL, axis=1, mode='clip')
+  """The canvases of each row that start at `start_BK`, [B, K * C]."""
+  position_BKC = start_BK[:, :, None] + jnp.arange(canvas_length)[None, None, :]
+  position_BL = position_BKC.reshape(len(start_BK), -1)
+  return jnp.take_along_axis(tokens_BS, position_BL, axis=1, mode='clip')

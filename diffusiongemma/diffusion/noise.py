@@ -2,8 +2,8 @@
 
   q(z_t | x) = alpha(t) 1[z = x] + (1 - alpha(t)) / V,    alpha(t) = 1 - t
 
-A corrupted position may draw the very token it had. At t = 1 nothing is left
-and the canvas is a sample of the prior.
+A corrupted position may draw the token that it had. At t = 1 no information is
+left, and the canvas is a sample of the prior.
 """
 
 import jax
@@ -25,11 +25,11 @@ def prior_canvas(
 def uniform_from_nearer_end(
   key: jax.Array, shape: tuple[int, ...]
 ) -> jax.Array:
-  """Uniform places in [0, 1], told from the nearer end: float32 in [-1/2, 1/2].
+  """Uniform numbers in [0, 1], relative to the nearer end: float32 in
+  [-1/2, 1/2].
 
-  What is not negative counts from 0, what is negative from 1. Both ends have
-  the full precision of float32, down to 2^-64, where `jax.random.uniform` goes
-  in steps of 2^-23.
+  x >= 0 means x, and x < 0 means 1 + x. Both ends have the full precision of
+  float32, down to 2^-64; `jax.random.uniform` has steps of 2^-23.
   """
   high, low = jax.random.bits(key, (2, *shape), jnp.uint32)
   distance = (high >> 1).astype(jnp.float32) * 2.0**-32

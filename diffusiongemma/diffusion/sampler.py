@@ -9,8 +9,8 @@ steps and its mean H is below `confidence_threshold`; it is then frozen. The
 result is the draft of the last step, not the renoised canvas.
 
 The network is a function (tokens_BL, sc_BLD, temperature_B1, uniforms_BLU,
-left_B1) -> Prediction; nothing else of it is known here. What a caller may vary
-is in a `sampling.Sampling`: what is accepted, temperatures, pinned positions,
+left_B1) -> Prediction; nothing else of it is known here. A `sampling.Sampling`
+has everything that a caller may vary: strategy, temperatures, pinned positions,
 which keep their token from the first canvas on. Each row has its own steps.
 """
 
@@ -31,23 +31,23 @@ from diffusiongemma.diffusion.sampling import Sampling
 from diffusiongemma.diffusion.sampling import Time
 from diffusiongemma.diffusion.sampling import check
 
-# A canvas takes about so many, says DeepMind's report: what estimates and
-# benchmarks count with.
+# Steps of a typical canvas, by DeepMind's report; used for estimates and
+# benchmarks.
 TYPICAL_STEPS = 16
 
 
 class Prediction(flax.struct.PyTreeNode):
-  """What the sampler asks of a network.
+  """The output of a network that the sampler needs.
 
   Attributes:
-    sample_BL: int32, one draw from softmax(logits / T) at every position.
-    argmax_BL: int32, its most probable token.
-    entropy_BL: float32, its entropy in nats.
-    confidence_BL: float32, the probability of `argmax_BL`; for a strategy, -1
-      where a token is pinned.
-    sc_BLD: its mean embedding, the next step's self-conditioning; after step
-      1, the last, anything.
-    logits_BLV: the logits before temperature, where they exist at all.
+    sample_BL: int32, one draw from p = softmax(logits / T) at every position.
+    argmax_BL: int32, the most probable token of p.
+    entropy_BL: float32, the entropy of p in nats.
+    confidence_BL: float32, the probability of `argmax_BL`; strategies see -1
+      at pinned positions.
+    sc_BLD: the mean embedding under p, the self-conditioning of the next step;
+      arbitrary after step 1, the last.
+    logits_BLV: the logits before temperature, None if they never exist.
   """
 
   sample_BL: jax.Array
@@ -59,8 +59,8 @@ class Prediction(flax.struct.PyTreeNode):
 
 
 # (tokens_BL, sc_BLD, temperature_B1, uniforms_BLU, left_B1) -> Prediction. With
-# a logit hook or a constraint there is `change_logits` besides, logits ->
-# logits, to be called before the temperature.
+# a logit hook or a constraint there is also `change_logits`, logits -> logits,
+# to be called before the temperature.
 DenoiseFn = Callable[..., Prediction]
 
 
@@ -68,11 +68,11 @@ class StepNoise(flax.struct.PyTreeNode):
   """The random numbers of one step.
 
   Attributes:
-    uniforms_BLU: float32 in [-1/2, 1/2], U = `vocabulary.num_halvings(V)` a
-      position: what `sample` is drawn by.
-    tokens_BL: int32, what rejected positions are renoised with.
+    uniforms_BLU: float32 in [-1/2, 1/2], U = `vocabulary.num_halvings(V)` per
+      position, for the draw of `sample_BL`.
+    tokens_BL: int32, new tokens of rejected positions.
     choice_BL: float32 in [0, 1), for strategies that choose at random.
-    vocab_size: V, of what `tokens_BL` are drawn from.
+    vocab_size: V; `tokens_BL` are drawn from it.
   """
 
   uniforms_BLU: jax.Array
@@ -82,20 +82,20 @@ class StepNoise(flax.struct.PyTreeNode):
 
 
 class SamplerState(flax.struct.PyTreeNode):
-  """What goes from step to step.
+  """The state between steps.
 
   Attributes:
     canvas_BL: int32, the tokens that the network sees next.
-    draft_BL: int32, the result so far: argmax of the last step, or what the
-      strategy says, the ancestral one the canvas.
-    accepted_BL: bool, positions of `canvas_BL` that were accepted.
+    draft_BL: int32, the result so far: argmax of the last step, or the draft of
+      the strategy (the canvas for the ancestral one).
+    accepted_BL: bool, accepted positions of `canvas_BL`.
     entropy_BL: float32, nats, of the last step.
-    sc_BLD: float32, self-conditioning for the next step; after the last,
-      anything.
+    sc_BLD: float32, self-conditioning for the next step; arbitrary after the
+      last.
     unchanged_B: int32, steps since the draft last changed.
-    converged_B: bool, rows that have no step to make: they are frozen.
-    steps_B: int32, denoising passes each row has used.
-    left_B: int32, denoising passes each row may still use.
+    converged_B: bool, rows that are done and frozen.
+    steps_B: int32, denoising passes that each row has used.
+    left_B: int32, remaining denoising passes of each row.
   """
 
   canvas_BL: jax.Array
@@ -110,7 +110,7 @@ class SamplerState(flax.struct.PyTreeNode):
 
   @property
   def is_frozen_B(self) -> jax.Array:
-    """bool, rows that no step changes any more."""
+    """bool, rows that further steps do not change."""
     return self.converged_B | (self.left_B <= 0)
 
 
@@ -142,8 +142,7 @@ def first_state(
   initial_canvas_BL: jax.Array | None = None,
   done_B: jax.Array | None = None,
 ) -> SamplerState:
-  """The state that `sample_canvas`, where the arguments are explained, starts
-  from."""
+  """The initial state of `sample_canvas`; for the arguments see there."""
   if initial_canvas_BL is None:
     initial_canvas_BL = draw_canvas(keys_B, config, vocab_size)
   if sampling.pinned is not None:
@@ -165,7 +164,7 @@ def denoise_step(
   For the arguments, see `sample_canvas`.
   """
   frozen_B, pinned = state.is_frozen_B, sampling.pinned
-  # A row that is frozen asks for no more than the last step does.
+  # A frozen row needs no more than the last step does.
   left_B1 = jnp.where(frozen_B, 1, state.left_B)[:, None]
   time = Time(left_B1, sampling.steps_B1(config, len(frozen_B)))
   if sampling.needs_logits:
@@ -213,7 +212,7 @@ def denoise_step(
 
   def freeze(old, new):
     frozen = frozen_B.reshape((-1,) + (1,) * (new.ndim - 1))
-    # With `jax_enable_x64` a network, or a strategy, may answer in 64 bits.
+    # With `jax_enable_x64`, a network or a strategy may return 64-bit arrays.
     return jnp.where(frozen, old, new.astype(old.dtype))
 
   return jax.tree.map(freeze, state, moved)
@@ -222,7 +221,7 @@ def denoise_step(
 def _logit_change(
   sampling: Sampling, time: Time, state: SamplerState
 ) -> Callable[[jax.Array], jax.Array]:
-  """What hook and constraint make of logits [B, L, V]."""
+  """A function that applies hook and constraint to logits [B, L, V]."""
 
   def change(logits_BLV):
     for function in (sampling.logit_hook, sampling.constraint):
@@ -236,7 +235,7 @@ def _logit_change(
 def _check_prediction(
   prediction: Prediction, state: SamplerState, vocab_size: int
 ) -> None:
-  """Raises `TypeError` or `ValueError` for what a network must not return."""
+  """Raises `TypeError` or `ValueError` unless types and shapes are right."""
   if not isinstance(prediction, Prediction):
     shape = getattr(prediction, 'shape', None)
     raise TypeError(
@@ -263,8 +262,8 @@ def _check_prediction(
 
 
 def _certain(prediction: Prediction, pinned: Pinned) -> Prediction:
-  """The prediction with nothing to predict where tokens are pinned: they take
-  no share of an entropy bound, nor are they the most confident ones."""
+  """The prediction with pinned tokens, of entropy 0 and confidence -1: they use
+  up no entropy bound and are not the most confident ones."""
   mask_BL = pinned.mask_BL
   return prediction.replace(
     sample_BL=pinned.hold(prediction.sample_BL),
@@ -291,10 +290,10 @@ def sample_canvas(
   """Denoises one canvas per row; pure, for use inside `jax.jit`.
 
   Args:
-    denoise_fn: the network (see the top of the file). Sizes that are not given
-      here are those of its attribute `sizes`, a dict of `batch_size` and so on.
-    key: a key, or one key a row [B]: a row's noise follows from its own key
-      alone, so that it does not depend on what else is in the batch.
+    denoise_fn: the network (see the module docstring). Its attribute `sizes`, a
+      dict, has the defaults of `batch_size` and so on.
+    key: a key, or one key per row [B]: the noise of a row depends only on its
+      own key, not on the rest of the batch.
     config: the sampler's settings; L is `config.canvas_length`.
     sampling: strategy, temperature, pinned positions and so on.
     batch_size: B.
@@ -303,22 +302,22 @@ def sample_canvas(
     trajectory: run all `config.max_denoising_steps` steps and return every
       state, instead of stopping when all rows have converged. The result is
       the same.
-    initial_canvas_BL: int32, where to start instead of noise.
-    noise_fn: left_B, the steps that each row has left -> the random numbers of
-      this step, instead of those that follow from `key`.
-    done_B: bool, rows that are not to be sampled at all; they use no steps.
+    initial_canvas_BL: int32, the canvas to start from instead of noise.
+    noise_fn: left_B (remaining steps of each row) -> the random numbers of this
+      step, instead of those from `key`.
+    done_B: bool, rows that are not sampled at all; they use no steps.
 
   Returns:
-    (last state, its `draft_BL` is the text; states after each step stacked
-    along a first axis of N, or None).
+    (last state, whose `draft_BL` is the text; the states after each step,
+    stacked along a first axis of N, or None).
 
   Raises:
-    ConfigError: no `DiffusionConfig` or `Sampling`, no step, a temperature that
-      is not positive, no such strategy.
-    TypeError: `denoise_fn` returns something else than a `Prediction`, or a
-      size is neither given nor known.
-    ValueError: an array of another shape, a size that is not the network's, or
-      no key.
+    ConfigError: `config` or `sampling` is of a wrong type; a number of steps or
+      a temperature is not positive; an unknown strategy.
+    TypeError: `denoise_fn` does not return a `Prediction`, or a size is neither
+      an argument nor in `sizes`.
+    ValueError: an array has a wrong shape, a size is not that of the network,
+      or `key` is not a key.
   """
   configs.check_kind(config, DiffusionConfig)
   configs.validate_diffusion(config)
@@ -372,13 +371,13 @@ def sample_canvas(
 def _sizes(
   denoise_fn: DenoiseFn, given: dict[str, int | None]
 ) -> dict[str, int]:
-  """The sizes of a network: given ones, which must be its own."""
+  """The sizes of a network: the arguments, which must agree with its own."""
   own = getattr(denoise_fn, 'sizes', {})
   for name, size in given.items():
     if size is None and name not in own:
       raise TypeError(
-        f'sample_canvas needs {name}: denoise_fn has no attribute `sizes` that '
-        'says it, as those of make_denoise_fn have.'
+        f'sample_canvas needs {name}: denoise_fn has no attribute `sizes` with '
+        'it, unlike those of make_denoise_fn.'
       )
     if size is not None and size != own.get(name, size):
       raise ValueError(
@@ -399,18 +398,18 @@ def _check_shape(name: str, array: jax.Array, shape: tuple[int, ...]) -> None:
 
 
 def row_keys(key: jax.Array, batch_size: int) -> jax.Array:
-  """One key a row: the keys given, or split from a single one.
+  """One key per row: `key` itself, or split from a single one.
 
   Raises:
-    ValueError: neither a key of `jax.random.key` nor one for each row.
+    ValueError: `key` is neither a key of `jax.random.key` nor one per row.
   """
   dtype, shape = getattr(key, 'dtype', None), getattr(key, 'shape', ())
   is_key = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
   if not is_key or shape not in ((), (batch_size,)):
-    found = repr(key) if dtype is None else f'{dtype}{list(shape)}'
+    actual = repr(key) if dtype is None else f'{dtype}{list(shape)}'
     raise ValueError(
-      f'key must be one of jax.random.key, or an array of {batch_size}, one a '
-      f'row; it is {found}.'
+      f'key must be one of jax.random.key, or an array of {batch_size}, one '
+      f'per row; it is {actual}.'
     )
   return key if key.ndim else jax.random.split(key, batch_size)
 
@@ -418,7 +417,7 @@ def row_keys(key: jax.Array, batch_size: int) -> jax.Array:
 def draw_canvas(
   keys_B: jax.Array, config: DiffusionConfig, vocab_size: int
 ) -> jax.Array:
-  """The noise that denoising starts from: int32 [B, L]."""
+  """The initial canvas of noise, int32 [B, L]."""
   return jax.vmap(
     lambda key: noise.prior_canvas(
       jax.random.fold_in(key, 0), (config.canvas_length,), vocab_size
@@ -455,7 +454,7 @@ def predict(
   uniforms_BLU: jax.Array,
   soft_embedding: Callable[[jax.Array], jax.Array],
 ) -> Prediction:
-  """A `Prediction` from whole logits, in float32.
+  """A `Prediction` from logits in memory, in float32.
 
   Args:
     logits_BLV: unscaled logits.
@@ -467,7 +466,7 @@ def predict(
   scaled_BLV = logits_BLV.astype(jnp.float32) / temperature_X1
   log_p_BLV = jax.nn.log_softmax(scaled_BLV, axis=-1)
   p_BLV = jnp.exp(log_p_BLV)
-  # A forbidden token has log p = -inf, and adds nothing, nor to gradients.
+  # A banned token has log p = -inf and adds nothing, nor to gradients.
   terms_BLV = p_BLV * jnp.where(p_BLV > 0, log_p_BLV, 0.0)
   return Prediction(
     sample_BL=ops.vocabulary.sample(p_BLV, uniforms_BLU),

@@ -1,9 +1,9 @@
-"""What a caller may vary from one text to the next, as one pytree.
+"""Sampling options of a request, as one pytree.
 
   Sampling(strategy='confidence', temperature=0.7, pinned=pin(...))
 
-Numbers and arrays in it are data: another value compiles nothing anew. What is
-called is a function, or a pytree that can be called, such as
+Numbers and arrays in it are data: another value does not recompile. A callable
+is a function, or a callable pytree such as
 `jax.tree_util.Partial(function, array)` or a `flax.struct.PyTreeNode` with
 `__call__`: the function is part of the program, its arrays are data.
 
@@ -29,11 +29,11 @@ from diffusiongemma.diffusion import strategies
 
 
 class Time(NamedTuple):
-  """Where each row of a batch is.
+  """The step of each row of a batch.
 
   Attributes:
-    left_B1: int32, steps that it has left, this one included: N..1.
-    steps_B1: int32, N, all of its steps.
+    left_B1: int32, remaining steps, this one included: N..1.
+    steps_B1: int32, N, the number of all steps.
   """
 
   left_B1: jax.Array
@@ -45,14 +45,14 @@ class Pinned(flax.struct.PyTreeNode):
 
   Attributes:
     mask_BL: bool, True where pinned.
-    tokens_BL: int32, the tokens there; anything elsewhere.
+    tokens_BL: int32, the tokens there; arbitrary elsewhere.
   """
 
   mask_BL: jax.Array
   tokens_BL: jax.Array
 
   def hold(self, tokens_BL: jax.Array) -> jax.Array:
-    """`tokens_BL` with the pinned ones in their places."""
+    """`tokens_BL` with the pinned tokens inserted."""
     return jnp.where(self.mask_BL, self.tokens_BL, tokens_BL)
 
 
@@ -89,18 +89,18 @@ Schedule = Callable[[DiffusionConfig, Time], jax.Array]
 
 
 class Sampling(flax.struct.PyTreeNode):
-  """How a batch is sampled, where it is not as the config says.
+  """Options that override the config when a batch is sampled.
 
   Attributes:
-    strategy: its name, or what is called; None is that of the config.
-    temperature: T > 0 of all steps, a number or float32 [B], or what is called;
+    strategy: a name or a callable; None is that of the config.
+    temperature: T > 0 of all steps, a number or float32 [B], or a callable;
       None falls from the config's t_max to its t_min.
     num_steps: most denoising steps of a canvas, a number or int32 [B] for each
       row; None is `config.max_denoising_steps`.
     pinned: positions of the canvas that keep their token at every step.
     logit_hook: changes the logits before the temperature; -inf bans a token,
       all others at -inf force it.
-    constraint: the same after the hook: it has the last word.
+    constraint: the same, applied after the hook.
   """
 
   strategy: str | strategies.Strategy | None = None
@@ -111,7 +111,7 @@ class Sampling(flax.struct.PyTreeNode):
   constraint: LogitHook | None = None
 
   def __post_init__(self):
-    # What JAX knows as no pytree is wrapped as one without arrays.
+    # Plain functions are wrapped as pytrees without arrays.
     for name in ('strategy', 'temperature', 'logit_hook', 'constraint'):
       value = getattr(self, name)
       if isinstance(value, str):
@@ -136,13 +136,13 @@ class Sampling(flax.struct.PyTreeNode):
     return _column('temperature', temperature, len(time.left_B1))
 
   def strategy_of(self, config: DiffusionConfig) -> strategies.Strategy:
-    """The strategy, in the place of a name."""
+    """The strategy as a function."""
     strategy = self.strategy or config.strategy
     return strategies.find(strategy) if isinstance(strategy, str) else strategy
 
   @property
   def needs_logits(self) -> bool:
-    """Whether something looks at whole logits, which else never exist."""
+    """Whether logits must exist in memory, for a hook or a constraint."""
     return self.logit_hook is not None or self.constraint is not None
 
 
@@ -150,14 +150,13 @@ AS_CONFIGURED = Sampling()
 
 
 def falling_temperature(config: DiffusionConfig, time: Time) -> jax.Array:
-  """T of step n = N..1, linear in n, t_max at N: float32, as `time`."""
+  """T of step n = N..1, linear in n, t_max at N; float32, shape of `time`."""
   share = jnp.asarray(time.left_B1, jnp.float32) / time.steps_B1
   return config.t_min + (config.t_max - config.t_min) * share
 
 
 def check(sampling: Sampling) -> None:
-  """Raises `ConfigError` for what can't be sampled with, where values are
-  known."""
+  """Raises `ConfigError` for invalid options; traced values are not checked."""
   if not isinstance(sampling, Sampling):
     raise ConfigError(
       f'sampling must be a Sampling, it is a {type(sampling).__name__}: '
@@ -172,7 +171,7 @@ def check(sampling: Sampling) -> None:
 
 
 def _column(name: str, x: jax.Array, batch_size: int) -> jax.Array:
-  """[B, 1] of one for all, [B] or [B, 1]."""
+  """A scalar, [B] or [B, 1] broadcast to [B, 1]."""
   shapes = ((), (batch_size,), (batch_size, 1))
   if x.shape not in shapes:
     raise ValueError(

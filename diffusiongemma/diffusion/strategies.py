@@ -1,16 +1,16 @@
-"""What a step does with a prediction: plain functions, one signature.
+"""Sampler strategies: plain functions from a prediction to the next canvas.
 
   strategy(config, canvas_BL, prediction, time, drawn)
     -> (canvas_BL, accepted_BL, draft_BL | None)
 
-A draft is the text so far. None is the most probable tokens, with which a row
-may converge; with another one all steps are made.
+A draft is the text so far. None means the most probable tokens, and that a row
+may converge; with another draft all steps are made.
 
 Step n of N..1 goes from time t = n/N to s = (n-1)/N; rows may be at different
-steps, see `sampling.Time`. The first three accept
-some positions, which take their sample, and draw all others anew; what was
-accepted before has no privilege. Pinned positions have negative confidence and
-no entropy. `ancestral` follows the process itself:
+steps, see `sampling.Time`. The first three accept some positions, which take
+their sample, and redraw all others; positions accepted before have no
+privilege. Pinned positions have negative confidence and entropy 0. `ancestral`
+follows the reverse process itself:
 
   q(x_s | x_t, x_0) ~ q(x_t | x_s) q(x_s | x_0),   x_0 = sample
   q(x_s | x_0) = alpha_s 1[x_s = x_0] + (1 - alpha_s) / V,   alpha_t = 1 - t
@@ -29,8 +29,8 @@ Strategy = Callable[..., tuple[jax.Array, jax.Array, jax.Array | None]]
 
 
 def entropy_bound(config: DiffusionConfig, canvas_BL, prediction, time, drawn):
-  """The k lowest entropies for which the sum of all but the largest stays
-  within `config.entropy_bound` nats, a bound on how much the accepted tokens
+  """Accepts the k lowest entropies for which the sum of all but the largest is
+  at most `config.entropy_bound` nats, a bound on how much the accepted tokens
   can depend on each other. One is always accepted.
 
   Source: Ben-Hamu et al., https://arxiv.org/abs/2505.24857.
@@ -44,7 +44,7 @@ def entropy_bound(config: DiffusionConfig, canvas_BL, prediction, time, drawn):
 
 
 def confidence(config: DiffusionConfig, canvas_BL, prediction, time, drawn):
-  """Positions whose most probable token has at least the probability
+  """Accepts positions whose most probable token has at least the probability
   `config.accept_confidence`, and always the most confident one."""
   del canvas_BL, time
   best_BL = _rank(_most_confident_first(prediction)) == 0
@@ -55,8 +55,8 @@ def confidence(config: DiffusionConfig, canvas_BL, prediction, time, drawn):
 def top_k_confident(
   config: DiffusionConfig, canvas_BL, prediction, time, drawn
 ):
-  """The most confident positions, an equal number more with every step: all at
-  the last."""
+  """Accepts the most confident positions; their number grows linearly with the
+  steps, to all at the last."""
   del config, canvas_BL
   n_B1, N_B1 = time
   free_B1 = jnp.sum(prediction.confidence_BL >= 0, axis=-1, keepdims=True)
@@ -66,11 +66,11 @@ def top_k_confident(
 
 
 def ancestral(config: DiffusionConfig, canvas_BL, prediction, time, drawn):
-  """A draw from the posterior of the uniform process, exact when the network
-  is: each position takes its sample, stays as it is, or is drawn anew.
+  """Draws from the posterior of the uniform process, exactly if the network is
+  exact: each position takes its sample, keeps its token, or is redrawn.
 
-  Accepted are those that hold their sample. The canvas itself is the draft, in
-  the end a sample of the text, and no row stops before.
+  Positions that hold their sample are accepted. The canvas itself is the draft,
+  at the end a sample of the text, and no row stops early.
   """
   del config
   (n_B1, N_B1), V = time, drawn.vocab_size
@@ -84,9 +84,9 @@ def ancestral(config: DiffusionConfig, canvas_BL, prediction, time, drawn):
   stay_BL = kept * s + jnp.where(
     same_BL, V * kept * (1 - s) + (1 - kept) * (1 - s), 0.0
   )
-  place_BL = drawn.choice_BL * (anew + take_BL + stay_BL)
-  next_BL = jnp.where(place_BL < take_BL, prediction.sample_BL, drawn.tokens_BL)
-  stays_BL = (place_BL >= take_BL) & (place_BL < take_BL + stay_BL)
+  point_BL = drawn.choice_BL * (anew + take_BL + stay_BL)
+  next_BL = jnp.where(point_BL < take_BL, prediction.sample_BL, drawn.tokens_BL)
+  stays_BL = (point_BL >= take_BL) & (point_BL < take_BL + stay_BL)
   next_BL = jnp.where(stays_BL, canvas_BL, next_BL)
   return next_BL, next_BL == prediction.sample_BL, next_BL
 
@@ -100,7 +100,7 @@ STRATEGIES = {
 
 
 def find(name: str) -> Strategy:
-  """The strategy of this name. Raises `ConfigError` without one."""
+  """The strategy of this name. Raises `ConfigError` if there is none."""
   if name not in STRATEGIES:
     raise ConfigError(
       f'{fields.unknown_name(name, list(STRATEGIES))} There are '
@@ -110,16 +110,16 @@ def find(name: str) -> Strategy:
 
 
 def renoise(accepted_BL: jax.Array, prediction, drawn):
-  """Samples where accepted, new uniform tokens elsewhere."""
+  """The next canvas: samples where accepted, new uniform tokens elsewhere."""
   canvas_BL = jnp.where(accepted_BL, prediction.sample_BL, drawn.tokens_BL)
   return canvas_BL, accepted_BL, None
 
 
 def _most_confident_first(prediction) -> jax.Array:
-  """Positions in order, ties by place."""
+  """Positions sorted by confidence, ties by position."""
   return jnp.argsort(-prediction.confidence_BL, axis=-1)
 
 
 def _rank(order_BL: jax.Array) -> jax.Array:
-  """The place of each position in an order."""
+  """The rank of each position in an order."""
   return jnp.argsort(order_BL, axis=-1)

@@ -1,1 +1,1 @@
-"""From prompts to text: where the network and the sampler meet."""
+"""From prompts to text: combines the network and the sampler."""

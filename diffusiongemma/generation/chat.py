@@ -1,10 +1,10 @@
 """A conversation: messages in, a parsed reply out, nothing read twice.
 
-  messages --template--> tokens = what is in a cache already + what is new
+  messages --template--> tokens = those in a cache already + new tokens
   new tokens + cache --generate--> reply, longer caches
 
 A reply is split at the control tokens that the model wrote: the thinking
-channel, calls of tools, and the answer itself.
+channel, tool calls, and the answer itself.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ from diffusiongemma.text import call_syntax
 from diffusiongemma.text import template as templates
 from diffusiongemma.text.tokenizer import Tokenizer
 
-# Of a model's turn, whatever else a checkpoint lists as the end of a text.
+# Tokens that end a turn of the model, besides the stop tokens of a checkpoint.
 TURN_ENDS = ('<turn|>', '<|tool_response>')
 
 
@@ -41,7 +41,7 @@ class ToolsError(Error, ValueError):
 
 
 class Model(NamedTuple):
-  """What a conversation is held with.
+  """A network with its chat settings.
 
   Attributes:
     config, params, tokenizer: of a run.
@@ -61,14 +61,14 @@ class Model(NamedTuple):
 
 
 class Reply(NamedTuple):
-  """What the model said.
+  """A parsed reply of the model.
 
   Attributes:
     text: the answer.
-    thinking: what it thought before, apart from it.
+    thinking: its thinking before the answer.
     tool_calls: `{'name': ..., 'arguments': {...}}` each.
-    problem: why this is no whole answer; empty when it is.
-    written: the tokens, steps and so on behind it.
+    problem: why the answer is incomplete; empty if it is complete.
+    written: its tokens, steps and so on.
   """
 
   text: str
@@ -80,7 +80,7 @@ class Reply(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Read:
-  """Tokens that a cache holds, and how many pictures are among them."""
+  """A cache, its tokens, and the number of pictures among them."""
 
   tokens: tuple[int, ...]
   num_pictures: int
@@ -89,12 +89,12 @@ class _Read:
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-  """All that was said; never changed, a turn makes a new one.
+  """A conversation so far; immutable, each turn returns a new one.
 
   Attributes:
-    messages: as the template takes them.
+    messages: in the form of the template.
     pictures: one for each image part of the messages, in order.
-    read: what caches hold of it, longest last.
+    read: caches of its prefixes, longest last.
   """
 
   messages: tuple[dict[str, Any], ...] = ()
@@ -103,15 +103,15 @@ class Conversation:
 
 
 def user_message(text: str, num_pictures: int = 0) -> dict[str, Any]:
-  """A message of the user's, pictures first."""
+  """A message of the user, pictures first."""
   if not num_pictures:
     return {'role': 'user', 'content': text}
-  parts = [{'type': 'image'}] * num_pictures
-  return {'role': 'user', 'content': [*parts, {'type': 'text', 'text': text}]}
+  images = [{'type': 'image'}] * num_pictures
+  return {'role': 'user', 'content': [*images, {'type': 'text', 'text': text}]}
 
 
 def tool_message(name: str, call_id: str, result: str) -> dict[str, Any]:
-  """What a tool answered, as text; JSON is text too."""
+  """A message with the result of a tool, as text, which may be JSON."""
   return {
     'role': 'tool',
     'name': name,
@@ -131,20 +131,20 @@ def take_turn(
   on_step: engine.OnStep | None = None,
   on_canvas: Callable[[list[list[int]]], None] | None = None,
 ) -> tuple[Reply, Conversation]:
-  """Says `messages` and returns the reply, and the conversation after it.
+  """Sends `messages`; returns the reply and the conversation after it.
 
   Args:
-    model: whom to ask.
-    conversation: what was said before.
-    messages: what is new; see `user_message`, `tool_message`.
-    key: the noise.
-    sampling: what is not as the config says.
+    model: the network.
+    conversation: the conversation before.
+    messages: new messages; see `user_message`, `tool_message`.
+    key: for the noise.
+    sampling: what differs from the config.
     pictures: one for each image part of `messages`.
     on_step, on_canvas: see `generate`.
 
   Raises:
     TemplateError: the template refuses the messages.
-    PromptError: it does not fit the context.
+    PromptError: the conversation does not fit the context.
     ImageError: a picture can't be used.
   """
   messages = (*conversation.messages, *messages)
@@ -174,8 +174,8 @@ def take_turn(
   )
   (written,) = generated.rows
   reply = parse_reply(model, tokens, written)
-  # The template drops the thinking of earlier turns: what can be read on from
-  # is then the prompt alone.
+  # The template drops the thinking of earlier turns; then only the cache of the
+  # prompt can be continued.
   answered = (*tokens, *written.tokens)
   read = tuple(
     _Read(ids, len(pictures), cache)
@@ -190,8 +190,8 @@ def take_turn(
 
 
 def with_turn_ends(config: Config, tokenizer: Tokenizer) -> Config:
-  """`config` with the ends of a turn among its stop tokens; itself, which
-  compiles nothing anew, where they are."""
+  """`config` with `TURN_ENDS` among its stop tokens; `config` itself, so that
+  nothing is recompiled, if they are already."""
   ends = map(tokenizer.control_tokens.get, TURN_ENDS)
   known = config.diffusion.stop_token_ids
   missing = [end for end in ends if end is not None and end not in known]
@@ -206,7 +206,7 @@ def with_turn_ends(config: Config, tokenizer: Tokenizer) -> Config:
 def _longest_read(
   read: Sequence[_Read], tokens: tuple[int, ...]
 ) -> _Read | None:
-  """The longest text in a cache that `tokens` go on from."""
+  """The longest cached text that `tokens` continue."""
   for known in reversed(read):
     length = len(known.tokens)
     if length < len(tokens) and tokens[:length] == known.tokens:
@@ -227,19 +227,19 @@ def _assistant_message(reply: Reply, turn: int) -> dict[str, Any]:
 
 
 def call_id(turn: int, index: int) -> str:
-  """The name that ties a tool's answer to call `index` of message `turn`."""
+  """The id that links a tool result to call `index` of message `turn`."""
   return f'{turn}.{index}'
 
 
 def parse_reply(
   model: Model, prompt: Sequence[int], written: generate.Generation
 ) -> Reply:
-  """Splits what the model wrote at the control tokens in it.
+  """Splits the tokens of a reply at the control tokens in them.
 
   Args:
-    model: its tokenizer names the control tokens.
-    prompt: what it was asked with; it may end inside of the thinking channel.
-    written: what it wrote.
+    model: its tokenizer has the control tokens.
+    prompt: token ids before the reply; may end inside the thinking channel.
+    written: the reply.
   """
   tokenizer = model.tokenizer
   of_name = tokenizer.control_tokens.get
@@ -250,27 +250,29 @@ def parse_reply(
   }
   closes.add(tokenizer.eos_id)
   kind = _last_channel(prompt, of_name)
-  parts: list[tuple[str, list[int]]] = [(kind, [])]
+  sections: list[tuple[str, list[int]]] = [(kind, [])]
   for token in written.tokens:
     if token in opens:
-      parts.append((opens[token], []))
+      sections.append((opens[token], []))
     elif token in closes:
-      parts.append(('text', []))
+      sections.append(('text', []))
     else:
-      parts[-1][1].append(token)
+      sections[-1][1].append(token)
 
   def joined(wanted):
-    return [tokenizer.decode(ids) for kind, ids in parts if kind == wanted]
+    return [tokenizer.decode(ids) for kind, ids in sections if kind == wanted]
 
-  last = parts[-1][0]
+  last = sections[-1][0]
   if written.stopped_by == 'max_new_tokens' and last == 'call':
-    parts.pop()  # What it lacks may be anything.
+    sections.pop()  # An unfinished call could end in any way.
   text = ''.join(joined('text')).strip()
   thinking = '\n'.join(
     re.sub(r'\A\s*thought\n', '', t).strip() for t in joined('thinking')
   ).strip()
   calls, unread = [], []
-  for raw in [_spell_call(tokenizer, i) for kind, i in parts if kind == 'call']:
+  for raw in [
+    _spell_call(tokenizer, i) for kind, i in sections if kind == 'call'
+  ]:
     if call := call_syntax.read(raw):
       calls.append(call)
     else:
@@ -297,7 +299,7 @@ def _problem(
   last: str,
   written: generate.Generation,
 ) -> str:
-  """Why a reply is no whole answer, for a person; empty when it is."""
+  """Message on why a reply is incomplete; empty if it is complete."""
   cut = written.stopped_by == 'max_new_tokens'
   count = len(written.tokens)
   if unread:
@@ -310,7 +312,7 @@ def _problem(
     )
   if cut:
     return (
-      f'The answer is not finished: no end came within {count} tokens. Raise '
+      f'The answer is not finished: no end within {count} tokens. Raise '
       '--max_new_tokens.'
     )
   if not text and not calls:
@@ -321,15 +323,14 @@ def _problem(
 def parse_call(
   tokenizer: Tokenizer, tokens: Sequence[int]
 ) -> dict[str, Any] | None:
-  """`{'name': ..., 'arguments': {...}}` of what the model wrote between the
-  control tokens of a call; None if it has no reading, or several: see
-  `call_syntax`.
+  """`{'name': ..., 'arguments': {...}}` from the tokens between the control
+  tokens of a call; None if they have no unique reading, see `call_syntax`.
   """
   return call_syntax.read(_spell_call(tokenizer, tokens))
 
 
 def _spell_call(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
-  """A call as text, control tokens that should not be there included."""
+  """A call as text, including control tokens, which should not be there."""
   spelled = {id_: piece for piece, id_ in tokenizer.control_tokens.items()}
   if quote := tokenizer.control_tokens.get('<|"|>'):
     spelled[quote] = call_syntax.QUOTE
@@ -343,11 +344,11 @@ def _spell_call(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
 
 
 def read_tools(text: str) -> tuple[dict[str, Any], ...]:
-  """Declarations of tools from JSON: a list of `{'type': 'function',
+  """Parses declarations of tools from JSON: a list of `{'type': 'function',
   'function': {'name', 'description', 'parameters'}}`, or of the inner objects.
 
   Raises:
-    ToolsError: it is something else.
+    ToolsError: the text is not such a list.
   """
   try:
     tools = json.loads(text)

@@ -1,14 +1,14 @@
-"""Canvas after canvas: where the network and the sampler meet.
+"""Generates canvas after canvas with the network and the sampler.
 
   state = start(prompts)
   repeat:  canvas = next_canvas(state)
-           state = keep(state, what is kept of the canvas)       ("commit")
+           state = keep(state, first tokens of the canvas)       ("commit")
 
-All that goes from canvas to canvas is one pytree, `State`; rows of a batch are
-written as they would be alone, whatever canvas the others are at. A server, a
-stream and reinforcement learning stand on these functions, and so does
-`generate`. `make_denoise_fn` binds parameters and cache into the function that
-the sampler calls. Layers are lowered once here: to look into them, apply a
+All state between canvases is one pytree, `State`; a row is generated as it
+would be alone, whatever canvas the other rows are at. `generate` is built on
+these functions, as a server, a stream or reinforcement learning can be.
+`make_denoise_fn` binds parameters and cache into the function that the sampler
+calls. Equal layers are lowered once here: to look into them, apply a
 `denoiser.Denoiser` yourself.
 """
 
@@ -40,13 +40,13 @@ OnStep = Callable[[int, sampler.SamplerState], None]
 
 
 class State(flax.struct.PyTreeNode):
-  """What goes from canvas to canvas.
+  """The state between canvases.
 
   Attributes:
-    cache: the text so far, prompt and all.
+    cache: the text so far, prompt included.
     keys_B: a key for each row; its noise follows from it and `canvas_B`.
-    canvas_B: int32, how many canvases each row has.
-    done_B: bool, rows that are written; they cost no denoising steps.
+    canvas_B: int32, number of canvases of each row.
+    done_B: bool, finished rows; they cost no denoising steps.
   """
 
   cache: kv_cache.KVCache
@@ -60,10 +60,10 @@ def make_denoise_fn(
 ) -> sampler.DenoiseFn:
   """The sampler's view of a network that has read the text in `cache`.
 
-  Its attribute `sizes` is what `sample_canvas` needs to know. Rows for which
+  Its attribute `sizes` has the sizes that `sample_canvas` needs. Rows for which
   the cache had no room (`cache.OVERFLOWED`) have no text: their `argmax_BL` is
-  -1. In the last step of all rows the self-conditioning, which nobody would
-  see, is zero. Raises `ConfigError` for what is no `ModelConfig`.
+  -1. In the last step of all rows the self-conditioning is unused and zero.
+  Raises `ConfigError` if `config` is not a `ModelConfig`.
   """
   configs.check_kind(config, ModelConfig)
   prompt_lib.check_params(params)
@@ -75,28 +75,28 @@ def make_denoise_fn(
   ):
     h_BLD = apply(tokens_BL, sc_BLD, cache, method='denoise')
     is_text_B1 = cache.length_B[:, None] >= 0
-    is_seen = jnp.any(left_B1 > 1)  # The self-conditioning: step 1 is the last.
+    is_seen = jnp.any(left_B1 > 1)  # Self-conditioning: step 1 is the last.
     if change_logits is None and not ops.parallel.is_active():
       B, L, D = h_BLD.shape
       h_RD, uniforms_RU = h_BLD.reshape(-1, D), uniforms_BLU.reshape(B * L, -1)
       temperature_R = jnp.broadcast_to(temperature_B1, (B, L)).reshape(-1)
-      found = apply(
+      prediction = apply(
         *(h_RD, temperature_R, uniforms_RU, is_seen), method='summarize'
       )
       return sampler.Prediction(
-        sample_BL=found.sample_R.reshape(B, L),
-        argmax_BL=jnp.where(is_text_B1, found.argmax_R.reshape(B, L), -1),
-        entropy_BL=found.entropy_R.reshape(B, L),
-        confidence_BL=found.confidence_R.reshape(B, L),
-        sc_BLD=found.mean_RD.reshape(B, L, D),
+        sample_BL=prediction.sample_R.reshape(B, L),
+        argmax_BL=jnp.where(is_text_B1, prediction.argmax_R.reshape(B, L), -1),
+        entropy_BL=prediction.entropy_R.reshape(B, L),
+        confidence_BL=prediction.confidence_R.reshape(B, L),
+        sc_BLD=prediction.mean_RD.reshape(B, L, D),
       )
-    # On a mesh every device has its part of the logits.
+    # On a mesh every device has its shard of the logits.
     logits_BLV = apply(h_BLD, method='logits')
     if change_logits is not None:
       logging.log_first_n(
         logging.WARNING,
-        'A logit hook or a constraint needs whole logits, [batch, canvas, '
-        'vocabulary] in float32; without, they never exist.',
+        'A logit hook or a constraint needs all logits in memory, [batch, '
+        'canvas, vocabulary] in float32; without, they never exist.',
         1,
       )
       logits_BLV = change_logits(logits_BLV)
@@ -105,10 +105,12 @@ def make_denoise_fn(
       sc_BLD = apply(p_BLV, method='soft_embedding')
       return jnp.where(is_seen, sc_BLD, 0)
 
-    found = sampler.predict(
+    prediction = sampler.predict(
       logits_BLV, temperature_B1, uniforms_BLU, soft_embedding
     )
-    return found.replace(argmax_BL=jnp.where(is_text_B1, found.argmax_BL, -1))
+    return prediction.replace(
+      argmax_BL=jnp.where(is_text_B1, prediction.argmax_BL, -1)
+    )
 
   denoise.sizes = {  # type: ignore[attr-defined]
     'batch_size': len(cache.length_B),
@@ -128,26 +130,25 @@ def start(
   pictures: Sequence[Sequence[Any]] | None = None,
   cache: kv_cache.KVCache | None = None,
 ) -> State:
-  """The state before the first canvas: the prompts are read.
+  """Reads the prompts; returns the state before the first canvas.
 
   Args:
     config: network and sampler.
     params: parameters of the network.
-    prompts: token ids of each row; with a `cache`, what comes after the text
-      there.
-    key: the noise; one key, from which each row gets its own, or one a row
-      [B].
-    room: how many tokens may come after each prompt: of whole canvases.
+    prompts: token ids of each row; with a `cache`, those after its text.
+    key: for the noise; one key, from which each row gets its own, or one per
+      row [B].
+    room: most tokens after each prompt, in whole canvases.
     pictures: for each row, the images of its `image_token_id`s, in order.
-    cache: an earlier text of the same rows.
+    cache: earlier text of the same rows.
 
   Raises:
-    PromptError: there is no prompt, one does not fit, or pictures and image
-      tokens do not agree.
+    PromptError: there is no prompt, one does not fit, or the numbers of
+      pictures and image tokens differ.
     ImageError: an image can't be used.
-    ConfigError: `config` is no `Config`, or the mesh around the call does not
-      divide the network.
-    ValueError: `key` is no key, nor one for each row.
+    ConfigError: `config` is not a `Config`, or the mesh around the call does
+      not divide the network.
+    ValueError: `key` is neither a key nor one per row.
   """
   configs.check_kind(config, Config)
   prompt_lib.check_params(params)
@@ -186,19 +187,19 @@ def next_canvas(
     config: network and sampler.
     params: parameters of the network.
     state: the text so far.
-    sampling: what is not as the config says.
+    sampling: what differs from the config.
     on_step: called with (steps done, state) before the first step, when the
-      draft is still -1, and after every one; without, all steps run on the
-      device in one go. The tokens are the same.
+      draft is still -1, and after every step; without it, all steps are one
+      program. The tokens are the same.
 
   Returns:
     The last state of the sampler: `draft_BL` is the canvas, int32.
   """
   keys_B = _fold_in(state.keys_B, state.canvas_B)
-  given = (config, params, state.cache, keys_B, state.done_B, sampling)
+  arguments = (config, params, state.cache, keys_B, state.done_B, sampling)
   if on_step is None:
-    return denoise_canvas(*given)
-  return _watch_canvas(*given, on_step)
+    return denoise_canvas(*arguments)
+  return _watch_canvas(*arguments, on_step)
 
 
 def keep(
@@ -209,20 +210,20 @@ def keep(
   kept_B: jax.Array | np.ndarray,
   done_B: jax.Array | np.ndarray,
 ) -> State:
-  """Reads what is kept of a canvas into the text.
+  """Appends the first tokens of a canvas to the text in the cache.
 
   Args:
     config: network and sampler.
     params: parameters of the network.
     state: the text before the canvas.
-    tokens_BL: int32, the canvas; where nothing is kept it may be anything.
-    kept_B: int32, how many of its first tokens are kept.
-    done_B: bool, rows that are written.
+    tokens_BL: int32, the canvas; arbitrary after the tokens that are kept.
+    kept_B: int32, number of first tokens to keep.
+    done_B: bool, finished rows.
 
   Raises:
-    PromptError: the cache has no room for it.
+    PromptError: the cache has no room for them.
   """
-  tokens_BL = jnp.maximum(tokens_BL, 0)  # Rows that were done have no draft.
+  tokens_BL = jnp.maximum(tokens_BL, 0)  # Finished rows have no draft.
   cache = prompt_lib.prefill(
     config.model, params, tokens_BL, kept_B, state.cache
   )
@@ -245,7 +246,7 @@ def denoise_canvas(
   done_B: jax.Array,
   sampling: Sampling = AS_CONFIGURED,
 ) -> sampler.SamplerState:
-  """`next_canvas` with the noise of `keys_B`, all on the device."""
+  """`next_canvas` with the noise of `keys_B`, as one program."""
   with sharding.activate(config.model, keys_B.shape[0]):
     state, _ = sampler.sample_canvas(
       make_denoise_fn(config.model, params, cache),
@@ -269,7 +270,7 @@ def denoise_step(
   state: sampler.SamplerState,
   sampling: Sampling = AS_CONFIGURED,
 ) -> sampler.SamplerState:
-  """One step of `denoise_canvas`, for those who watch."""
+  """One step of `denoise_canvas`, for callers with callbacks."""
   drawn = sampler.draw_step_noise(
     keys_B, state.left_B, config.diffusion, config.model.vocab_size
   )

@@ -1,6 +1,7 @@
-"""Prompts to tokens: canvases, cut where a text ends.
+"""Prompts to tokens: generates canvases and cuts them where a text ends.
 
-`generate_tokens` writes a batch; `write_canvases` is the same canvas by canvas.
+`generate_tokens` generates a batch; `write_canvases` the same, canvas by
+canvas.
 """
 
 from collections.abc import Callable
@@ -26,13 +27,13 @@ from diffusiongemma.ops.weights import Params
 
 
 class Generation(NamedTuple):
-  """What was written after one prompt.
+  """The text generated after one prompt.
 
   Attributes:
-    tokens: ids, a stop token included, padding not.
+    tokens: ids, with a stop token and without padding.
     steps: denoising passes used.
-    tokens_per_forward: tokens for each of them, pads not counted.
-    stopped_by: 'stop_token' or 'max_new_tokens'; None while it is written.
+    tokens_per_forward: tokens per denoising pass, pad tokens not counted.
+    stopped_by: 'stop_token' or 'max_new_tokens'; None if unfinished.
   """
 
   tokens: list[int]
@@ -42,11 +43,11 @@ class Generation(NamedTuple):
 
 
 class Generated(NamedTuple):
-  """What was written after a batch of prompts.
+  """The texts generated after a batch of prompts.
 
   Attributes:
     rows: one for each prompt.
-    cache: prompts and answers, to go on from; None unless it was asked for.
+    cache: of prompts and answers, to continue them; None unless requested.
     prompt_cache: the same without the answers.
   """
 
@@ -56,11 +57,12 @@ class Generated(NamedTuple):
 
 
 class Canvas(NamedTuple):
-  """What a canvas has added.
+  """The tokens that one canvas added.
 
   Attributes:
-    kept: tokens of each row.
-    so_far: all that was written, this canvas included; caches come last.
+    kept: new tokens of each row.
+    so_far: all tokens, those of this canvas included; caches only after the
+      last canvas.
   """
 
   kept: list[list[int]]
@@ -84,41 +86,40 @@ def generate_tokens(
 ) -> Generated:
   """Continues a batch of prompts of any lengths, canvas after canvas.
 
-  A row is written as it would be alone, but for rounding: its noise follows
-  from its own key, and no row sees another or its padding. A product of more
-  rows may round otherwise, in bfloat16 much more than in float32, and a draw
-  between two tokens that are nearly as probable then falls on the other one
+  A row is generated as it would be alone, except for rounding: its noise
+  follows from its own key, and no row sees another or its padding. Products of
+  more rows may round differently, in bfloat16 much more than in float32, and a
+  draw between two tokens of nearly equal probability may then change
   (`experiments/parity/rows.py`). Prompts are padded to a power of two, so that
   similar lengths share a compilation.
 
   Args:
     config: network and sampler.
     params: parameters of the network.
-    prompts: token ids of each row, beginning with bos; with a `cache`, what
-      comes after the text there.
-    key: the noise; one key, from which each row gets its own, or one a row
-      [B]. The same key writes the same tokens.
+    prompts: token ids of each row, beginning with bos; with a `cache`, those
+      after its text.
+    key: for the noise; one key, from which each row gets its own, or one per
+      row [B]. The same key gives the same tokens.
     max_new_tokens: of each row; whole canvases are denoised and then cut.
-    sampling: what is not as the config says.
-    pictures: for each row, the images of its `image_token_id`s, in order; see
-      `images.load_image` for what they may be.
-    pinned: for each row, tokens that the new text must have, by their place in
-      it: {0: first token, ...}. It does not end before the last of them.
-    cache: what an earlier call has returned, for the next turn of the same
-      rows.
+    sampling: what differs from the config.
+    pictures: for each row, the images of its `image_token_id`s, in order; for
+      supported types see `images.load_image`.
+    pinned: for each row, tokens that the new text must have, by their position
+      in it: {0: first token, ...}. It does not end before the last of them.
+    cache: returned by an earlier call, for the next turn of the same rows.
     keep_cache: read the last canvases too, and return both caches.
     on_step: called with (steps done, state) before the first denoising step,
-      when the draft is still -1, and after every one.
-    on_canvas: called with the tokens kept of every row, at every canvas.
+      when the draft is still -1, and after every step.
+    on_canvas: called with the tokens kept of every row, after every canvas.
 
   Raises:
     PromptError: there is no prompt, one is empty or does not fit the context
-      together with the canvases asked for, pictures and image tokens do not
-      agree, or a pinned place is outside of the canvases.
+      together with the new canvases, the numbers of pictures and image tokens
+      differ, or a pinned position is outside of the canvases.
     ImageError: an image can't be used.
-    ConfigError: `config` is no `Config`, `sampling` can't be used, or the mesh
+    ConfigError: `config` is not a `Config`, `sampling` is invalid, or the mesh
       around the call does not divide the network.
-    ValueError: `key` is no key, nor one for each row.
+    ValueError: `key` is neither a key nor one per row.
   """
   for canvas in write_canvases(
     *(config, params, prompts, key, max_new_tokens, sampling),
@@ -134,7 +135,7 @@ def generate_tokens(
 
 
 def default_max_new_tokens(config: Config) -> int:
-  """Where nobody says how many: those of four canvases."""
+  """The default of `max_new_tokens`: four canvases."""
   return 4 * config.diffusion.canvas_length
 
 
@@ -152,8 +153,8 @@ def write_canvases(
   keep_cache: bool = False,
   on_step: engine.OnStep | None = None,
 ) -> Iterator[Canvas]:
-  """`generate_tokens`, canvas by canvas; arguments and errors are its own. What
-  is no longer asked for is not written."""
+  """`generate_tokens`, canvas by canvas: each is generated when the iterator
+  gets there. Arguments and errors are those of `generate_tokens`."""
   configs.check_kind(config, Config)
   if type(max_new_tokens) is not int:
     raise prompt_lib.PromptError(
@@ -166,8 +167,8 @@ def write_canvases(
   sampling_lib.check(sampling)
   if sampling.pinned is not None:
     raise prompt_lib.PromptError(
-      'sampling.pinned is of one canvas; tokens of a text are pinned by their '
-      'place in it: pinned=[{0: token}].'
+      'sampling.pinned is for one canvas; tokens of a text are pinned by their '
+      'position in it: pinned=[{0: token}].'
     )
   prompt_lib.check_kind(prompts)
   C = config.diffusion.canvas_length
@@ -203,31 +204,31 @@ def _canvases(
   stopped_by: list[str | None] = [None] * B
   for index in range(canvases):
     here = sampling if pins is None else sampling.replace(pinned=pins[index])
-    found = engine.next_canvas(config, params, state, here, on_step)
-    steps_B += np.asarray(found.steps_B)
-    draft_BL = np.asarray(found.draft_BL)
-    kept: list[list[int]] = [[] for _ in range(B)]
+    final = engine.next_canvas(config, params, state, here, on_step)
+    steps_B += np.asarray(final.steps_B)
+    draft_BL = np.asarray(final.draft_BL)
+    kept_tokens: list[list[int]] = [[] for _ in range(B)]
     for row in range(B):
       if stopped_by[row] is None:
         last_pin = max(pinned[row], default=0) if pinned else 0
-        kept[row], stopped_by[row] = _keep(
+        kept_tokens[row], stopped_by[row] = _keep(
           draft_BL[row],
           config,
           max_new_tokens - len(tokens[row]),
           max(0, last_pin - index * C),
         )
-        tokens[row] += kept[row]
+        tokens[row] += kept_tokens[row]
     finished = None not in stopped_by
     if keep_cache or not finished:
-      kept_B = np.array([len(row) for row in kept], np.int32)
+      kept_B = np.array([len(row) for row in kept_tokens], np.int32)
       done_B = np.array([reason is not None for reason in stopped_by])
-      state = engine.keep(config, params, state, found.draft_BL, kept_B, done_B)
+      state = engine.keep(config, params, state, final.draft_BL, kept_B, done_B)
     rows = [
       _generation(config, *row)
       for row in zip(tokens, steps_B.tolist(), stopped_by, strict=True)
     ]
     yield Canvas(
-      kept,
+      kept_tokens,
       Generated(
         rows, state.cache if keep_cache and finished else None, prompt_cache
       ),
@@ -247,18 +248,18 @@ def _generation(
 def _pins(
   pinned: Sequence[Mapping[int, int]], B: int, canvases: int, config: Config
 ) -> list[Pinned]:
-  """The pinned tokens of each canvas, from those of each row's new text."""
+  """The pinned tokens of each canvas, from those of the text of each row."""
   C = config.diffusion.canvas_length
   if len(pinned) != B:
     raise prompt_lib.PromptError(
       f'{len(pinned)} rows of pinned tokens for {B} prompts.'
     )
   for row, tokens in enumerate(pinned):
-    for place in tokens:
-      if not 0 <= place < canvases * C:
+    for position in tokens:
+      if not 0 <= position < canvases * C:
         raise prompt_lib.PromptError(
-          f'Place {place} that prompt {row} pins is outside of its {canvases} '
-          f'canvases of {C} tokens.'
+          f'Position {position} that prompt {row} pins is outside of its '
+          f'{canvases} canvases of {C} tokens.'
         )
   try:
     return [
@@ -279,7 +280,7 @@ def _pins(
 def _keep(
   draft_L: np.ndarray, config: Config, room: int, no_stop_before: int
 ) -> tuple[list[int], str | None]:
-  """(tokens of a canvas that are kept, why the row ends with it, if so)."""
+  """(tokens kept of a canvas, why the row ends with it, or None)."""
   stop_token_ids = config.diffusion.stop_token_ids
   rest, stopped = cut_at_stop(draft_L[no_stop_before:], stop_token_ids)
   kept = draft_L[:no_stop_before].tolist() + rest
@@ -291,8 +292,8 @@ def _keep(
 def cut_at_stop(
   tokens_L: np.ndarray, stop_token_ids: tuple[int, ...]
 ) -> tuple[list[int], bool]:
-  """Tokens up to and with the first stop token, and whether there is one."""
-  (places,) = np.nonzero(np.isin(tokens_L, stop_token_ids))
-  if places.size:
-    return tokens_L[: places[0] + 1].tolist(), True
+  """(tokens up to and including the first stop token, whether there is one)."""
+  (positions,) = np.nonzero(np.isin(tokens_L, stop_token_ids))
+  if positions.size:
+    return tokens_L[: positions[0] + 1].tolist(), True
   return tokens_L.tolist(), False

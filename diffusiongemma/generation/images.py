@@ -1,4 +1,4 @@
-"""Images to patches, and their places in the tokens of a prompt.
+"""Images to patches, and their positions in the tokens of a prompt.
 
   resize    to the largest (h, w), multiples of kernel * patch_size, with
             h w <= soft_tokens * (kernel * patch_size)^2 and h : w kept
@@ -22,8 +22,8 @@ from diffusiongemma.errors import Error
 
 BUDGETS = (70, 140, 280, 560, 1120)
 
-# What is read from files. Pillow knows more formats; one of them (EPS) runs
-# a program of the system on a file that nobody vouches for.
+# Formats that are read. Pillow knows more; one of them (EPS) runs a system
+# program on an untrusted file.
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM', 'AVIF')
 
 
@@ -32,7 +32,7 @@ class ImageError(Error, ValueError):
 
 
 class Patches(NamedTuple):
-  """Images as `VisionEncoder` takes them.
+  """Images in the form of `VisionEncoder`.
 
   Attributes:
     patches_IMX: float32, pixel values 0..1, zeros at padding.
@@ -48,18 +48,18 @@ class Patches(NamedTuple):
 def load_image(source: Any) -> np.ndarray:
   """An image as uint8 [height, width, 3], red, green and blue.
 
-  As transformers does it, to the bit: a file is turned upright by its EXIF
-  tag, and its alpha channel is dropped; a Pillow image is taken as it lies and
-  put on white. An animation is its first frame.
+  Bit-equal to transformers: a file is rotated upright by its EXIF tag, and its
+  alpha channel is dropped; a Pillow image is not rotated, and put on white. Of
+  an animation the first frame is used.
 
   Args:
     source: path of a file, a Pillow image, or a uint8 array [height, width,
       3].
 
   Raises:
-    ImageError: there is no such file, it is damaged, of no known format or of
-      more pixels than `PIL.Image.MAX_IMAGE_PIXELS`; an array of another kind;
-      an image without pixels; no Pillow.
+    ImageError: there is no such file, it is damaged, of no known format or has
+      more pixels than `PIL.Image.MAX_IMAGE_PIXELS`; an array of another type or
+      shape; an image without pixels; Pillow is not installed.
   """
   if isinstance(source, np.ndarray):
     name, pixels = 'The array', source
@@ -76,7 +76,7 @@ def load_image(source: Any) -> np.ndarray:
     name = 'The Pillow image'
     try:
       pixels = _on_white(source)
-    except Exception as error:  # It may be a file that is only now decoded.
+    except Exception as error:  # Pillow may decode its file only now.
       raise ImageError(f'{name} cannot be read: {_reason(error)}') from error
   else:
     raise ImageError(
@@ -106,7 +106,7 @@ def _read_file(path: str | os.PathLike[str], name: str) -> np.ndarray:
     raise ImageError(f'{name} is {what}.')
   try:
     with Image.open(path, formats=FORMATS) as image:
-      # Up to twice its limit Pillow only warns.
+      # Pillow only warns up to twice its limit.
       limit = Image.MAX_IMAGE_PIXELS
       if limit is not None and image.width * image.height > limit:
         raise ImageError(
@@ -125,15 +125,15 @@ def _read_file(path: str | os.PathLike[str], name: str) -> np.ndarray:
     raise ImageError(
       f'{name} is not an image of a known format ({", ".join(FORMATS)}).'
     ) from error
-  except Exception as error:  # Decoders of damaged files raise what they will.
+  except Exception as error:  # Decoders raise anything for damaged files.
     raise ImageError(
       f'{name} cannot be read as an image: {_reason(error)}'
     ) from error
 
 
 def _on_white(image: Any) -> np.ndarray:
-  """RGB of a Pillow image on white, where it has an alpha channel or a
-  transparent colour (which outlives a conversion to RGB)."""
+  """RGB of a Pillow image, put on white if it has an alpha channel or a
+  transparent colour (which survives a conversion to RGB)."""
   Image = _pillow()
   transparent = image.info.get('transparency') is not None
   if transparent or 'A' in image.getbands():
@@ -153,8 +153,8 @@ def target_size(
   """(height, width) in pixels that an image is scaled to, up or down.
 
   Both are rounded down to units of `pooling_kernel * patch_size`, which may
-  change the shape a little. Where a side would vanish it gets one unit and the
-  other `soft_tokens` units: what is narrower than that is squeezed.
+  change the aspect ratio a little. If a side would vanish, it gets one unit and
+  the other `soft_tokens` units: an even narrower image is distorted.
   Source: transformers' Gemma4ImageProcessor, with its order of roundings.
   """
   unit = vision.pooling_kernel * vision.patch_size
@@ -176,14 +176,14 @@ def preprocess(
   """Scales images and cuts them into patches.
 
   Args:
-    images: what `load_image` takes.
+    images: arguments of `load_image`.
     vision: patch size and pooling; the grid must fit its position table.
-    soft_tokens: most soft tokens of an image, one of `BUDGETS`; None is the
-      config's. Every image is padded to as many patches as that needs.
+    soft_tokens: most soft tokens of an image, one of `BUDGETS`; None is that of
+      the config. Every image is padded to as many patches as that needs.
 
   Raises:
-    ImageError: as `load_image`; another budget; a side of more patches than
-      the position table has.
+    ImageError: as in `load_image`; another budget; a side with more patches
+      than the position table has.
   """
   if soft_tokens is None:
     soft_tokens = vision.soft_tokens_per_image
@@ -216,7 +216,7 @@ def preprocess(
 
 
 def _resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """Bicubic, uint8 to uint8."""
+  """Resizes bicubically, uint8 to uint8."""
   if pixels.shape[:2] == size:
     return pixels
   Image = _pillow()
@@ -225,7 +225,7 @@ def _resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _cut(pixels: np.ndarray, patch: int) -> np.ndarray:
-  """uint8 [height, width, 3] to float32 [M, X]."""
+  """Patches of an image, uint8 [height, width, 3] to float32 [M, X]."""
   height, width, _ = pixels.shape
   grid = pixels.reshape(height // patch, patch, width // patch, patch, 3)
   patches_MX = grid.transpose(0, 2, 1, 3, 4).reshape(-1, 3 * patch**2)
@@ -235,7 +235,7 @@ def _cut(pixels: np.ndarray, patch: int) -> np.ndarray:
 def expand_image_tokens(
   tokens: Sequence[int], counts: Sequence[int], vision: VisionConfig
 ) -> list[int]:
-  """A prompt in which each image token stands for a whole image.
+  """Expands the image tokens of a prompt to all soft tokens of each image.
 
   Args:
     tokens: a prompt with one `image_token_id` for each image.
@@ -243,26 +243,29 @@ def expand_image_tokens(
     vision: the three ids.
 
   Returns:
-    The prompt with begin, `count` image tokens and end in place of each.
+    The prompt with begin, `count` image tokens and end for each image token.
 
   Raises:
-    ImageError: another number of images than of image tokens, or an image
-      token that already stands behind a begin or before an end.
+    ImageError: the numbers of images and image tokens differ, or an image token
+      already has a begin before it or an end after it.
   """
   image = vision.image_token_id
   begin, end = vision.begin_image_token_id, vision.end_image_token_id
   tokens = [int(token) for token in tokens]
-  places = [i for i, token in enumerate(tokens) if token == image]
-  for place in places:
-    before, after = tokens[max(place - 1, 0)], tokens[place + 1 : place + 2]
+  positions = [i for i, token in enumerate(tokens) if token == image]
+  for position in positions:
+    before, after = (
+      tokens[max(position - 1, 0)],
+      tokens[position + 1 : position + 2],
+    )
     if before == begin or after == [end]:
       raise ImageError(
-        f'Token {place} of the prompt is an image that already has its begin '
-        'or end token; they are put there together with its soft tokens.'
+        f'Token {position} of the prompt is an image that already has its '
+        'begin or end token; these are inserted together with its soft tokens.'
       )
-  if len(places) != len(counts):
+  if len(positions) != len(counts):
     raise ImageError(
-      f'The prompt has {len(places)} image tokens, and there are '
+      f'The prompt has {len(positions)} image tokens, and there are '
       f'{len(counts)} images.'
     )
   remaining = iter(counts)
@@ -281,7 +284,7 @@ def place(
   vision: VisionConfig,
   T: int,
 ) -> np.ndarray:
-  """Which soft token feeds each position of a batch of prompts.
+  """The soft token of each position of a batch of prompts.
 
   Args:
     tokens_BP: int32, expanded prompts, padded.
@@ -291,13 +294,13 @@ def place(
       prompt in order, then those of the second, and so on.
 
   Returns:
-    index_BP, int32: a row of the encoder's [I * T, D], -1 for text. Images
-    that touch are told apart by their counts.
+    index_BP, int32: a row of the encoder's [I * T, D], -1 for text. Adjacent
+    images are separated by their counts.
 
   Raises:
     ImageError: a prompt has more or fewer image tokens than its images have
-      soft tokens, an image has none or more than T, or there is another
-      number of prompts than of lists.
+      soft tokens, an image has none or more than T, or the numbers of prompts
+      and lists differ.
   """
   if len(counts_of_rows) != len(tokens_BP):
     raise ImageError(

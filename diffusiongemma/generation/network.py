@@ -1,7 +1,7 @@
-"""A network as the loss and likelihoods see it.
+"""Binds parameters to a network for the loss and for likelihoods.
 
-This is where it meets them: functions of a `denoiser.Denoiser` with parameters
-bound, which run on the mesh around a call.
+The result are functions of a `denoiser.Denoiser` that run on the mesh around a
+call.
 """
 
 import jax
@@ -17,7 +17,7 @@ from diffusiongemma.ops.weights import Params
 
 
 def bind(config: Config, params: Params, remat: str = 'none') -> loss.Network:
-  """The loss's view of a network: its functions with parameters bound."""
+  """The functions of a network that the loss needs, with parameters bound."""
   model = denoiser.Denoiser(config.model, remat, lower_once=True)
 
   def bound(params, method):
@@ -40,9 +40,9 @@ def bind(config: Config, params: Params, remat: str = 'none') -> loss.Network:
       with sharding.activate(config.model, B):
         if (
           ops.parallel.is_active()
-        ):  # Every device makes its part of the logits.
+        ):  # Every device computes its shard of the logits.
           size = chunks.chunk_size(logits, h_BLD)
-        else:  # A power of two, as kernels want it.
+        else:  # A power of two, as kernels require.
           most = max(1, chunks.PASS_ROWS // B)
           size = powers.largest_power_of_two(most)
       return chunks.in_chunks(mean_embedding, min(size, L), h_BLD)

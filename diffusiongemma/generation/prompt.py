@@ -1,11 +1,10 @@
-"""Prompts into the cache: checked, pictures seen, read piece by piece.
+"""Reads prompts into the cache: checks them, encodes pictures, prefills.
 
   cache = prefill(tokens, cache)
 
-Each row of a batch is as long as it is: prompts are padded on the right, to a
+Rows of a batch may have any lengths: prompts are padded on the right, to a
 power of two so that similar lengths share a compilation, and no row sees its
-padding. An image token of a prompt stands for a picture, whose soft tokens take
-its place.
+padding. An image token of a prompt is replaced by the soft tokens of a picture.
 """
 
 from collections.abc import Callable
@@ -38,10 +37,10 @@ class PromptError(Error, ValueError):
 
 
 def check_kind(prompts: Sequence[Sequence[int]]) -> None:
-  """Raises `PromptError` for what is no list of prompts."""
+  """Raises `PromptError` unless `prompts` is a list of prompts."""
   if isinstance(prompts, (str, bytes)):
     raise PromptError(
-      'The prompts are a text, and lists of token ids are read here: '
+      'The prompts are a text, but must be lists of token ids: '
       '[[tokenizer.bos_id, *tokenizer.encode(text)]].'
     )
   if not len(prompts):
@@ -51,10 +50,10 @@ def check_kind(prompts: Sequence[Sequence[int]]) -> None:
 def check(
   config: Config, prompt: Sequence[int], room: int, used: int = 0
 ) -> None:
-  """Raises `PromptError` unless a prompt and `room` tokens of whole canvases
-  fit the context, of which `used` tokens are taken."""
+  """Raises `PromptError` unless a prompt and `room` tokens, in whole canvases,
+  fit the context after the `used` tokens in it."""
   if not prompt:
-    raise PromptError('The prompt is empty; it has at least bos.')
+    raise PromptError('The prompt is empty; it needs at least bos.')
   vocab_size = config.model.vocab_size
   if not all(0 <= token < vocab_size for token in prompt):
     raise PromptError(
@@ -85,16 +84,16 @@ def prefill(
     config: the network.
     params: its parameters.
     tokens_BP: int32, new tokens, padded on the right.
-    length_B: int32, how many of each row are real.
+    length_B: int32, tokens of each row without padding.
     cache: the text before, with room for them.
-    images: soft tokens, with places in `tokens_BP`.
+    images: soft tokens, with their positions in `tokens_BP`.
 
-  Inside of `jax.jit`, where lengths are not known, nothing is raised: a row for
-  which there is no room has the length `cache.OVERFLOWED` from then on, and the
-  draft of a canvas after it is -1 throughout.
+  Inside of `jax.jit`, where lengths are not known, nothing is raised: a row
+  without room has the length `cache.OVERFLOWED` from then on, and the draft of
+  a canvas after it is -1 throughout.
 
   Raises:
-    ConfigError: `config` is no `ModelConfig`.
+    ConfigError: `config` is not a `ModelConfig`.
     PromptError: the cache has no room for the tokens.
   """
   configs.check_kind(config, ModelConfig)
@@ -119,7 +118,7 @@ def read_tokens(
   cache: kv_cache.KVCache,
   images: denoiser.SoftTokens | None = None,
 ) -> kv_cache.KVCache:
-  """`prefill` of what is known to fit."""
+  """`prefill` without checks, of tokens that are known to fit."""
   model = denoiser.Denoiser(config, lower_once=True)
   with sharding.activate(config, *tokens_BP.shape):
     _, longer, _ = _apply(model, params)(
@@ -136,7 +135,7 @@ def encode_images(
   positions_IM2: jax.Array,
 ) -> jax.Array:
   """Soft tokens [I, T, D] of preprocessed images; see `images.preprocess`.
-  Raises `ConfigError` for what is no `ModelConfig`."""
+  Raises `ConfigError` if `config` is not a `ModelConfig`."""
   configs.check_kind(config, ModelConfig)
   model = denoiser.Denoiser(config, lower_once=True)
   apply = _apply(model, params)
@@ -144,7 +143,8 @@ def encode_images(
 
 
 def _apply(model: denoiser.Denoiser, params: Params) -> Callable[..., Any]:
-  """`model.apply`, whose type says that it may return variables, too."""
+  """`model.apply` with parameters bound; its declared type also has returned
+  variables."""
   return functools.partial(model.apply, {'params': params})
 
 
@@ -160,19 +160,19 @@ def read_prompt(
   """`prefill` of a prompt of any length, piece by piece, with one program.
 
   Memory for attention grows with the piece, not with the prompt. Each row
-  goes on where its last piece ended, so that no image is cut.
+  continues where its last piece ended, so that no image is split.
 
   Args:
     config: the network.
     params: its parameters.
     tokens_BP: int32, prompts, padded on the right.
-    length_B: int32, how many tokens of each are real.
+    length_B: int32, tokens of each without padding.
     cache: the text before, with room for the prompts.
-    images: soft tokens, with places in `tokens_BP`.
+    images: soft tokens, with their positions in `tokens_BP`.
     chunk_length: most tokens of a row in a piece.
 
   Raises:
-    ConfigError: `config` is no `ModelConfig`.
+    ConfigError: `config` is not a `ModelConfig`.
     PromptError: an image has more soft tokens than a piece, or the cache has no
       room for the prompts.
   """
@@ -203,7 +203,7 @@ def read_prompt(
 
 
 def check_params(params: Params) -> None:
-  """Raises `PromptError` for what is no parameters of a network."""
+  """Raises `PromptError` unless `params` are parameters of a network."""
   if not isinstance(params, dict) or 'embedding' not in params:
     raise PromptError(
       'params must be the parameters of a network, a dict of arrays, as in '
@@ -215,7 +215,7 @@ def check_params(params: Params) -> None:
 def _check_room(
   config: ModelConfig, cache: kv_cache.KVCache, length_B: np.ndarray
 ) -> None:
-  """Raises `PromptError` where a layer would forget what it has read."""
+  """Raises `PromptError` if the cache of a layer would overflow."""
   before_B, most = np.asarray(cache.length_B), kv_cache.room(config, cache)
   if (before_B < 0).any():
     raise PromptError(
@@ -231,7 +231,7 @@ def _check_room(
 
 
 def _piece_end(image_P: np.ndarray, start: int, length: int, size: int) -> int:
-  """Where a piece from `start` ends: not between soft tokens of one image."""
+  """The end of a piece from `start`, not between soft tokens of one image."""
   end = min(start + size, length)
   if end == length or image_P[end] < 0 or image_P[end] != image_P[end - 1]:
     return end
@@ -247,10 +247,10 @@ def _piece_end(image_P: np.ndarray, start: int, length: int, size: int) -> int:
 
 
 def token_ids(row: int, prompt: Sequence[int]) -> list[int]:
-  """A prompt as a list. Raises `PromptError` for what is no token ids."""
+  """A prompt as a list. Raises `PromptError` if it is not token ids."""
   if isinstance(prompt, (str, bytes)):
     raise PromptError(
-      f'Prompt {row} is a text, and token ids are read here: '
+      f'Prompt {row} is a text, but must be token ids: '
       '[tokenizer.bos_id, *tokenizer.encode(text)].'
     )
   try:
@@ -266,8 +266,8 @@ class Seen(NamedTuple):
   """The pictures of a batch of prompts.
 
   Attributes:
-    soft_ITD: their soft tokens, padded to the most that any of them has.
-    counts: how many soft tokens each has, a list for each row.
+    soft_ITD: their soft tokens, padded to the largest number.
+    counts: number of soft tokens of each picture, a list for each row.
   """
 
   soft_ITD: jax.Array
@@ -280,7 +280,7 @@ def with_pictures(
   prompts: Sequence[Sequence[int]],
   pictures: Sequence[Sequence[Any]] | None,
 ) -> tuple[list[list[int]], Seen | None]:
-  """Prompts in which each image token stands for a whole picture."""
+  """(prompts with image tokens expanded, the encoded pictures or None)."""
   rows = [token_ids(row, prompt) for row, prompt in enumerate(prompts)]
   if not pictures or not any(pictures):
     for row, prompt in enumerate(rows):
@@ -327,12 +327,12 @@ def read(
   """The cache after prompts of any lengths, each read as if it were alone.
 
   Args:
-    config: the network, and the token that pads.
+    config: the network, and the pad token.
     params: its parameters.
-    prompts: token ids of each row, pictures expanded.
+    prompts: token ids of each row, image tokens expanded.
     seen: their pictures.
-    cache: the text before; None is none.
-    room: how many tokens more the cache must hold, at least.
+    cache: the text before, None without.
+    room: additional tokens that the cache must hold, at least.
   """
   B, bucket = len(prompts), max(16, *map(len, prompts))
   bucket = powers.smallest_power_of_two(bucket)

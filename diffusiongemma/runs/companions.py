@@ -1,8 +1,8 @@
-"""What lies beside the weights: tokenizer, chat template, configs, licence.
+"""Files beside the weights: tokenizer, chat template, configs, licence.
 
-A run has its tokenizer and template in its folder, or, where they came with a
-checkpoint of Hugging Face's, all of that in `huggingface` there. What is made
-from a network takes them along, byte for byte.
+A run has its tokenizer and template in its folder or, if they came with a
+Hugging Face checkpoint, in the subfolder `huggingface`. Everything derived from
+a network gets byte-for-byte copies.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from diffusiongemma.runs import WorkdirError
 from diffusiongemma.text import tokenizer as tokenizers
 
 COMPANIONS_DIR = 'huggingface'
-# What lies beside the weights of Hugging Face and goes with them.
+# Files of a Hugging Face folder that are copied with the weights.
 COMPANIONS = (
   'config.json',
   'generation_config.json',
@@ -42,7 +42,7 @@ MAX_TEXT_BYTES = 100_000_000  # Of a file beside the weights.
 
 
 def no_tokenizer(folder: str) -> WorkdirError:
-  """What is raised for a folder without one."""
+  """The error for a folder without a tokenizer."""
   return WorkdirError(
     f'{folder} has no tokenizer; put its tokenizer.json or tokenizer.model '
     'there.'
@@ -50,11 +50,11 @@ def no_tokenizer(folder: str) -> WorkdirError:
 
 
 def load_tokenizer(config: Config, start: str = '') -> tokenizers.Tokenizer:
-  """The tokenizer that a run is trained with, checked: that in the folder
-  `start`, or else the one that the config names.
+  """The tokenizer of a training run, checked: the one in the folder `start`, or
+  else the one that the config names.
 
   Raises:
-    ConfigError: it is not that of the config.
+    ConfigError: it does not match the config.
     WorkdirError: the folder has none.
   """
   if start:
@@ -69,8 +69,8 @@ def load_tokenizer(config: Config, start: str = '') -> tokenizers.Tokenizer:
 
 
 def files_beside(start: str) -> Iterator[tuple[str, bytes]]:
-  """(name there, content) of what the folder of a run that starts from `start`
-  has beside its checkpoints: what lies beside the weights there."""
+  """(name in the run's folder, content) of the files to copy from `start`, a
+  run or a Hugging Face folder, into the folder of a run that starts from it."""
   companions = os.path.join(start, COMPANIONS_DIR)
   if os.path.isdir(os.path.join(start, 'checkpoints')):
     for name in (*TOKENIZERS, *CHAT_TEMPLATES):
@@ -83,25 +83,25 @@ def files_beside(start: str) -> Iterator[tuple[str, bytes]]:
 
 
 def read_companions(folder: str) -> Iterator[tuple[str, bytes]]:
-  """(name, content) of what lies beside the weights."""
+  """(name, content) of the files of `COMPANIONS` in a folder."""
   for name in COMPANIONS:
     if os.path.lexists(os.path.join(folder, name)):
       yield name, files.read_file(folder, name, MAX_TEXT_BYTES)
 
 
 def find_tokenizer(config: Config, folder: str) -> tokenizers.Tokenizer | None:
-  """The tokenizer in a run's folder or a Hugging Face one, None without.
+  """The tokenizer in the folder of a run or of Hugging Face, None without one.
 
   Raises:
-    ConfigError: it is not that of the config.
-    CheckpointError: the file leads elsewhere, or is too large.
+    ConfigError: it does not match the config.
+    CheckpointError: the file is a link out of the folder, or is too large.
     TokenizerError: it is damaged.
   """
   for name in TOKENIZERS:
-    for place in (folder, os.path.join(folder, COMPANIONS_DIR)):
-      path = os.path.join(place, name)
+    for directory in (folder, os.path.join(folder, COMPANIONS_DIR)):
+      path = os.path.join(directory, name)
       if os.path.lexists(path):
-        content = bytes(files.read_file(place, name, MAX_TEXT_BYTES))
+        content = bytes(files.read_file(directory, name, MAX_TEXT_BYTES))
         tokenizer = tokenizers.make_tokenizer(content, path)
         _check_tokenizer(config, tokenizer, path)
         return tokenizer
@@ -109,24 +109,27 @@ def find_tokenizer(config: Config, folder: str) -> tokenizers.Tokenizer | None:
 
 
 def find_chat_template(folder: str) -> str | None:
-  """The chat template in a run's folder or a Hugging Face one, None without.
+  """The chat template in the folder of a run or of Hugging Face, None without
+  one.
 
   Raises:
-    CheckpointError: the file that should have it can't be read.
+    CheckpointError: a file that may contain it can't be read.
   """
-  for place in (folder, os.path.join(folder, COMPANIONS_DIR)):
-    if os.path.lexists(os.path.join(place, 'chat_template.jinja')):
-      content = files.read_file(place, 'chat_template.jinja', MAX_TEXT_BYTES)
+  for directory in (folder, os.path.join(folder, COMPANIONS_DIR)):
+    if os.path.lexists(os.path.join(directory, 'chat_template.jinja')):
+      content = files.read_file(
+        directory, 'chat_template.jinja', MAX_TEXT_BYTES
+      )
       try:
         return content.decode()
       except UnicodeDecodeError as error:
         raise CheckpointError(
-          f'{place}/chat_template.jinja is not UTF-8: byte {error.start}.'
+          f'{directory}/chat_template.jinja is not UTF-8: byte {error.start}.'
         ) from error
     for name in ('chat_template.json', 'tokenizer_config.json'):
-      if not os.path.lexists(os.path.join(place, name)):
+      if not os.path.lexists(os.path.join(directory, name)):
         continue
-      template = files.read_json(place, name).get('chat_template')
+      template = files.read_json(directory, name).get('chat_template')
       if isinstance(template, list):  # Several, by name.
         named = [t for t in template if isinstance(t, dict)]
         of_name = {t.get('name'): t.get('template') for t in named}
@@ -139,21 +142,21 @@ def find_chat_template(folder: str) -> str | None:
 def _check_tokenizer(
   config: Config, tokenizer: tokenizers.Tokenizer, name: str
 ) -> None:
-  """The network may have more ids than the tokenizer has pieces: released
-  vocabularies are rounded up."""
+  """Raises `ConfigError` if a tokenizer does not match the config. The network
+  may have more ids than the tokenizer: released vocabularies are rounded up."""
   diffusion = config.diffusion
   if tokenizer.vocab_size > config.model.vocab_size:
     raise configs.ConfigError(
       f'The tokenizer has {tokenizer.vocab_size} pieces ({name}), more than '
       f'config.model.vocab_size = {config.model.vocab_size}.'
     )
-  for name, wanted, found in (
+  for name, wanted, actual in (
     ('diffusion.pad_token_id', diffusion.pad_token_id, tokenizer.pad_id),
     ('diffusion.bos_token_id', diffusion.bos_token_id, tokenizer.bos_id),
   ):
-    if wanted != found:
+    if wanted != actual:
       raise configs.ConfigError(
-        f'config.{name} is {wanted}; that of the tokenizer is {found}.'
+        f'config.{name} is {wanted}; that of the tokenizer is {actual}.'
       )
   if tokenizer.eos_id not in diffusion.stop_token_ids:
     raise configs.ConfigError(

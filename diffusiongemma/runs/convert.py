@@ -1,12 +1,12 @@
-"""Between Hugging Face's folders and ours: convert, export, quantize.
+"""Between Hugging Face folders and runs: convert, export, quantize.
 
   convert   HF/*.safetensors          ->  WORKDIR/checkpoints/0
   export    WORKDIR/checkpoints/<n>   ->  HF/model-0000i-of-0000n.safetensors
-  quantize  either                    ->  WORKDIR/checkpoints/0, of few bits
+  quantize  either                    ->  WORKDIR/checkpoints/0, quantised
 
-One array at a time, bit for bit; a host never holds the model. What lies
-beside the weights, tokenizer and chat template and all, travels along in
-WORKDIR/huggingface. A folder appears under its name when it is complete.
+One array at a time, bit for bit; the host never holds the whole model. The
+files beside the weights (tokenizer, chat template and so on) are copied to
+WORKDIR/huggingface. A folder gets its name only when it is complete.
 """
 
 from collections.abc import Iterable
@@ -40,12 +40,12 @@ from diffusiongemma.runs import source as sources
 
 
 def convert(hf_dir: str, workdir: str) -> Config:
-  """Makes a Hugging Face folder a working directory, `workdir`.
+  """Converts a Hugging Face folder to a working directory, `workdir`.
 
   Raises:
     ConfigError: a path is not local.
-    CheckpointError: `hf_dir` holds something else or is damaged, `workdir`
-      exists, or there is no room. No `workdir` is left behind.
+    CheckpointError: `hf_dir` is not such a folder or is damaged, `workdir`
+      exists, or the disk is full. No `workdir` is left behind.
   """
   hf_dir, workdir = paths.local(hf_dir), paths.local(workdir)
   source = sources.open_huggingface(hf_dir)
@@ -58,15 +58,16 @@ def convert(hf_dir: str, workdir: str) -> Config:
 def quantize(
   source: str, workdir: str, quantization: QuantizationConfig
 ) -> Config:
-  """Makes a run, or a Hugging Face folder, a working directory with parameters
-  of few bits, for sampling.
+  """Writes the quantised parameters of a run or a Hugging Face folder, for
+  sampling, to a new working directory.
 
-  Adapters are merged with what they adapt first.
+  Adapters are merged first.
 
   Raises:
-    ConfigError: nothing is to be quantised, or can't be in such groups.
+    ConfigError: nothing is to be quantised, or the groups do not divide an
+      axis.
     WorkdirError, CheckpointError: `source` is neither, or is damaged; `workdir`
-      exists, or there is no room. No `workdir` is left behind.
+      exists, or the disk is full. No `workdir` is left behind.
   """
   source, workdir = paths.local(source), paths.local(workdir)
   if quantization == QuantizationConfig(group_size=quantization.group_size):
@@ -107,9 +108,9 @@ def _make_run(
   num_bytes: int,
   what: str,
 ) -> None:
-  """A working directory with one checkpoint, of arrays that arrive one by one,
-  and what lies beside the weights in `source`."""
-  beside = list(source.companions())
+  """Writes a working directory with one checkpoint, from arrays that arrive one
+  by one, and the companion files of `source`."""
+  companion_files = list(source.companions())
   with (
     folders.appearing(workdir) as folder,
     folders.progress(what, num_bytes) as bar,
@@ -121,7 +122,7 @@ def _make_run(
         bar(array.nbytes)
 
     os.mkdir(os.path.join(folder, companions.COMPANIONS_DIR))
-    for name, content in beside:
+    for name, content in companion_files:
       folders.write_file(os.path.join(folder, name), content)
     folders.write_file(
       os.path.join(folder, workdirs.CONFIG), workdirs.encode_config(config)
@@ -138,14 +139,13 @@ def export(
 ) -> None:
   """Writes the newest checkpoint of `workdir` as a Hugging Face folder.
 
-  Adapters are merged with what they adapt. A network without a vision encoder
-  gets the smallest one that transformers can build, of zeros: its class always
-  has one.
+  Adapters are merged. A network without a vision encoder gets the smallest one
+  that transformers can build, of zeros: its class always has one.
 
   Raises:
     ConfigError: a path is not local.
-    WorkdirError: there is no run, or no checkpoint of it.
-    CheckpointError: it is damaged, `hf_dir` exists, there is no room, or
+    WorkdirError: there is no run, or it has no checkpoint.
+    CheckpointError: the run is damaged, `hf_dir` exists, the disk is full, or
       transformers has no such network. No `hf_dir` is left behind.
   """
   workdir, hf_dir = paths.local(workdir), paths.local(hf_dir)
@@ -200,20 +200,20 @@ def export(
 def _companions_of(
   workdir: str, config: Config, dtype: str
 ) -> Iterator[tuple[str, bytes]]:
-  """What an exported folder has beside the weights.
+  """(name, content) of the files beside the exported weights.
 
-  Configs that came with a converted checkpoint go back as they came while
-  they still say what the run's config says.
+  The configs that came with a converted checkpoint are exported unchanged if
+  they still match the run's config.
   """
-  travelled = os.path.join(workdir, companions.COMPANIONS_DIR)
+  copied = os.path.join(workdir, companions.COMPANIONS_DIR)
   unchanged = False
-  if os.path.isdir(travelled):
-    theirs = huggingface_folder.read_config(travelled)
+  if os.path.isdir(copied):
+    theirs = huggingface_folder.read_config(copied)
     unchanged = (theirs.model, theirs.diffusion) == (
       config.model,
       config.diffusion,
     )
-    for name, content in companions.read_companions(travelled):
+    for name, content in companions.read_companions(copied):
       if unchanged or name not in (
         huggingface_folder.CONFIG,
         huggingface_folder.GENERATION_CONFIG,

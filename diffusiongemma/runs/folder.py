@@ -2,14 +2,14 @@
 
   WORKDIR/config.json  tokenizer.model  checkpoints/  metrics.jsonl  events...
   WORKDIR/config.json  huggingface/     checkpoints/           when converted
-  WORKDIR/history.jsonl  what the run has gone on with other values of
+  WORKDIR/history.jsonl  fields that changed when the run was resumed
   WORKDIR/lock         held by the process that trains there
 
-`huggingface` has what came with a converted checkpoint: configs, tokenizer,
-chat template; what is trained from one takes it along. A folder belongs to one
-run, which may go on with other values of fields that are `free` alone: others
-are refused, field by field. What is in it is enough to sample from it anywhere;
-of adapters, together with the weights they are for.
+`huggingface` has the files that came with a converted checkpoint: configs,
+tokenizer, chat template; runs that start from one get copies. A folder belongs
+to one run, which can be resumed with other values only of fields that are
+`free`; the error names all others. The folder suffices to sample from the run
+anywhere; for adapters, together with their base weights.
 """
 
 import dataclasses
@@ -34,9 +34,9 @@ from diffusiongemma.runs import companions
 from diffusiongemma.text import tokenizer as tokenizers
 
 CONFIG, HISTORY = 'config.json', 'history.jsonl'
-BASE = 'base.txt'  # The digest of the weights that adapters are for.
+BASE = 'base.txt'  # The digest of the base weights of adapters.
 METRICS = 'metrics.jsonl'
-BAD_STEPS = 'bad_steps.jsonl'  # Steps that were left out, and their data.
+BAD_STEPS = 'bad_steps.jsonl'  # Skipped steps, and their data.
 FILES = (CONFIG, HISTORY, BASE, METRICS, BAD_STEPS)
 
 
@@ -50,10 +50,11 @@ def is_claimed(workdir: str) -> bool:
 def claim(
   workdir: str, config: Config, tokenizer: tokenizers.Tokenizer
 ) -> None:
-  """Makes `workdir` this run's, or checks that it already is.
+  """Claims `workdir` for this run, or checks that it is this run's already.
 
-  What a run starts from is copied once: tokenizer, template and so on. The run
-  goes on with its own. Other values of `free` fields are left to `history`.
+  Tokenizer, template and so on are copied once from the folder that the run
+  starts from; later the run uses its copies. Changed `free` fields are left to
+  `history`.
 
   Args:
     workdir: the folder.
@@ -61,16 +62,16 @@ def claim(
     tokenizer: of the run.
 
   Raises:
-    WorkdirError: it can't be written, or holds the run of another config.
+    WorkdirError: the folder can't be written, or holds a run of another config.
   """
   folder = pathlib.Path(workdir)
   try:
     folder.mkdir(parents=True, exist_ok=True)
     if not is_claimed(workdir):
-      beside = [(tokenizer.file_name, tokenizer.model)]
+      companion_files = [(tokenizer.file_name, tokenizer.model)]
       if start := config.train.init_from:
-        beside = list(companions.files_beside(start))
-      for name, content in beside:
+        companion_files = list(companions.files_beside(start))
+      for name, content in companion_files:
         (folder / name).parent.mkdir(exist_ok=True)
         folders.replace_file(folder / name, content)
       folders.replace_file(folder / CONFIG, encode_config(config))
@@ -98,7 +99,7 @@ def claim(
     raise WorkdirError(
       f'{workdir} holds a run of another config:\n'
       + '\n'.join(refused)
-      + '\nGive the same values to go on with that run, or another --workdir; '
+      + '\nGive the same values to resume that run, or another --workdir; '
       f'there, --config.train.init_from={workdir} starts from its weights.'
     )
 
@@ -135,22 +136,22 @@ def read_config(workdir: str) -> Config:
 
 
 def encode_config(config: Config) -> bytes:
-  """A config as it lies in a run's folder."""
+  """The content of a run's config.json."""
   return json.dumps(dataclasses.asdict(config), indent=2).encode()
 
 
 def check_base(
   workdir: str, digests: dict[str, str], note: bool = False
 ) -> None:
-  """Makes sure that a run's adapters meet the weights they were trained on.
+  """Checks that the base weights of adapters are those they were trained on.
 
   Args:
     workdir: the folder of the run.
-    digests: those of the weights, see `digest.digests`.
-    note: these are the ones, as nothing was saved yet.
+    digests: of the base weights, see `digest.digests`.
+    note: whether to record these digests, because nothing was saved yet.
 
   Raises:
-    WorkdirError: these are others, or none were noted.
+    WorkdirError: the weights are others, or no digest was recorded.
   """
   names = json.dumps(digests, sort_keys=True)
   digest = hashlib.blake2b(names.encode(), digest_size=16).hexdigest()
@@ -162,7 +163,7 @@ def check_base(
     noted = path.read_text()
   except OSError as error:
     raise WorkdirError(
-      f'{path}, which names the weights that the adapters are for: '
+      f'{path}, which identifies the base weights of the adapters: '
       f'{error.strerror}.'
     ) from error
   if noted != digest:
@@ -173,7 +174,8 @@ def check_base(
 
 
 def open_checkpoints(workdir: str) -> ocp.CheckpointManager:
-  """The checkpoints of a run, to read. Raises `WorkdirError` without any."""
+  """The checkpoints of a run, for reading. Raises `WorkdirError` if there are
+  none."""
   directory = checkpoint_dir(workdir)
   if os.path.isdir(directory):
     manager = native.open_checkpoints(directory)

@@ -1,4 +1,4 @@
-"""What a run goes on with other values of, noted in its folder.
+"""The history of a run: fields that changed when it was resumed.
 
 WORKDIR/history.jsonl  {"step": 20, "time": ..., "field": ..., "old", "new"}
 """
@@ -17,14 +17,14 @@ from diffusiongemma.runs import folder as workdirs
 
 
 def go_on(workdir: str, config: Config, step: int) -> Config:
-  """Writes what a run goes on with other values of into its history, and then
-  into its config. It is claimed, and held.
+  """Writes changed fields to the history of a run, then to its config. The
+  folder is claimed and locked by the caller.
 
   Returns:
     The config before.
 
   Raises:
-    WorkdirError: they can't be written; the config is as before.
+    WorkdirError: they can't be written; the config is unchanged.
   """
   before = workdirs.read_config(workdir)
   changes = workdirs.differences(before, config)
@@ -51,7 +51,7 @@ def go_on(workdir: str, config: Config, step: int) -> Config:
     )
   except OSError as error:
     raise WorkdirError(
-      f'{workdir} cannot be written, where the settings that have changed '
-      f'would be noted: {error.strerror}.'
+      f'{workdir} cannot be written, to record the settings that have changed: '
+      f'{error.strerror}.'
     ) from error
   return before

@@ -1,4 +1,4 @@
-"""A Hugging Face folder: whether it is one, and its settings as ours."""
+"""Recognises a Hugging Face folder, and reads its settings as a `Config`."""
 
 import dataclasses
 import os
@@ -14,19 +14,19 @@ CONFIG, GENERATION_CONFIG = 'config.json', 'generation_config.json'
 
 
 def is_huggingface(path: str) -> bool:
-  """Whether the config.json there is one of Hugging Face's, or there are only
-  weights, of which `read_config` says what they are."""
+  """Whether the folder has Hugging Face's config.json, or only weights, which
+  `read_config` identifies in its error."""
   if not os.path.isfile(os.path.join(path, CONFIG)):
     return os.path.isdir(path) and foreign.has_weights(path)
   return huggingface_config.is_theirs(files.read_json(path, CONFIG))
 
 
 def read_config(hf_dir: str) -> Config:
-  """The config of a Hugging Face folder; fields it says nothing of have their
+  """The config of a Hugging Face folder; fields that it lacks have their
   defaults.
 
   Raises:
-    CheckpointError: it has no config.json, or not that of this network.
+    CheckpointError: it has no config.json, or that of another network.
   """
   path = os.path.join(hf_dir, CONFIG)
   if not os.path.lexists(path):
@@ -64,14 +64,13 @@ def read_config(hf_dir: str) -> Config:
 
 
 def is_tied(hf_dir: str) -> bool:
-  """Whether one copy of a tied tensor stands for all. Raises
-  `CheckpointError`."""
+  """Whether tied tensors are stored once. Raises `CheckpointError`."""
   values = files.read_json(hf_dir, CONFIG)
   return huggingface_config.is_tied(values, os.path.join(hf_dir, CONFIG))
 
 
 def with_smallest_vision(config: Config) -> configs.ModelConfig:
-  """The network with a vision encoder of no layers that sees one pixel."""
+  """The network with a vision encoder without layers, for one pixel."""
   no_token = config.diffusion.pad_token_id
   vision = configs.VisionConfig(
     embed_dim=4,

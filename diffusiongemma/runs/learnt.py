@@ -1,4 +1,4 @@
-"""What a run has learnt: the parameters in its newest whole checkpoint."""
+"""Restores the parameters in the newest intact checkpoint of a run."""
 
 import contextlib
 
@@ -20,19 +20,19 @@ def restore(
   sharding: native.ShardingOf | None = None,
   verify: bool = True,
 ) -> native.Restored:
-  """The network that a run has learnt, or with `config.lora` the adapters
-  alone. Nothing of an optimiser is built or read.
+  """Restores the parameters of a run, or with `config.lora` only the adapters.
+  No optimiser is built or read.
 
   Args:
     workdir: the folder of the run.
-    config: settings to use instead of its own.
-    sharding: where each array goes; without, to the first device.
-    verify: compares the digest of every array.
+    config: settings to use instead of the run's own.
+    sharding: sharding of each array; None is the first device.
+    verify: whether to compare the digest of every array.
 
   Raises:
-    WorkdirError: there is no run, or no finished checkpoint of it.
+    WorkdirError: there is no run, or it has no finished checkpoint.
     CheckpointError: all of its checkpoints are damaged.
-    ConfigError: `config` wants parameters of other bits than there are.
+    ConfigError: `config.quantization` is not that of the stored parameters.
   """
   own = workdirs.read_config(workdir)
   config = config or own

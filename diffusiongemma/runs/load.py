@@ -1,4 +1,4 @@
-"""A network read whole, to use: of a run, its adapters merged, or of a folder.
+"""Loads a whole network: a run, adapters (merged), or a Hugging Face folder.
 
 run = load('runs/tiny')
 run.config, run.params, run.tokenizer
@@ -24,14 +24,14 @@ from diffusiongemma.text import tokenizer as tokenizers
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Run:
-  """A network that can be used.
+  """A loaded network.
 
   Attributes:
     config: all of its settings.
-    maybe_tokenizer: the one it was trained with; None where it came without.
-    step: training steps done here.
+    maybe_tokenizer: the tokenizer it was trained with, None without one.
+    step: training steps of the run; 0 for a Hugging Face folder.
     params: parameters of the network, a nested dict of arrays.
-    chat_template: Jinja, where one came with it.
+    chat_template: Jinja, None without one.
   """
 
   config: Config
@@ -42,8 +42,7 @@ class Run:
 
   @property
   def tokenizer(self) -> tokenizers.Tokenizer:
-    """The one it was trained with. Raises `WorkdirError` where it came
-    without."""
+    """The tokenizer it was trained with. Raises `WorkdirError` without one."""
     if self.maybe_tokenizer is None:
       raise companions.no_tokenizer('The run')
     return self.maybe_tokenizer
@@ -53,7 +52,7 @@ class Run:
     return dataclasses.replace(self, **changes)
 
   def __repr__(self) -> str:
-    """Three lines: the network, its parameters, what reads its text."""
+    """Three lines: the network, its parameters, its tokenizer."""
     model, leaves = self.config.model, jax.tree.leaves(self.params)
     kinds = ', '.join(sorted({str(x.dtype) for x in leaves}))
     size = sum(x.size for x in leaves)
@@ -78,23 +77,23 @@ def load(
 ) -> Run:
   """Reads a run, or a Hugging Face folder.
 
-  The adapters of a run with `config.lora` are added to what they adapt, which
-  is loaded too.
+  The adapters of a run with `config.lora` are merged into their base weights,
+  which are loaded too.
 
   Args:
-    path: what training or conversion had as `--workdir`, or a folder with
-      Hugging Face's config.json and safetensors.
+    path: the `--workdir` of training or conversion, or a folder with Hugging
+      Face's config.json and safetensors.
     config: settings to use instead of its own, for another sampler.
-    sharding: where each array goes; without, to the first device.
-    verify: compares the digests of a run's arrays, so that a flipped bit is
-      an error. Hugging Face's files have none.
+    sharding: sharding of each array; None is the first device.
+    verify: whether to compare the digests of a run's arrays, so that a flipped
+      bit is an error. Hugging Face's files have no digests.
 
   Raises:
-    ConfigError: the path is not local, or `config` wants parameters of other
-      bits than a run has.
+    ConfigError: the path is not local, or `config.quantization` is not that of
+      the stored parameters.
     WorkdirError: there is nothing to load, or adapters were trained on other
       weights.
-    CheckpointError: what is there is damaged or of another kind.
+    CheckpointError: the checkpoint is damaged or of another kind.
   """
   source = sources.open_source(path, config)
   restored = source.restore(sharding, verify)
@@ -109,8 +108,8 @@ def load(
 
 def adopt(config: Config, workdir: str) -> Config:
   """The config of a run in `workdir` that starts from the weights in
-  `config.train.init_from`: network and sampler are theirs, but for the types.
-  A run that has started has them itself.
+  `config.train.init_from`: network and sampler are those of the weights, except
+  for the types. A run that has started has them in its own config.
 
   Raises:
     WorkdirError, CheckpointError: there is no network.

@@ -1,4 +1,4 @@
-"""A run's folder is held by the one process that trains there."""
+"""The lock on a run's folder, held by the one process that trains there."""
 
 from collections.abc import Iterator
 import contextlib
@@ -14,7 +14,8 @@ from diffusiongemma.runs import companions
 from diffusiongemma.runs import folder as workdirs
 
 LOCK = 'lock'
-# What is replaced while a run is made or goes on; see `folder.replace_file`.
+# Files that a run replaces when it starts or is resumed; see
+# `folder.replace_file`.
 REPLACED = (
   *workdirs.FILES,
   *companions.TOKENIZERS,
@@ -28,19 +29,19 @@ REPLACED = (
 
 @contextlib.contextmanager
 def held(workdir: str) -> Iterator[None]:
-  """No other process trains in the folder meanwhile, on this host and on others
-  where the file system knows of locks; where it does not, as if alone. What
-  killed processes have left half-written is removed by who has the lock.
+  """Holds the lock: no other process trains in the folder meanwhile, on this
+  host or on others. On a file system without locks, nothing is locked.
+  Half-written files of killed processes are removed by the holder of the lock.
 
   Raises:
-    WorkdirError: another one does.
+    WorkdirError: another process holds the lock.
   """
   path, flags = os.path.join(workdir, LOCK), os.O_NOFOLLOW | os.O_CLOEXEC
   with contextlib.ExitStack() as until_done:
     try:
       try:
         descriptor = os.open(path, flags | os.O_RDWR | os.O_CREAT, 0o666)
-      except PermissionError:  # Of another user; it can be locked all the same.
+      except PermissionError:  # It is another user's, but can still be locked.
         descriptor = os.open(path, flags | os.O_RDONLY)
       until_done.callback(os.close, descriptor)
       fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -53,7 +54,7 @@ def held(workdir: str) -> Iterator[None]:
     except OSError as error:
       logging.warning('%s is not locked: %s.', workdir, error.strerror)
     else:
-      # Else a child that was forked meanwhile would go on holding it.
+      # Otherwise a child that was forked meanwhile would keep the lock.
       until_done.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)
       with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)

@@ -1,5 +1,5 @@
-"""Fields that a command line sets, `--config.train.steps=100`, and what they
-are set in: the config of a file, or that of a run.
+"""Applies fields of a command line, such as `--config.train.steps=100`, to the
+config of a file or of a run.
 """
 
 import dataclasses
@@ -15,11 +15,11 @@ from diffusiongemma.runs import load as load_lib
 
 
 def parse(arguments: list[str], flags: list[str]) -> dict[str, str]:
-  """`{'train.steps': '100'}` of what is left of a command line.
+  """`{'train.steps': '100'}` from the remaining arguments of a command line.
 
   Args:
-    arguments: all that no flag takes.
-    flags: names of the flags there are, for messages.
+    arguments: the arguments that are not flags.
+    flags: names of all flags, for messages.
 
   Raises:
     ConfigError: an argument sets no field.
@@ -45,7 +45,7 @@ def parse(arguments: list[str], flags: list[str]) -> dict[str, str]:
 
 
 def apply(overrides: dict[str, str], config: configs.Config) -> configs.Config:
-  """The config with single fields set. Raises `ConfigError`."""
+  """The config with these fields set. Raises `ConfigError`."""
   for field, text in overrides.items():
     config = fields.override(config, field, text)
   return config
@@ -54,7 +54,8 @@ def apply(overrides: dict[str, str], config: configs.Config) -> configs.Config:
 def load_config(
   path: str, workdir: str, overrides: dict[str, str]
 ) -> configs.Config:
-  """The config of a file for a run in `workdir`, which may start from weights.
+  """The validated config of a file for a run in `workdir`; for a run that
+  starts from weights, see `load.adopt`.
 
   Raises:
     ConfigError, WorkdirError, CheckpointError: it can't be used.
@@ -62,7 +63,7 @@ def load_config(
   config = apply(overrides, configs.load_config(path))
   if config.train.init_from:
     adopted = load_lib.adopt(config, workdir)
-    # What was changed on the command line stays changed.
+    # Overrides of the command line apply to the adopted config, too.
     rest = {k: v for k, v in overrides.items() if k != 'train.init_from'}
     config = apply(rest, adopted)
     _check_network(config, adopted, config.train.init_from)
@@ -73,9 +74,9 @@ def load_config(
 def load_run(
   folder: str, own: configs.Config, overrides: dict[str, str]
 ) -> load_lib.Run:
-  """A run, or what is in a Hugging Face folder, to write with: with single
-  fields of `own`, its config, changed, on a mesh if they describe one, else as
-  this device takes its parameters.
+  """Loads a run or a Hugging Face folder for sampling, with `overrides` applied
+  to `own`, its config: on a mesh if they set one, with its parameters arranged
+  for this device.
 
   Raises:
     ConfigError, WorkdirError, CheckpointError: it can't be used.
@@ -98,12 +99,12 @@ def load_run(
 def _check_network(
   config: configs.Config, own: configs.Config, folder: str
 ) -> None:
-  """Raises `ConfigError` if the network is another than that of the folder."""
+  """Raises `ConfigError` if the network is not that of the folder."""
   trained = dataclasses.replace(
     own.model, dtype=config.model.dtype, param_dtype=config.model.param_dtype
   )
   if config.model != trained:
     raise configs.ConfigError(
-      f'The network of {folder} is trained: config.model stays as it is, '
-      'but for its types.'
+      f'The network of {folder} is trained: config.model cannot be changed, '
+      'except for its types.'
     )

@@ -1,11 +1,11 @@
-"""A network in a folder, opened and not yet read: what it is, and how to read.
+"""A network in a folder, opened but not yet read.
 
   source = open_source('runs/tiny')   a run, adapters, a Hugging Face folder
   source.restore(sharding, verify)    all parameters at once, on their devices
-  source.arrays().read(path)          one after the other, on the host
+  source.arrays().read(path)          one array at a time, on the host
 
-Nothing but the config is read before it is asked for. Another kind of source is
-one more function that returns a `Source`.
+Only the config is read at once, everything else on demand. Another kind of
+source is one more function that returns a `Source`.
 """
 
 from collections.abc import Callable
@@ -43,14 +43,14 @@ Path = tuple[str, ...]
 
 
 class Arrays(NamedTuple):
-  """The parameters of a source as they are stored, to read one at a time.
+  """The parameters of a source as stored, to read one at a time.
 
   Attributes:
     step: training steps done.
     types: {path: shape and type} in the order of the tree; a quantised
-      parameter is two, `values` and `scales`.
+      parameter is two arrays, `values` and `scales`.
     read: path -> array on the host, the stored bits. Raises `CheckpointError`
-      where they can't be read, or a run's are not those that were saved.
+      if they can't be read, or differ from those that a run saved.
   """
 
   step: int
@@ -59,7 +59,7 @@ class Arrays(NamedTuple):
 
   @property
   def num_bytes(self) -> int:
-    """Of all arrays together."""
+    """Bytes of all arrays together."""
     return count_bytes(self.types)
 
 
@@ -71,14 +71,14 @@ class Source(NamedTuple):
     kind: what is in it.
     config: its settings, or those to use instead.
     arrays: () -> its newest parameters, one by one, adapters merged. Raises
-      `WorkdirError` where there are none, or adapters meet other weights than
-      they were trained on; `CheckpointError` where what is there is damaged.
-    restore: (sharding or None, whether to verify) -> all of them on their
-      devices, in a nested dict; see `load.load`. A run goes back to its newest
-      whole step.
-    tokenizer: () -> the one it was trained with, None where there is none.
-    chat_template: () -> Jinja, None where there is none.
-    companions: () -> (name in a run's folder, content) of what lies beside the
+      `WorkdirError` if there are none, or adapters were trained on other
+      weights; `CheckpointError` if they are damaged.
+    restore: (sharding or None, whether to verify) -> all parameters on their
+      devices, in a nested dict; see `load.load`. A run is restored from its
+      newest intact checkpoint.
+    tokenizer: () -> the tokenizer it was trained with, None without one.
+    chat_template: () -> Jinja, None without one.
+    companions: () -> (name in a run's folder, content) of the files beside the
       weights.
   """
 
@@ -95,12 +95,12 @@ class Source(NamedTuple):
 def open_source(
   path: str | os.PathLike[str], config: Config | None = None
 ) -> Source:
-  """A run or a Hugging Face folder.
+  """Opens a run or a Hugging Face folder.
 
   Args:
     path: the folder.
-    config: settings to use instead of its own; `train.init_from` is where
-      adapters find their weights.
+    config: settings to use instead of its own; `train.init_from` is the folder
+      of the base weights of adapters.
 
   Raises:
     ConfigError: the path is not local.
@@ -114,7 +114,8 @@ def open_source(
 
 
 def open_run(path: str, config: Config | None = None) -> Source:
-  """A run, or one of adapters. Arguments and errors as `open_source`."""
+  """Opens a run, possibly of adapters. Arguments and errors as
+  `open_source`."""
   config = config or workdirs.read_config(path)
   if config.lora.rank:
     return _open_adapters(path, config)
@@ -133,8 +134,8 @@ def open_run(path: str, config: Config | None = None) -> Source:
 
 
 def open_huggingface(path: str, config: Config | None = None) -> Source:
-  """A Hugging Face folder, whose parameters are quantised while they are
-  restored if `config` says so. Arguments and errors as `open_source`."""
+  """Opens a Hugging Face folder; `config` may have its parameters quantised
+  while they are restored. Arguments and errors as `open_source`."""
   config = config or huggingface_folder.read_config(path)
 
   def arrays():
@@ -167,7 +168,7 @@ def open_huggingface(path: str, config: Config | None = None) -> Source:
 
 
 def _open_adapters(path: str, config: Config) -> Source:
-  """Adapters, merged with what they adapt while it is read."""
+  """Opens adapters, to be merged into the base weights as these are read."""
 
   def open_base():
     start = config.train.init_from
@@ -187,7 +188,7 @@ def _open_adapters(path: str, config: Config) -> Source:
 
   def arrays():
     learnt, base = read_adapters(), open_base().arrays()
-    # Read once to compare and once to merge, so that one array is held.
+    # Read once to compare and once to merge, so that only one array is held.
     digests = {
       digest_lib.name_of(name): digest_lib.digest(base.read(name))
       for name in base.types
@@ -213,7 +214,7 @@ def _open_adapters(path: str, config: Config) -> Source:
 
 
 def _random_source(config: Config) -> Source:
-  """The network that adapters adapt which start from nothing."""
+  """The random network that adapters without `init_from` adapt."""
 
   def arrays():
     params = traverse_util.flatten_dict(denoiser.fresh_params(config))
@@ -233,7 +234,7 @@ def _random_source(config: Config) -> Source:
 
 
 def _make_source(path, kind, config, arrays, restore) -> Source:
-  """A source of the folder `path`, beside whose weights lies what it says."""
+  """A source whose tokenizer, template and companions are those in `path`."""
   return Source(
     path,
     kind,
@@ -247,7 +248,7 @@ def _make_source(path, kind, config, arrays, restore) -> Source:
 
 
 def check_not_quantized(source: Source) -> None:
-  """Raises `WorkdirError` for a run whose bits are gone."""
+  """Raises `WorkdirError` for a quantised run."""
   is_whole = source.config.quantization == QuantizationConfig()
   if source.kind != 'huggingface' and not is_whole:
     raise WorkdirError(
@@ -257,8 +258,8 @@ def check_not_quantized(source: Source) -> None:
 
 
 def count_bytes(types: Any) -> int:
-  """Of a tree of arrays of these shapes and types on disk, before they are
-  compressed; there 4 bits take a byte."""
+  """Bytes on disk of a tree of arrays, before compression; 4-bit values take a
+  byte each."""
   leaves = jax.tree.leaves(types)
   return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
 
@@ -266,7 +267,7 @@ def count_bytes(types: Any) -> int:
 def _to_device(
   array: np.ndarray, path: Path, sharding: native.ShardingOf | None
 ) -> jax.Array:
-  """On its devices, each of which gets its own part and no more."""
+  """The array on its devices; each device gets only its own shard."""
   if sharding is None:
     return jnp.asarray(array)
   where = sharding(path, array.shape)

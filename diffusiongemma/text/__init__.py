@@ -1,1 +1,1 @@
-"""Between text and tokens, and between the sampler and a person."""
+"""Tokenizers, chat templates, and the syntax of messages and tool calls."""

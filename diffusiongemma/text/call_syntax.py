@@ -1,4 +1,4 @@
-"""A call of a tool, from what the model writes to a name and arguments.
+"""Parses a tool call that the model wrote into a name and arguments.
 
   call   = ['call:'] name object       a name without 'call:' has no colon
   object = '{' [pair (',' pair)*] '}'  of a call, also within a second '{' '}'
@@ -10,17 +10,17 @@
   string = between two control tokens <|"|>, in which all else is text, or
            quoted as in JSON, '...' or triple quotes
 
-A call is read where this leaves one reading, or it is not read at all:
+A call is accepted only if it has exactly one reading:
 
-* Words are unquoted text without signs of the grammar. Before a comma and a
-  space they are not read: the text could go on there.
+* Words are unquoted text without symbols of the grammar. Words before a comma
+  and a space are rejected: the text could continue there.
 * <|"|> inside of a <|"|> string is a quotation mark of the text. The string
   ends at the first one before a ',', '}' or ']', or at the last; those inside
-  come in pairs, stand in no list and look like no other beginning or end.
-* A backslash in '...' or triple quotes stands only before such a quote.
-* A comma may be missing after a bracket or the last string, the last brace
-  likewise if no object is inside; not where the string itself ends in it.
-* No key twice, nothing after the last brace, no comma without a value.
+  come in pairs, not in a list, and look like no other beginning or end.
+* A backslash in '...' or triple quotes is allowed only before such a quote.
+* A comma may be missing after a bracket or the last string, and so may the last
+  brace if no object is inside; not where the string itself ends in it.
+* No duplicate keys, nothing after the last brace, no comma without a value.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ import math
 import re
 from typing import Any
 
-QUOTE = '\udc22'  # Stands for <|"|>: half of a pair, which no text can be.
+QUOTE = '\udc22'  # Stands for <|"|>: a lone surrogate, which no text contains.
 MAX_CHARACTERS = 1_000_000
 MAX_DEPTH = 50  # Of objects and lists.
 
@@ -53,7 +53,7 @@ _KEY = re.compile(
   re.DOTALL,
 )
 _STRING = re.compile(_QUOTED, re.DOTALL)
-# Marks at the ends of a text that may as well be a doubled delimiter.
+# Quotation marks at the ends of a text that could also be a doubled delimiter.
 _DOUBLED = re.compile(
   rf'{QUOTE}{QUOTE}(?!{QUOTE})|.*(?<!{QUOTE}){QUOTE}{QUOTE}$'
   rf'|{QUOTE}(?!{QUOTE}{QUOTE}).*{QUOTE}$',
@@ -76,12 +76,12 @@ class _UnreadableError(ValueError):
 
 
 def read(text: str) -> dict[str, Any] | None:
-  """`{'name': ..., 'arguments': {...}}` of a call, None if it can't be read.
+  """`{'name': ..., 'arguments': {...}}` of a call, None if it is rejected.
 
-  The name is as it was written, namespace included: `default_api.f`.
+  The name is as written, namespace included: `default_api.f`.
 
   Args:
-    text: the call, `QUOTE` for each control token <|"|>.
+    text: the call, with `QUOTE` for each control token <|"|>.
   """
   head = _HEAD.match(text)
   if head is None or len(text) > MAX_CHARACTERS:
@@ -90,7 +90,7 @@ def read(text: str) -> dict[str, Any] | None:
     arguments, at = _object(text, head.end(), 0)
     if head['outer']:
       at = _space(text, at)
-      # Of two braces the last may be missing, too.
+      # The last of two braces may be missing, too.
       at += text.startswith('}', at)
     if _space(text, at) != len(text):
       return None
@@ -99,7 +99,7 @@ def read(text: str) -> dict[str, Any] | None:
   return {'name': head['name'] or head['alone'], 'arguments': arguments}
 
 
-# Each takes a position in the text and returns the value there and its end.
+# (text, position, depth) -> (value at that position, its end).
 _ReadMember = Callable[[str, int, int], tuple[Any, int]]
 
 
@@ -116,7 +116,7 @@ def _object(text: str, at: int, depth: int) -> tuple[dict[str, Any], int]:
 def _members(
   text: str, at: int, end: str, depth: int, member: _ReadMember
 ) -> tuple[list[Any], int]:
-  """What stands between brackets."""
+  """(members between brackets, position after them)."""
   members: list[Any] = []
   at = _space(text, at + 1)
   if text.startswith(end, at):
@@ -154,8 +154,8 @@ def _pair(text: str, at: int, depth: int) -> tuple[tuple[str, Any], int]:
 def _value(
   text: str, at: int, depth: int, has_marks: bool = False
 ) -> tuple[Any, int]:
-  """`has_marks`: a string may have quotation marks inside; in a list they are
-  more likely a comma that is missing."""
+  """(value, its end). With `has_marks` a string may contain quotation marks; in
+  a list, they are more likely a missing comma."""
   if depth > MAX_DEPTH:
     raise _UnreadableError
   if text.startswith('{', at):
@@ -216,7 +216,7 @@ def _bare(text: str, at: int) -> tuple[Any, int]:
 
 
 def _unquote(string: re.Match[str]) -> str:
-  """What a match of `_STRING` has between its quotes."""
+  """The text between the quotes of a match of `_STRING`."""
   if string['json'] is not None:
     try:
       value = json.loads(string['json'], strict=False)
@@ -230,7 +230,7 @@ def _unquote(string: re.Match[str]) -> str:
 
 
 def _may_lack(sign: str, text: str, end: int) -> bool:
-  """Whether `sign` may be missing after a member that ends there."""
+  """Whether `sign` may be missing after a member that ends at `end`."""
   last = text[end - 1]
   if last in '}]':
     return True
@@ -239,7 +239,7 @@ def _may_lack(sign: str, text: str, end: int) -> bool:
 
 
 def _starts(text: str, at: int) -> bool:
-  """Whether a member begins there that can do without a comma before it."""
+  """Whether a member begins at `at` that needs no comma before it."""
   return text[at] in '{[' or _KEY.match(text, at) is not None
 
 
@@ -250,11 +250,11 @@ def _has_objects(value: Any) -> bool:
 
 
 def _space(text: str, at: int) -> int:
-  """The place of what comes after spaces."""
+  """The position after any spaces."""
   return _end(_SPACE, text, at)
 
 
 def _end(pattern: re.Pattern[str], text: str, at: int) -> int:
-  """The end of what matches at a position; itself, if nothing does."""
+  """The end of the match at `at`; `at` itself if nothing matches."""
   match = pattern.match(text, at)
   return match.end() if match else at

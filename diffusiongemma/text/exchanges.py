@@ -1,16 +1,15 @@
 """Splits a chat into prompts and the replies to learn.
 
-A chat template tells a whole conversation. What of its text the model says is
-found by comparing what the template writes with and without a message:
+A chat template renders a whole conversation. The text of the model in it is
+found by comparing the rendered text with and without a message:
 
   prompt = the past and a generation prompt: what sampling gives the model
-  reply  = what the message adds to the past
-           - the header of its turn: what stands before an answer that is one
-             character
+  reply  = the text that the message adds to the past
+           - the header of its turn: the text before a one-character answer
            - what the generation prompt opened already, such as a thought
 
-Some templates tell an answer after the result of the call in the same message,
-and messages of the assistant that follow each other as one turn.
+Some templates render an answer after the result of the call in the same
+message, and consecutive messages of the assistant as one turn.
 """
 
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from diffusiongemma.text.template import TemplateError
 
 Message = dict[str, Any]
 
-# What a template writes around what is said, and nobody says.
+# Markup that only the template writes, never a speaker.
 MARKERS = (
   *('<|turn>', '<turn|>', '<|channel>', '<channel|>', '<|think|>', '<|"|>'),
   *('<|tool>', '<tool|>', '<|tool_call>', '<tool_call|>'),
@@ -40,9 +39,8 @@ class Exchange(NamedTuple):
   """Token ids of a prompt and a reply.
 
   Attributes:
-    prompt: what sampling gives the model, bos among them where the template
-      writes it.
-    reply: what the model is to say, with the token that ends its turn.
+    prompt: what sampling gives the model, with bos if the template writes it.
+    reply: what the model should write, with the token that ends its turn.
   """
 
   prompt: list[int]
@@ -50,14 +48,14 @@ class Exchange(NamedTuple):
 
 
 class _Stage(NamedTuple):
-  """A conversation as far as it has come.
+  """A prefix of a conversation.
 
   Attributes:
-    messages: all of it.
-    text: what the template makes of them.
-    says: index of the message of which the model says what is new; None where
-      the new is from others.
-    thinks: whether it thinks before.
+    messages: all messages so far.
+    text: the messages rendered by the template.
+    says: index of the message whose text is new, if it is from the model; None
+      if the new text is from others.
+    thinks: whether the model thinks before it.
   """
 
   messages: list[Message]
@@ -73,20 +71,20 @@ def encode_exchanges(
   targets: Collection[int],
   tools: Sequence[dict[str, Any]] = (),
 ) -> list[Exchange]:
-  """What there is to learn from a chat, in the order in which it is said.
+  """The exchanges to learn from a chat, in order.
 
-  The model is told to think where the reply begins with reasoning.
+  Thinking is enabled where the reply begins with reasoning.
 
   Args:
-    tokenizer: whose control tokens the template spells.
+    tokenizer: its control tokens are those of the template.
     template: Jinja.
     messages: as `encode_chat` takes them.
     targets: indices of the messages of the assistant that are learnt.
     tools: declarations.
 
   Raises:
-    TemplateError: the template refuses, leaves something out, or tells the past
-      otherwise when there is more of it.
+    TemplateError: the template refuses, omits something, or renders the past
+      differently when more messages follow.
   """
   write, mark = templates.make_writer(tokenizer, template, messages, tools)
   unused = templates.unused_characters(messages, tools, template)
@@ -116,26 +114,28 @@ def _split(
   probe: str,
   has_control: Callable[[str], bool],
 ) -> tuple[str, str]:
-  """(prompt, reply) of stages that follow each other in one turn."""
+  """(prompt, reply) of consecutive stages of one turn."""
   last, thinks = stages[-1], stages[0].thinks
   before, whole = past.text, last.text
   if thinks:
     before, whole = (write(s.messages, thinking=True) for s in (past, last))
   answer = {'role': 'assistant', 'content': probe}
-  told = write([*past.messages, answer], thinking=thinks)
-  told, found, _ = told.partition(probe)
+  rendered = write([*past.messages, answer], thinking=thinks)
+  rendered, found, _ = rendered.partition(probe)
   if not found:
     raise TemplateError(
-      'The chat template does not write what the assistant says as it is.'
+      'The chat template does not write what the assistant says verbatim.'
     )
   if past.says is not None and not whole.startswith(before):
-    # The turn has begun, with what is not learnt.
-    prompt, said = told, _without_start(whole, told)
+    # The turn began with text that is not learnt.
+    prompt, said = rendered, _without_start(whole, rendered)
   else:
     prompt = write(past.messages, generation_prompt=True, thinking=thinks)
-    header = told.removeprefix(before) if told.startswith(before) else ''
+    header = (
+      rendered.removeprefix(before) if rendered.startswith(before) else ''
+    )
     if not has_control(header):
-      header = ''  # It may be what somebody says.
+      header = ''  # It may be text of a speaker.
     said = _said(before, prompt, header, whole)
   if not said.strip():
     raise TemplateError(
@@ -147,11 +147,11 @@ def _split(
 def _unfold(
   write: Callable[..., str], messages: Sequence[Message]
 ) -> Iterator[_Stage]:
-  """The conversation, growing by what one side says at a time."""
+  """Prefixes of the conversation, each longer by what one side says."""
   shown: list[Message] = []
   index = 0
-  # Nothing is told only to find out whether a result is left out: there are
-  # templates that refuse to.
+  # The empty conversation is rendered only to see whether a result is omitted:
+  # some templates refuse to.
   text = write([]) if messages[0]['role'] == 'tool' else None
   while index < len(messages):
     message, start = messages[index], index
@@ -174,11 +174,11 @@ def _unfold(
       index += 1
     results = messages[start + 1 : index]
     alone, whole = [*shown, message], [*shown, message, *results]
-    told_alone = write(alone)
-    told_whole = write(whole) if results else told_alone
-    if not embedded and told_whole.startswith(told_alone):
-      yield _Stage(alone, told_alone, start, thinks)
-      shown, text, index = alone, told_alone, start + 1
+    text_alone = write(alone)
+    text_whole = write(whole) if results else text_alone
+    if not embedded and text_whole.startswith(text_alone):
+      yield _Stage(alone, text_alone, start, thinks)
+      shown, text, index = alone, text_alone, start + 1
       continue
     # The content is an answer to the results.
     called = {**message, 'content': ''}
@@ -188,16 +188,16 @@ def _unfold(
     answered = [*shown, called, *results]
     yield _Stage(answered, write(answered))
     if message.get('content'):
-      yield _Stage(whole, told_whole, start)
-    shown, text = whole, told_whole
+      yield _Stage(whole, text_whole, start)
+    shown, text = whole, text_whole
 
 
 def _replies(
   stages: Iterator[_Stage],
 ) -> Iterator[tuple[_Stage | None, list[_Stage]]]:
-  """(the stage before, if any, and those of one reply) of each reply.
+  """(the stage before, if any, and the stages of the reply) of each reply.
 
-  What changes the end of what the model has said goes on with it.
+  A stage that changes the end of the model's text belongs to the same reply.
   """
   past: _Stage | None = None
   reply: list[_Stage] = []
@@ -215,15 +215,15 @@ def _replies(
 
 
 def _said(before: str, prompt: str, header: str, whole: str) -> str:
-  """What a reply adds to what was told before it."""
+  """The text that a reply adds to the text before it."""
   if whole.startswith(prompt):
     said = whole.removeprefix(prompt)
     opened = ''
   else:
     said = _without_start(whole, before)
     opened = prompt.removeprefix(before).removeprefix(header)
-  # After a tool's answer sampling goes on in the same turn, while the past is
-  # told with a new one.
+  # After a tool's answer sampling continues the same turn, while the past is
+  # rendered with a new one.
   if header:
     said = said.replace(header, '')
   return said.removeprefix(opened)
@@ -240,18 +240,18 @@ def _without_start(text: str, start: str) -> str:
 def drop_thinking(
   tokenizer: tokenizers.Tokenizer, messages: Sequence[Message]
 ) -> list[Message]:
-  """The messages without what is between `<|channel>` and `<channel|>` in what
-  the assistant says, as the released template tells it.
+  """Removes text between `<|channel>` and `<channel|>` from messages of the
+  assistant, as the released template does.
 
   Args:
-    tokenizer: where these are no control tokens, they stay.
+    tokenizer: if it has no such control tokens, nothing is removed.
     messages: contents are text, or parts `{'type': 'text', 'text': ...}`.
 
   Raises:
-    TemplateError: nothing is left, or other control tokens are spelled, which
-      would be learnt as text.
+    TemplateError: nothing remains, or the text spells other control tokens,
+      which would be learnt as text.
   """
-  kept = []
+  result = []
   for message in messages:
     if message['role'] == 'assistant':
       content = message['content']
@@ -263,16 +263,16 @@ def drop_thinking(
         ]
       check_spelling(tokenizer, message.get('reasoning', ''))
       message = {**message, 'content': content}
-    kept.append(message)
-  return kept
+    result.append(message)
+  return result
 
 
 def _spoken(tokenizer: tokenizers.Tokenizer, text: str) -> str:
   """`text` without thinking. Raises `TemplateError`."""
   spoken = text
   if '<|channel>' in tokenizer.control_tokens and 'channel' in text:
-    parts = text.split('<channel|>')
-    spoken = ''.join(part.partition('<|channel>')[0] for part in parts)
+    segments = text.split('<channel|>')
+    spoken = ''.join(segment.partition('<|channel>')[0] for segment in segments)
     if text.strip() and not spoken.strip():
       raise TemplateError(
         'A content of the assistant is all thinking; give it as '
@@ -283,7 +283,7 @@ def _spoken(tokenizer: tokenizers.Tokenizer, text: str) -> str:
 
 
 def check_spelling(tokenizer: tokenizers.Tokenizer, text: str) -> None:
-  """Raises `TemplateError` for what spells one of `MARKERS`."""
+  """Raises `TemplateError` if `text` spells one of `MARKERS`."""
   for marker in MARKERS:
     if marker in text and marker in tokenizer.control_tokens:
       raise TemplateError(

@@ -3,8 +3,8 @@
   {'role': 'user', 'content': 'text' or [{'type': 'text', 'text': ...},
                                          {'type': 'image'}]}
 
-Templates pass over what they do not know; here it is refused by name, so that
-nothing that somebody says is lost.
+Templates ignore keys that they do not know; here these are errors, so that no
+content is lost silently.
 """
 
 from collections.abc import Collection
@@ -22,7 +22,7 @@ _KNOWN = frozenset(
   ['role', 'content', 'name', 'tool_calls', 'tool_call_id', 'tool_responses']
   + [*_REASONING]
 )
-# What templates do not look at, and where it belongs.
+# Keys that templates ignore, and where their content belongs.
 _ELSEWHERE = {
   'function_call': 'calls of tools are in tool_calls',
   **dict.fromkeys(
@@ -39,19 +39,19 @@ class TemplateError(Error, ValueError):
 
 
 def without_nulls(given: dict[str, Any]) -> dict[str, Any]:
-  """What has a value: null is as absent, as it is for `transformers`."""
+  """The items that are not null: null means absent, as for `transformers`."""
   return {key: value for key, value in given.items() if value is not None}
 
 
 def check_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-  """The messages with nothing in them that templates stumble over.
+  """The messages in a form that all templates accept.
 
-  What is null is left out, as `transformers` does; reasoning goes by the names
-  that templates know; parts of text are of the type 'text'.
+  Null values are removed, as in `transformers`; reasoning has the names that
+  templates know; text parts have the type 'text'.
 
   Raises:
-    TemplateError: something is no message or would be left out by a template;
-      it says which message and what.
+    TemplateError: an item is not a message, or a template would omit part of
+      it; the error names both.
   """
   if not isinstance(messages, (list, tuple)):
     raise TemplateError(f'A chat is a list of messages, not {_kind(messages)}.')
@@ -81,7 +81,7 @@ def check_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _check_message(message: dict[str, Any], is_first: bool) -> dict[str, Any]:
-  """Of `check_messages`; its errors do not say which message it is."""
+  """`check_messages` of one message; errors do not name the message."""
   message = without_nulls(message)
   for key, reason in _ELSEWHERE.items():
     if message.get(key):
@@ -128,7 +128,7 @@ def _check_part(number: int, part: Any) -> dict[str, Any]:
   part = without_nulls(part)
   type_ = part.get('type', 'text' if 'text' in part else None)
   if type_ in _PICTURE_PARTS:
-    # Templates look at the names alone; a value may be the picture itself.
+    # Templates look only at the keys; a value may be the picture itself.
     return {**dict.fromkeys(part, ''), 'type': type_}
   if type_ not in TEXT_PARTS:
     raise TemplateError(
@@ -153,7 +153,7 @@ def _check_part(number: int, part: Any) -> dict[str, Any]:
 def _check_nothing_else(
   given: dict[str, Any], known: Collection[str], missing: str
 ) -> None:
-  """Raises `TemplateError` where it may be said under another name."""
+  """Raises `TemplateError` if the content may be under an unknown key."""
   others = [key for key in given if key not in known and given[key]]
   if others:
     raise TemplateError(
@@ -162,7 +162,7 @@ def _check_nothing_else(
 
 
 def _kind(value: Any) -> str:
-  """What a value is called where JSON has it."""
+  """Name of a value's type in JSON, with its article."""
   names = {str: 'text', bool: 'a boolean', int: 'a number', float: 'a number'}
   names |= {dict: 'an object', list: 'a list', type(None): 'null'}
   return names.get(type(value), f'a {type(value).__name__}')
@@ -184,6 +184,6 @@ def _check_call(number: int, call: dict[str, Any]) -> dict[str, Any]:
       f'call {number} of its tool_calls has no name; a call is '
       '{"function": {"name": ..., "arguments": {...}}}.'
     )
-  # Where it is, so that templates which write all of it keep its order.
+  # At the same position, so that templates that write all keys keep the order.
   arguments = function.get('arguments')
   return {**call, 'function': {**function, 'arguments': arguments}}

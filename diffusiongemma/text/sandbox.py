@@ -1,9 +1,8 @@
-"""Where chat templates run: Jinja's sandbox, with bounds on what is made there
-and on the time that it takes.
+"""Runs chat templates: Jinja's sandbox with bounds on size and time.
 
-What is huge can't be taken back once it is there, so each of the common ways to
-make it is looked at before: widths and counts, strings that are joined or put
-into one another. The time is looked at in each turn of a loop and at each call.
+A huge string can't be undone once it is allocated, so the common ways to make
+one are checked before: widths and counts, strings joined or inserted into each
+other. The time is checked in each iteration of a loop and at each call.
 """
 
 from collections.abc import Iterable
@@ -24,13 +23,13 @@ import jinja2.runtime
 import jinja2.sandbox
 
 MAX_CHARACTERS = 16_000_000  # Of a string, or elements of a list.
-MAX_COUNT = 1_000_000  # A width, or how many.
+MAX_COUNT = 1_000_000  # Largest width or count.
 MAX_SECONDS = 30.0  # Of one conversation.
 
 
 class _Compiler(jinja2.compiler.CodeGenerator):
-  """Computes nothing before the template runs, joins what stands around `~` as
-  it joins the pieces of a block, and has loops go through `_in_time`."""
+  """A compiler without constant folding, whose `~` joins its operands with
+  `environment.concat`, and whose loops iterate through `_in_time`."""
 
   def visit_Template(self, node, frame=None):
     for loop in list(node.find_all(jinja2.nodes.For)):
@@ -53,7 +52,7 @@ class _Compiler(jinja2.compiler.CodeGenerator):
 
 
 class _Context(jinja2.runtime.Context):
-  """Of one conversation."""
+  """The context of one conversation, with its deadline."""
 
   def __init__(self, *args, **kwargs):
     super().__init__(*args, **kwargs)
@@ -68,16 +67,16 @@ class _Context(jinja2.runtime.Context):
 
 @jinja2.pass_context
 def _in_time(context: _Context, elements: Iterable[Any]) -> Iterator[Any]:
-  """What a loop goes through."""
+  """The elements of a loop, with a time check before each."""
   for element in elements:
     context.check_time()
     yield element
 
 
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-  """No attribute of Python's own, no change of what it is given, none of the
-  common ways to make something huge out of small things, and none to go on for
-  ever."""
+  """A sandbox without Python's internal attributes, without mutation of its
+  arguments, with bounds on the common ways to make huge values, and with a
+  deadline."""
 
   intercepted_binops = frozenset(['+', '*', '**', '%'])
   code_generator_class = _Compiler
@@ -91,7 +90,7 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
   @staticmethod
   def concat(pieces):
-    """A string of some, which doubles all too soon."""
+    """Joins strings, with a bound on the length."""
     pieces = list(pieces)
     _check_length(sum(map(len, pieces)))
     return ''.join(pieces)
@@ -111,7 +110,7 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
   def call(self, context, function, *args, **kwargs):
     context.check_time()
-    if isinstance(function, jinja2.runtime.LoopContext):  # It goes on inside.
+    if isinstance(function, jinja2.runtime.LoopContext):  # A recursive loop.
       args = [_in_time(context, elements) for elements in args]
     method = getattr(function, '__wrapped__', function)
     owner = getattr(method, '__self__', None)
@@ -122,8 +121,8 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 class _Generation(jinja2.ext.Extension):
-  """`{% generation %}` ... `{% endgeneration %}`, which tell trainers what the
-  model is to learn and mean nothing here."""
+  """`{% generation %}` ... `{% endgeneration %}`, which mark the text to train
+  on for other libraries; the tags are ignored here."""
 
   tags = {'generation'}
 
@@ -134,7 +133,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 def _bounded(name, function):
-  """A filter that makes nothing huge."""
+  """A filter with its size checked before it runs."""
   contexts = (jinja2.nodes.EvalContext, jinja2.Environment)
 
   @functools.wraps(function)
@@ -148,7 +147,7 @@ def _bounded(name, function):
   return wrapper
 
 
-# Filters that take a width, or put what they are given into what they make.
+# Filters that take a width, or insert their arguments into their result.
 _GROWING = frozenset(
   ['batch', 'center', 'format', 'indent', 'join', 'replace', 'round', 'slice']
   + ['truncate', 'wordwrap']
@@ -156,19 +155,19 @@ _GROWING = frozenset(
 
 
 def _all_there(values) -> list[Any]:
-  """With lists for what would make its elements one by one."""
+  """The values with iterators and ranges turned into lists."""
   kinds = (Iterator, range)
   return [list(v) if isinstance(v, kinds) else v for v in values]
 
 
 def _check_size(name: str, it: Any, *others: Any) -> None:
-  """Raises `SecurityError` where a method or filter, with the values that it
-  is given, makes something huge of `it`."""
+  """Raises `SecurityError` if the result of a method or filter of `it` with
+  these arguments would be huge."""
   text = it if isinstance(it, str) else ''
   texts = [other for other in others if isinstance(other, str)]
   counts = [n for n in others if isinstance(n, int) and not isinstance(n, bool)]
   is_format = name in ('format', 'format_map')
-  # Numbers are what a format shows, but for widths: '{:{}}' and '%*d'.
+  # A format only prints its numbers, unless they are widths: '{:{}}' and '%*d'.
   has_widths = not is_format or re.search(r'\{[^{}]*\{|%[^%\w]*\*', text)
   if has_widths and max(counts, default=0) > MAX_COUNT:
     raise jinja2.sandbox.SecurityError(f'{max(counts)} is too large.')
@@ -185,18 +184,19 @@ def _check_size(name: str, it: Any, *others: Any) -> None:
   elif name == 'expandtabs':
     _check_length(len(text) + text.count('\t') * max(counts, default=8))
   elif name == 'join':
-    # A separator joins its argument, and a filter `it`.
-    for parts in (it, *others):
-      if isinstance(parts, (list, tuple, dict)):
-        inside = sum(map(_length, parts))
-        between = sum(map(len, [text, *texts])) * len(parts)
+    # The method of a separator joins its argument, the filter joins `it`.
+    for elements in (it, *others):
+      if isinstance(elements, (list, tuple, dict)):
+        inside = sum(map(_length, elements))
+        between = sum(map(len, [text, *texts])) * len(elements)
         _check_length(inside + between)
     if len(texts) == 1:
       _check_length(len(text) * (1 + len(texts[0])))
 
 
 def _length(part: Any) -> int:
-  """Of a string, or of those of an object, one of which may be asked for."""
+  """Length of a string, or of all strings in an object together (a filter may
+  select one)."""
   if isinstance(part, dict):
     return sum(map(_length, part.values()))
   return len(part) if isinstance(part, str) else 0
@@ -205,14 +205,15 @@ def _length(part: Any) -> int:
 def _check_length(length: int) -> None:
   if length > MAX_CHARACTERS:
     raise jinja2.sandbox.SecurityError(
-      f'What the chat template makes is too large: {length} characters.'
+      f'The result of the chat template is too large: {length} characters.'
     )
 
 
 @functools.lru_cache(maxsize=4)
 def compile_template(template: str) -> jinja2.Template:
-  """The template, which raises what its expressions do, and `SecurityError`."""
-  # Templates of Hugging Face are written for these two switches and names.
+  """The compiled template; rendering raises whatever its expressions raise, and
+  `SecurityError`."""
+  # Hugging Face templates rely on these two options and on these names.
   environment = _Sandbox(
     trim_blocks=True,
     lstrip_blocks=True,
@@ -233,7 +234,7 @@ def _to_json(
   separators: tuple[str, str] | None = None,
   sort_keys: bool = False,
 ) -> str:
-  """The filter as templates of Hugging Face know it."""
+  """The filter `tojson` as Hugging Face templates use it."""
   width = len(indent) if isinstance(indent, str) else indent or 0
   if width > 100:
     raise jinja2.sandbox.SecurityError(f'An indentation of {width}.')

@@ -2,9 +2,9 @@
 
   messages -> (every string escaped) -> Jinja, in a sandbox -> tokens
 
-A template is code from a stranger: it runs in a sandbox, which hides Python
-from it, and what it writes is bounded. What a person has typed is escaped
-before it gets there, so that only the template itself can open a turn.
+A template is untrusted code: it runs in a sandbox that hides Python, and its
+output is bounded. Text of users is escaped first, so that only the template
+itself can open a turn.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def default_template() -> str:
 
 
 def knows_turns(tokenizer: tokenizers.Tokenizer) -> bool:
-  """Whether the tokenizer has what `default_template` is made of."""
+  """Whether the tokenizer has the turn tokens of `default_template`."""
   return {'<|turn>', '<turn|>'} <= set(tokenizer.control_tokens)
 
 
@@ -41,14 +41,14 @@ def template_of(tokenizer: tokenizers.Tokenizer, own: str | None) -> str:
   `default_template`.
 
   Raises:
-    TemplateError: it knows no turns.
+    TemplateError: the tokenizer knows no turns.
   """
   if own is not None:
     return own
   if not knows_turns(tokenizer):
     raise TemplateError(
       'This network knows no turns: its tokenizer has no <|turn>, and no chat '
-      'template came with it. It goes on from a text: dg.generate, or '
+      'template came with it. It can continue a text: dg.generate, or '
       '--mode=sample --nochat.'
     )
   return default_template()
@@ -62,11 +62,11 @@ def encode_chat(
   tools: Sequence[dict[str, Any]] = (),
   thinking: bool = False,
 ) -> list[int]:
-  """Token ids of a conversation up to where the model goes on. They begin with
-  one bos, whether the template writes it or not.
+  """Token ids of a conversation, up to where the model continues. They begin
+  with one bos, whether the template writes it or not.
 
   Args:
-    tokenizer: whose control tokens the template spells.
+    tokenizer: its control tokens are those of the template.
     template: Jinja.
     messages: `{'role': 'user', 'content': ...}` and so on, content a string or
       parts like `{'type': 'image'}`, which become one image token each.
@@ -75,7 +75,7 @@ def encode_chat(
 
   Raises:
     TemplateError: the template is broken or refuses the messages, or they are
-      none; see `check_messages`.
+      not messages; see `check_messages`.
   """
   write, mark = make_writer(tokenizer, template, messages, tools)
   text = write(messages, generation_prompt=True, thinking=thinking)
@@ -86,7 +86,7 @@ def encode_chat(
 def without_bos(
   tokenizer: tokenizers.Tokenizer, ids: Sequence[int]
 ) -> list[int]:
-  """`ids` after any bos that they begin with."""
+  """`ids` without any leading bos."""
   return list(itertools.dropwhile(lambda i: i == tokenizer.bos_id, ids))
 
 
@@ -96,11 +96,11 @@ def make_writer(
   messages: Sequence[dict[str, Any]],
   tools: Sequence[dict[str, Any]] = (),
 ) -> tuple[Callable[..., str], str]:
-  """(a function, its mark): the function writes some of the messages, escaped
-  with the mark, with a generation prompt and thinking or without.
+  """(write, mark): `write` renders messages, escaped with the mark, with or
+  without a generation prompt and thinking.
 
   Raises:
-    TemplateError: the messages are none; see `messages.check_messages`.
+    TemplateError: they are not messages; see `messages.check_messages`.
   """
   mark = next(unused_characters(check_messages(messages), tools, template))
   escape = functools.partial(_map_strings, lambda s: tokenizer.escape(s, mark))
@@ -121,16 +121,16 @@ def make_writer(
 
 
 def unused_characters(*values: Any) -> Iterator[str]:
-  """Two or more characters of private use that are nowhere in some values.
+  """Two or more characters of the private use area that occur in no value.
 
   Raises:
-    TemplateError: there are no two, or the values are not what JSON can be.
+    TemplateError: there are no two, or the values can't be JSON.
   """
   try:
     text = json.dumps(values, ensure_ascii=False)
   except (TypeError, ValueError, RecursionError) as error:
     raise TemplateError(
-      f'The messages or tools are not what JSON can be: {error}.'
+      f'The messages or tools are not valid JSON: {error}.'
     ) from error
   unused = sorted(set(map(chr, range(0xE000, 0xF900))) - set(text))
   if len(unused) < 2:
@@ -142,8 +142,7 @@ def unused_characters(*values: Any) -> Iterator[str]:
 
 
 def render(template: str, **variables) -> str:
-  """The text that a template makes of its variables. Raises
-  `TemplateError`."""
+  """The text of a template with these variables. Raises `TemplateError`."""
   if len(template) > MAX_TEMPLATE_CHARACTERS:
     raise TemplateError(
       f'The chat template has {len(template)} characters, more than '
@@ -165,7 +164,7 @@ def render(template: str, **variables) -> str:
     raise TemplateError(
       f'The chat template is broken in line {error.lineno}: {error.message}'
     ) from error
-  except Exception as error:  # Its expressions raise whatever they will.
+  except Exception as error:  # Expressions can raise anything.
     reason = str(error) or type(error).__name__
     raise TemplateError(
       f'The chat template refuses the conversation: {reason}'

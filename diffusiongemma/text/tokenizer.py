@@ -1,9 +1,9 @@
 """Text to tokens and back, from a SentencePiece model or a tokenizer.json.
 
-Control pieces are never read out of text: the four characters `</s>` in a
-document are four ordinary characters, not the end of it, and `<|turn>` in a
-message is no turn. Only `encode_template` writes control tokens, and only where
-the template itself has them.
+Text never becomes control tokens: the four characters `</s>` in a document are
+ordinary characters, not its end, and `<|turn>` in a message is no turn. Only
+`encode_template` writes control tokens, and only where the template itself has
+them.
 """
 
 import abc
@@ -23,8 +23,8 @@ ASSETS = pathlib.Path(__file__).parents[1] / 'assets'
 SHIPPED_MODEL = ASSETS / 'shakespeare.model'
 UNKNOWN = '\N{REPLACEMENT CHARACTER}'
 
-# Tokenizer files don't tell `<|turn>` from `<h1>`: both are pieces that are
-# never split. These are the ones that mean something to the network.
+# Tokenizer files don't distinguish `<|turn>` from `<h1>`: both are pieces that
+# are never split. This matches those that mean something to the network.
 _CONTROL = re.compile(
   r'<\|[^<>|\s]+\|?>|<[^<>|\s]+\|>|<mask>|<unused\d+>|\[multimodal\]'
 )
@@ -40,9 +40,9 @@ class Tokenizer(abc.ABC):
   Attributes:
     vocab_size: number of pieces.
     pad_id, bos_id, eos_id: ids of the control pieces.
-    control_tokens: ids of all pieces that no text spells, by their spelling.
-    model: the serialised model, so that a run can keep a copy.
-    file_name: of that copy.
+    control_tokens: {spelling: id} of all pieces that text never becomes.
+    model: the serialised model, so that a run can store a copy.
+    file_name: name of that copy.
   """
 
   vocab_size: int
@@ -60,20 +60,19 @@ class Tokenizer(abc.ABC):
       TokenizerError: `text` can't be UTF-8 (it holds half of a surrogate
         pair, as from a command line in another encoding).
     """
-    parts = self._apart(_checked(text))
-    return [i for part in parts for i in self._encode(part)]
+    segments = self._apart(_checked(text))
+    return [i for segment in segments for i in self._encode(segment)]
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Text of `ids`; control pieces, and what is no id, are left out."""
+    """Text of `ids`, without control pieces and invalid ids."""
     control = self._control_ids
-    kept = (int(i) for i in ids)
+    ints = (int(i) for i in ids)
     return self._decode(
-      [i for i in kept if 0 <= i < self.vocab_size and i not in control]
+      [i for i in ints if 0 <= i < self.vocab_size and i not in control]
     )
 
   def pieces(self, ids: Sequence[int]) -> list[str]:
-    """What each id alone looks like, a space for the sign `▁`; `UNKNOWN` for
-    what is no id."""
+    """The piece of each id, spaces for `▁`; `UNKNOWN` for an invalid id."""
     is_id = range(self.vocab_size).__contains__
     return [
       self._piece(int(i)).replace('▁', ' ') if is_id(int(i)) else UNKNOWN
@@ -81,15 +80,15 @@ class Tokenizer(abc.ABC):
     ]
 
   def escape(self, text: str, mark: str) -> str:
-    """`text` with a `mark` inside whatever spells a control piece."""
+    """`text` with a `mark` inserted into every spelling of a control piece."""
     return mark.join(self._apart(text))
 
   def encode_template(self, text: str, mark: str) -> list[int]:
-    """Ids of a filled-in template, in which control pieces are control tokens.
+    """Ids of a rendered template, in which control pieces are control tokens.
 
     Args:
-      text: the template, with what was filled in escaped.
-      mark: what it was escaped with; it has no ids.
+      text: the rendered template, with its variables escaped.
+      mark: the mark of `escape`; it has no ids.
     """
     ids, start = [], 0
     while match := self._find_control(text, start):
@@ -101,7 +100,7 @@ class Tokenizer(abc.ABC):
   def _set_control_tokens(self, pieces: dict[str, int]) -> None:
     self.control_tokens = pieces
     self._control_ids = set(pieces.values())
-    # Thousands of alternatives would be slow; nearly all look alike.
+    # Thousands of alternatives would be slow; nearly all match one pattern.
     others = [re.escape(p) for p in pieces if not _CONTROL.fullmatch(p)]
     longest_first = sorted(others, key=len, reverse=True)
     self._candidate = re.compile('|'.join([*longest_first, _CONTROL.pattern]))
@@ -115,7 +114,7 @@ class Tokenizer(abc.ABC):
     return None
 
   def _apart(self, text: str) -> Iterator[str]:
-    """`text` in parts, cut after the first character of whatever spells a
+    """`text` in segments, cut after the first character of every spelling of a
     control piece."""
     start = 0
     while match := self._find_control(text, start):
@@ -216,11 +215,11 @@ def load_tokenizer(path: str = '') -> Tokenizer:
 
 
 def make_tokenizer(content: bytes, name: str) -> Tokenizer:
-  """The tokenizer in the content of a file that is named `*.json`, or else is a
-  SentencePiece model.
+  """The tokenizer in the content of a file: a tokenizer.json if `name` ends in
+  `.json`, else a SentencePiece model.
 
   Raises:
-    TokenizerError: it is neither; the message has the name.
+    TokenizerError: the content is not that; the message has the name.
   """
   is_json = name.endswith('.json')
   kind = JsonTokenizer if is_json else SentencePieceTokenizer
@@ -231,7 +230,7 @@ def make_tokenizer(content: bytes, name: str) -> Tokenizer:
 
 
 def _checked(text: str) -> str:
-  """`text`, if it can be UTF-8."""
+  """`text`. Raises `TokenizerError` if it can't be UTF-8."""
   try:
     text.encode()
   except UnicodeEncodeError as error:

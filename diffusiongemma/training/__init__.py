@@ -1,1 +1,1 @@
-"""Data, loss and optimiser put together into a training run."""
+"""The training run: data, loss, optimiser, checkpoints and evaluation."""

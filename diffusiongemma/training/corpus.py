@@ -1,10 +1,10 @@
-"""Files on disk to tokenised examples: documents, and answers to prompts.
+"""Files on disk to tokenised examples: documents, and responses to prompts.
 
   .txt             one document
   .jsonl, .json    a document a line, see `lines`; a .json may also be an array
 
-A line that can't be used stops the reading or is left out and counted, as
-`config.data.on_error` says; a file that can't be read always stops it.
+A line that can't be used is an error, or is skipped and counted, as
+`config.data.on_error` says; a file that can't be read is always an error.
 """
 
 import collections
@@ -32,8 +32,8 @@ from diffusiongemma.training.messages import DataError
 
 SHIPPED_CORPUS = tokenizers.ASSETS / 'shakespeare.jsonl.xz'
 SUFFIXES = ('.txt', '.jsonl', '.jsonl.xz', '.json')
-BYTE_ORDER_MARK = b'\xef\xbb\xbf'  # It is no text.
-# Of so many lines that were left out the reason is told.
+BYTE_ORDER_MARK = b'\xef\xbb\xbf'  # Not part of the text.
+# Number of skipped lines whose reason is shown.
 REASONS_TOLD = 3
 THINKING = "thinking inside a content, which is learnt as 'reasoning' beside it"
 
@@ -44,9 +44,9 @@ class Example(NamedTuple):
   Attributes:
     tokens: a text that ends in eos, or a prompt and its response in whole
       canvases.
-    prompt_length: how many of them are the prompt, which is never learnt; None
-      for a text, of which any part may be the prompt.
-    num_targets: how many after the prompt the AR loss predicts.
+    prompt_length: tokens of the prompt, which is never learnt; None for a text,
+      where any prefix may be the prompt.
+    num_targets: tokens after the prompt that the AR loss predicts.
   """
 
   tokens: np.ndarray
@@ -66,11 +66,11 @@ class Corpus(NamedTuple):
   """Tokenised documents.
 
   Attributes:
-    train: to learn from.
-    heldout: to evaluate on.
-    heldout_texts: what is evaluated: their text, or what of a response there
-      are targets for, without control tokens.
-    notes: what was left out, for the user; a line each.
+    train: examples to train on.
+    heldout: examples to evaluate on.
+    heldout_texts: the evaluated text of each of `heldout`: all of a text, or
+      the targets of a response, without control tokens.
+    notes: lines for the user about skipped or unread data.
   """
 
   train: list[Example]
@@ -80,19 +80,19 @@ class Corpus(NamedTuple):
 
 
 def find_files(path: str) -> list[pathlib.Path]:
-  """The text files of a file name, a folder (searched in depth) or a glob."""
+  """The text files at a file name, in a folder (recursively) or of a glob."""
   path = paths.local(path)
-  given = pathlib.Path(path)
-  if given.is_file():
-    if not given.name.endswith(SUFFIXES):
+  location = pathlib.Path(path)
+  if location.is_file():
+    if not location.name.endswith(SUFFIXES):
       raise DataError(
         f'{path!r} is neither text nor JSON; name it one of '
         f'{", ".join(SUFFIXES)}.'
       )
-    return [given]
+    return [location]
   candidates: Iterable[pathlib.Path]
-  if given.is_dir():
-    candidates = given.rglob('*')
+  if location.is_dir():
+    candidates = location.rglob('*')
   else:
     candidates = map(pathlib.Path, glob.glob(path, recursive=True))
   files = sorted(
@@ -100,7 +100,7 @@ def find_files(path: str) -> list[pathlib.Path]:
     for file in candidates
     if file.is_file() and file.name.endswith(SUFFIXES)
   )
-  if not files and not given.exists() and not glob.has_magic(path):
+  if not files and not location.exists() and not glob.has_magic(path):
     raise DataError(f'There is nothing at {path!r}.')
   if not files:
     raise DataError(f'{path!r} holds no file named {" or ".join(SUFFIXES)}.')
@@ -118,11 +118,12 @@ def read_documents(
   """All documents at `path`; see `find_files`.
 
   Args:
-    path: of text files, each a document, and JSON lines, each another.
-    on_error: is called with the error of each line that can't be used.
+    path: of text files, one document each, and of JSON files, one document per
+      line.
+    on_error: called with the error of each line that can't be used.
 
   Raises:
-    DataError: a file can't be read, or there is nothing in any.
+    DataError: a file can't be read, or all are empty.
   """
   documents, is_empty = [], True
   for file in find_files(path):
@@ -139,7 +140,7 @@ def read_documents(
 
 
 def _read_file(file: pathlib.Path) -> Iterator[Document | DataError]:
-  """Its documents, and an error for each line that is none."""
+  """The documents of a file, and an error for each line that can't be used."""
   try:
     opener = lzma.open if file.suffix == '.xz' else open
     with opener(file, 'rb') as stream:
@@ -167,7 +168,7 @@ def _is_array(start: bytes) -> bool:
 def _attempt(
   read: Callable[..., Document | None], *given: Any
 ) -> Iterator[Document | DataError]:
-  """What is read, if anything, or the error."""
+  """Yields the document that `read` returns, if any, or its error."""
   try:
     document = read(*given)
   except DataError as error:
@@ -178,7 +179,7 @@ def _attempt(
 
 
 def _read_line(line: bytes, origin: str) -> Document | None:
-  """None for an empty one."""
+  """The document of a line; None for an empty line."""
   text = _decode(line, origin)
   return (
     lines.read_record(_parse(text, origin), origin) if text.strip() else None
@@ -206,10 +207,10 @@ def _decode(content: bytes, origin: str) -> str:
 def split_documents(
   documents: list[Document], every: int
 ) -> tuple[list[Document], list[Document]]:
-  """(train, heldout): as the documents say, else every n-th is held out.
+  """(train, heldout): by `split` of the documents, else every n-th is held out.
 
   With fewer than n documents, the last n-th of each text is held out instead;
-  of responses and chats, the last; of a lone chat, the last answer.
+  with responses or chats, the last document; of a single chat, the last answer.
   """
   if any(d.split for d in documents):
     train = [d for d in documents if d.split != 'heldout']
@@ -244,7 +245,7 @@ def load_corpus(
 ) -> Corpus:
   """Reads, splits and tokenises the text of a config. Raises `DataError`.
 
-  Chats are written by `chat_template`, or by DiffusionGemma's.
+  Chats are rendered with `chat_template`, by default DiffusionGemma's.
   """
   skipped: list[DataError] = []
   on_error = skipped.append if data.on_error == 'skip' else stop
@@ -255,7 +256,7 @@ def load_corpus(
     others = read_documents(data.heldout_path, on_error)
     others = list(_without_thinking(others, tokenizer, on_error))
     unread += _note_unread(others)
-    # What says so itself is kept apart also where two files are given.
+    # A `split` in the data also holds where two paths are given.
     train = [d for d in documents if d.split != 'heldout']
     heldout = [d for d in others if d.split != 'train']
   else:
@@ -304,7 +305,7 @@ def _without_thinking(
   tokenizer: tokenizers.Tokenizer,
   on_error: Callable[[DataError], Any],
 ) -> Iterator[Document]:
-  """The documents, in which contents of the assistant are what it says."""
+  """The documents, with thinking removed from contents of the assistant."""
   for document in documents:
     try:
       messages = exchanges.drop_thinking(tokenizer, document.messages)
@@ -319,7 +320,7 @@ def _without_thinking(
 
 
 def _note_unread(documents: Sequence[Document]) -> list[str]:
-  """A note on each thing in documents that is not read."""
+  """A note on each kind of content that is not read."""
   counts: collections.Counter[str] = collections.Counter()
   first: dict[str, str] = {}
   for document in documents:
@@ -334,7 +335,7 @@ def _note_unread(documents: Sequence[Document]) -> list[str]:
 
 
 def _note_skipped(skipped: Sequence[DataError]) -> list[str]:
-  """How many lines were left out, and why the first of them."""
+  """Notes on skipped lines: their number, and the first reasons."""
   if not skipped:
     return []
   notes = [f'Left out (config.data.on_error=skip): {len(skipped):,}.']
@@ -351,8 +352,8 @@ def _tokenize(
   canvas_length: int,
   chat_template: str | None,
 ) -> Iterator[Example | DataError]:
-  """A text or a response, or each answer of a chat; an error for each that
-  can't be used."""
+  """The example of a text or a response, or one per answer of a chat; an error
+  for each that can't be used."""
   origin = document.origin
   try:
     pairs = _encode(document, tokenizer, chat_template)
@@ -361,7 +362,7 @@ def _tokenize(
     return
   for prompt, tokens in pairs:
     if document.stands_alone:
-      # A row is bos and, at least, a canvas.
+      # A row is bos and at least one canvas.
       if len(tokens) < canvas_length and not data.packing:
         yield DataError(
           f'{origin}: {len(tokens)} tokens are shorter than a canvas of '
@@ -389,7 +390,7 @@ def _encode(
   tokenizer: tokenizers.Tokenizer,
   chat_template: str | None,
 ) -> list[tuple[list[int], list[int]]]:
-  """(prompt without bos, what is written after it) of all there is to learn."""
+  """(prompt without bos, response) token ids of everything to learn."""
   if not document.messages:
     if document.prompt is not None:
       for text in (document.prompt, document.text):
@@ -420,15 +421,15 @@ def fill_canvases(
   canvas_length: int,
   eos_id: int,
 ) -> Example:
-  """A response made up to whole canvases with eos, or cut to them.
+  """A response padded with eos to whole canvases, or truncated to them.
 
-  The denoiser learns the fill too, the AR loss does not. A response that had to
-  be cut does not end, and is not taught to.
+  The denoiser learns the padding too, the AR loss does not. A truncated
+  response has no end token to learn.
 
   Args:
     prompt: token ids without bos.
-    response: token ids, the one that ends it included.
-    sequence_length: the most tokens of a row, bos among them.
+    response: token ids with the end token.
+    sequence_length: most tokens of a row, bos included.
     canvas_length: C.
     eos_id: the fill.
   """

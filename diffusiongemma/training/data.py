@@ -4,10 +4,10 @@
   prompts with a response -> one piece each
   pieces -> global shuffle -> rows -> batches -> this process's share of each
 
-A row is a piece, or, with `packing`, as many pieces as fit, which don't see
-each other; then the share is taken of the pieces. Everything random follows
-from `DataConfig.seed` and the position in the order, so the iterator's state is
-small and a resumed run reads on where it stopped.
+A row is one piece, or with `packing` as many pieces as fit, which don't see
+each other; then pieces are shared among processes instead of rows. Everything
+random follows from `DataConfig.seed` and the position in the order, so the
+iterator's state is small, and a resumed run continues where it stopped.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from diffusiongemma.text import tokenizer as tokenizers
 from diffusiongemma.training.corpus import DataError
 from diffusiongemma.training.corpus import Example
 
-# Rows that are filled at the same time; more leave less padding.
+# Rows that are packed at the same time; more of them leave less padding.
 PACKING_BINS = 32
 
 
@@ -41,10 +41,10 @@ def make_row(
 
 
 class _Pieces(grain.transforms.RandomMap):
-  """The place of an example to what is read there.
+  """(index of an example, bounds of a part of it) -> a piece.
 
-  `tokens` begin with bos; `targets` marks those that the AR loss predicts,
-  `canvas` those at which a canvas may start.
+  `tokens` begin with bos; `targets` marks tokens that the AR loss predicts,
+  `canvas` those where a canvas may start.
   """
 
   def __init__(self, examples, length, canvas_length, bos_id):
@@ -58,7 +58,7 @@ class _Pieces(grain.transforms.RandomMap):
     example, C = self.examples[index], self.canvas_length
     if example.prompt_length is None:
       text = self._window(example.tokens, part, rng)
-      # One shorter than a canvas is for the AR loss alone.
+      # A text shorter than a canvas is for the AR loss only.
       room = max(len(text) + 1 - C, 1)
       prompt_length = int(rng.integers(1, room + 1))
       first, end = 1, len(text) + 1
@@ -76,8 +76,8 @@ class _Pieces(grain.transforms.RandomMap):
     }
 
   def _window(self, document, part, rng):
-    """Up to length - 1 tokens, around one of a part of the document; at its
-    ends they begin or end with it, so that these are read as often."""
+    """Up to length - 1 tokens around a random token of a part of the document;
+    clipped to the document, so that its ends are read as often as the rest."""
     size = self.length - 1
     start = int(rng.integers(*part)) - size // 2
     start = max(0, min(start, len(document) - size))
@@ -85,7 +85,7 @@ class _Pieces(grain.transforms.RandomMap):
 
 
 class _Row(grain.transforms.Map):
-  """One piece, or packed ones, to a row of a batch."""
+  """One piece, or several packed ones, to a row of a batch."""
 
   def __init__(self, length, canvas_length, pad_id):
     self.length = length
@@ -105,7 +105,7 @@ class _Row(grain.transforms.Map):
     }
     row['tokens_BS'][:length] = pieces['tokens'][:length]
     row['target_mask_BS'][:length] = pieces['targets'][:length]
-    # Pieces lie one after the other: each begins where its number is first.
+    # Pieces are consecutive: each begins where its number first occurs.
     row['first_BS'][:length] = np.searchsorted(
       of_token[:length], of_token[:length]
     )
@@ -116,12 +116,12 @@ class _Row(grain.transforms.Map):
 
 
 def shuffle_for_ever(records: list[Any], seed: int) -> grain.MapDataset:
-  """Epoch after epoch of the records, each in its own order."""
+  """Endless epochs of the records, each in its own order."""
   count = len(records)
   shuffled = grain.MapDataset.source(records).seed(seed).shuffle()
   endless = shuffled.repeat()
-  # Of 4^n + 1 records, n > 7, Grain 0.2.18 shows the first of an epoch again
-  # at its end, and never the last record. It takes its place there.
+  # With 4^n + 1 records, n > 7, Grain 0.2.18 repeats the first record of an
+  # epoch at its end and never yields the last record; this puts it there.
   if count == 1 or shuffled[count - 1] != shuffled[0]:
     return endless
   last = records[-1]
@@ -139,20 +139,23 @@ def make_dataset(
 ) -> grain.IterDataset:
   """An endless dataset of batches (see `diffusion.loss.check_batch`).
 
-  Every epoch visits each of the equal parts of a document once, as many as rows
-  would hold, with its own window around it and its own split into prompt and
-  canvases, and each prompt with a response once; in its own order. The shares
-  of a batch, one after the other, are the batch that one process reads, and the
-  state of the iterator is the same for each; with packing, they take turns over
-  the global order of pieces, and each packs its own.
+  A document is divided into equal parts, as many as the rows it would fill.
+  Every epoch, in its own order, visits each part once, with a random window
+  around it and a random split into prompt and canvases, and each prompt with a
+  response once. The shares concatenated are the batch that a single process
+  would read, and the state of the iterator is the same for each share; with
+  packing, the shares take turns over the global order of pieces, and each packs
+  its own.
 
   Args:
-    examples: what to learn from.
+    examples: to train on.
     data: `batch_size` is that of the whole job.
-    canvas_length: C; without packing, every row has room for one at least.
+    canvas_length: C; without packing, every row has room for at least one.
     tokenizer: for its special ids.
-    share: of each batch, what to yield; the number of shares must divide the
-      batch.
+    share: of each batch, to yield; the number of shares must divide the batch.
+
+  Raises:
+    DataError: the number of shares does not divide the batch.
   """
   if data.batch_size % share.count:
     raise DataError(
@@ -160,22 +163,22 @@ def make_dataset(
       f'{share.count} shares in which it is read.'
     )
   length = data.sequence_length
-  places = []
+  parts_of_examples = []
   for index, example in enumerate(examples):
     size, parts = len(example.tokens), 1
     if example.prompt_length is None:
       parts = -(-size // (length - 1))
     bounds = [size * part // parts for part in range(parts + 1)]
-    places += [(index, part) for part in itertools.pairwise(bounds)]
-  pieces = shuffle_for_ever(places, data.seed).random_map(
+    parts_of_examples += [(index, part) for part in itertools.pairwise(bounds)]
+  pieces = shuffle_for_ever(parts_of_examples, data.seed).random_map(
     _Pieces(examples, length, canvas_length, tokenizer.bos_id)
   )
   row = _Row(length, canvas_length, tokenizer.pad_id)
   options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
   size = data.batch_size // share.count
   if not data.packing:
-    # There is no remainder: rows are endless. Rounded up, their number, the
-    # largest there is, would be larger still.
+    # Rows are endless, so nothing is dropped; rounding up their number, the
+    # largest integer, would overflow.
     blocks = pieces.map(row).batch(size, drop_remainder=True)
     return blocks[share.index :: share.count].to_iter_dataset(options)
   packed = grain.experimental.FirstFitPackIterDataset(
@@ -188,11 +191,11 @@ def make_dataset(
 
 
 class Description(NamedTuple):
-  """What tells examples, in their order, from others.
+  """Identifies a list of examples.
 
   Attributes:
-    examples, tokens: how many there are.
-    digest: of their tokens and of what of them is learnt.
+    examples, tokens: their numbers.
+    digest: of the tokens and of which of them are learnt.
   """
 
   examples: int
@@ -205,7 +208,7 @@ class Description(NamedTuple):
 
 
 def describe(examples: list[Example]) -> Description:
-  """See `Description`."""
+  """The `Description` of examples."""
   digest = hashlib.blake2b(digest_size=16)
   for example in examples:
     size, prompt_length = len(example.tokens), example.prompt_length
@@ -230,13 +233,13 @@ def abstract_batch(data: DataConfig, canvas_length: int) -> dict[str, Any]:
 
 
 class Windows(NamedTuple):
-  """Held-out rows, each beginning with bos.
+  """Held-out rows that begin with bos.
 
   Attributes:
     tokens_MS: int32, padded on the right.
-    length_M: int32, real tokens of each row.
+    length_M: int32, tokens of each row without padding.
     target_mask_MS: bool, tokens to predict; every token of every document
-      once.
+      exactly once.
   """
 
   tokens_MS: np.ndarray
@@ -253,15 +256,15 @@ def heldout_windows(
 ) -> Windows:
   """A row for each response, and windows of each document.
 
-  Consecutive windows share half, so that all but the first tokens of a
-  document have length / 2 tokens of context or more.
+  Consecutive windows overlap by half, so that all but the first tokens of a
+  document have at least length / 2 tokens of context.
   """
   rows, lengths, masks = [], [], []
   position = np.arange(length)
 
   def add(tokens, start, first, count):
-    """A row from `start`, of which `count` tokens from `first` are targets;
-    returns where in `tokens` it ends."""
+    """Adds the row of `tokens` from `start`, with `count` targets from position
+    `first` of the row; returns the end of the row in `tokens`."""
     row, row_length = make_row(tokens, start, length, bos_id, pad_id)
     end = min(first + count, row_length)
     rows.append(row)
@@ -284,14 +287,15 @@ def heldout_windows(
 
 
 class Canvases(NamedTuple):
-  """Held-out rows that end in canvases, each beginning with bos.
+  """Held-out rows that begin with bos and end in canvases.
 
   Attributes:
     tokens_MS: int32, padded on the right.
-    length_M: int32, real tokens of each row, the fill of a canvas too.
-    start_MK: int32, where each canvas starts; 0 where a row has no more.
+    length_M: int32, tokens of each row, with the fill of the last canvas but
+      without padding.
+    start_MK: int32, start of each canvas; 0 where a row has fewer.
     counted_ML: bool, tokens to predict, L = K * C; every token of every
-      document once.
+      document exactly once.
   """
 
   tokens_MS: np.ndarray
@@ -312,14 +316,14 @@ def heldout_canvases(
   pad_id: int,
 ) -> Canvases:
   """Every document in canvases, half a row of them at a time after as much
-  context as fits; every response in its own. The last canvas of a document is
-  filled with its last token, eos, which does not count again."""
+  context as fits; every response in a row of its own. The last canvas of a
+  document is filled up with its last token, eos, which is not counted."""
   C, rows = canvas_length, []
   most = max(1, (length - 1) // 2 // C)
 
   def add(tokens, context, count):
-    """A row of `context` tokens and as many canvases as the rest takes, of
-    which `count` tokens count."""
+    """Adds a row of `context` tokens and the remaining ones in canvases, of
+    which the first `count` tokens are counted."""
     num = -(-(len(tokens) - context) // C)
     filled = np.concatenate([tokens, np.full(num * C, tokens[-1])])
     row, row_length = make_row(

@@ -1,11 +1,11 @@
-"""What a network is worth on held-out text.
+"""Evaluation of a network on held-out text.
 
   AR bits per byte = sum_i -log2 p(x_i | x_<i) / bytes     (prefill pass, exact)
   NELBO, bits per byte: an upper bound of what denoising needs   (`likelihood`)
   denoising loss at noise level t = mean CE over corrupted (and kept) positions
 
-The first is a likelihood, comparable with a compressor, and the second bounds
-one; it is told of networks trained with `loo_ce` alone. The third is a loss: it
+The first is a likelihood, comparable with a compressor. The second bounds one;
+it is measured only for networks trained with `loo_ce`. The third is a loss: it
 bounds nothing, but a network that ignored the context could not get below the
 unigram entropy on corrupted positions.
 """
@@ -38,8 +38,8 @@ NOISE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 class DenoiseLoss(NamedTuple):
-  """Cross entropy in nats a token, apart for both kinds of positions; NaN
-  where there is none of a kind."""
+  """Cross entropy in nats per token, separate for both kinds of positions; NaN
+  if there are none of a kind."""
 
   corrupted: float
   kept: float
@@ -71,7 +71,7 @@ def ar_nats_per_token(
 
 @functools.partial(jax.jit, static_argnames='config')
 def _denoise_sums(config, params, tokens_BS, length_B, key, t):
-  """[(CE sum, count) of corrupted, of kept positions] of last canvases."""
+  """(CE sum, count) of corrupted and of kept positions of the last canvases."""
   network = network_lib.bind(config, params)
   C, (B, _) = config.diffusion.canvas_length, tokens_BS.shape
   start_BK = jnp.maximum(length_B - C, 0)[:, None]
@@ -104,8 +104,8 @@ def denoise_nats_per_token(
 ) -> DenoiseLoss:
   """Loss at noise level t in the last canvas of every window, first pass.
 
-  The noise is the same at every call. Windows of a canvas or less are left
-  out.
+  The noise is the same in every call. Windows no longer than a canvas are
+  ignored.
   """
   totals = np.zeros((2, 2))
   for index, batch in enumerate(_batches(windows, config.data.batch_size)):
@@ -131,9 +131,10 @@ def _nelbo(config, params, key, canvases):
 def nelbo_nats_per_token(
   config: Config, params: Params, canvases: data.Canvases
 ) -> tuple[float, float]:
-  """(an upper bound of -log p, its standard error), of a `loo_ce` network.
+  """(upper bound of -log p, its standard error) of a `loo_ce` network, in nats
+  per token.
 
-  The noise is the same at every call.
+  The noise is the same in every call.
   """
   nats = []
   for index, batch in enumerate(_batches(canvases, config.data.batch_size)):
@@ -145,7 +146,7 @@ def nelbo_nats_per_token(
 
 
 def _batches(rows: data.Windows | data.Canvases, size: int):
-  """Batches of one shape, the last filled up with empty rows."""
+  """Batches of one shape, the last padded with empty rows."""
   for start in range(0, len(rows.length_M), size):
     batch = rows.take(slice(start, start + size))
     missing = size - len(batch.length_M)
@@ -155,8 +156,7 @@ def _batches(rows: data.Windows | data.Canvases, size: int):
 
 
 def unigram_bits(examples: list[corpora.Example], vocab_size: int) -> float:
-  """Entropy of single tokens that are to be predicted, in bits: what is left to
-  know of each without context."""
+  """Entropy of the unigram distribution of target tokens, in bits per token."""
   tokens = np.concatenate([example.targets for example in examples])
   counts = np.bincount(tokens, minlength=vocab_size)
   p = counts[counts > 0] / counts.sum()
@@ -164,8 +164,8 @@ def unigram_bits(examples: list[corpora.Example], vocab_size: int) -> float:
 
 
 def compressors_bits_per_byte(texts: list[str]) -> dict[str, float]:
-  """Each text compressed alone by three well-known programs; NaN where there
-  is none."""
+  """Bits per byte of three well-known compressors, each text compressed on its
+  own; NaN if there is no text."""
   raw = [text.encode() for text in texts]
   num_bytes = sum(map(len, raw)) or math.nan
   extreme = 9 | lzma.PRESET_EXTREME
@@ -185,8 +185,8 @@ def quick(
   t: float,
   before_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-  """Losses in nats a token on a few windows spread over the held-out text.
-  `before_batch` is called before each batch, and may raise to end it there."""
+  """Losses in nats per token on a few windows spread over the held-out text.
+  `before_batch` is called before each batch and may raise to stop."""
   windows = heldout_windows(config, corpus)
   count, size = len(windows.length_M), batches * config.data.batch_size
   chosen = np.unique(np.linspace(0, count - 1, size).astype(int))
@@ -201,12 +201,12 @@ def quick(
 
 
 def _known(numbers: dict[str, float]) -> dict[str, float]:
-  """Those that are numbers: short texts have no canvas to denoise."""
+  """Without NaN: short texts have no canvas to denoise."""
   return {k: v for k, v in numbers.items() if not math.isnan(v)}
 
 
 def heldout_windows(config: Config, corpus: corpora.Corpus) -> data.Windows:
-  """Windows of the held-out text, of the length that training has."""
+  """Windows of the held-out text, as long as training rows."""
   return data.heldout_windows(
     corpus.heldout,
     config.data.sequence_length,
@@ -221,12 +221,12 @@ def evaluate(
   corpus: corpora.Corpus,
   tell: Callable[[str], None] = lambda what: None,
 ) -> dict[str, float]:
-  """Every number on all of the held-out text; names say the unit. `tell` is
-  called with what is measured next, which may take minutes."""
+  """All measures on all of the held-out text; names say the unit. `tell` is
+  called with the name of the next measurement, which may take minutes."""
   windows = heldout_windows(config, corpus)
   num_bytes = sum(len(text.encode()) for text in corpus.heldout_texts)
   num_tokens = int(windows.target_mask_MS.sum())
-  # Targets may be control tokens alone, which spell nothing.
+  # Targets may be only control tokens, which have no text.
   tokens_per_byte = num_tokens / num_bytes if num_bytes else math.nan
   tell('from left to right')
   bits = ar_nats_per_token(config, params, windows) / math.log(2)
@@ -265,7 +265,7 @@ def evaluate(
 
 
 def to_table(numbers: dict[str, float]) -> rich_table.Table:
-  """What `evaluate` has measured, for a person."""
+  """The result of `evaluate` as a table for the terminal."""
   table = rich_table.Table(
     title=f'held-out text of {numbers["heldout_bytes"]:,} bytes'
   )

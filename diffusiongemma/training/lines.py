@@ -1,16 +1,17 @@
-"""A line of JSON to a document: what it is, is told by its keys.
+"""A line of JSON to a document; its keys determine the format.
 
   {"text": ...}                          a text
-  {"prompt": ..., "response": ...}       a prompt and what is to be written;
+  {"prompt": ..., "response": ...}       a prompt and the response to learn;
                                          also "completion", and both may be
                                          lists of messages
-  {"messages": [...], "tools": [...]}    a chat, and what it could call
+  {"messages": [...], "tools": [...]}    a chat, and the tools it could call
   {"conversations": [{"from": ..., "value": ...}]}  the same (ShareGPT)
   {"instruction": ..., "input": ..., "output": ...}  a chat of two messages,
                                          the input after an empty line (Alpaca)
 
-and, if it likes, a "split" of "train" or "heldout". A chat may have its
-"system" message and its tools beside it. See `messages` for what is in one.
+and optionally a "split", "train" or "heldout". A chat may have its "system"
+message and its tools as keys beside the messages. For the format of a message
+see `messages`.
 """
 
 from typing import Any
@@ -22,17 +23,17 @@ from diffusiongemma.training.messages import DataError
 
 
 class Document(NamedTuple):
-  """One text, or a response to a prompt, or a chat.
+  """A text, a response to a prompt, or a chat.
 
   Attributes:
-    text: what is to be learnt; empty in a chat, where the template writes it.
-    origin: where it came from, for messages.
-    split: 'train', 'heldout' or '' (not said).
-    prompt: what the text answers; None where it stands alone.
+    text: the text to learn; empty for a chat, which the template renders.
+    origin: file and line, for error messages.
+    split: 'train', 'heldout' or '' (unspecified).
+    prompt: the prompt that the text answers; None for a text or a chat.
     messages: the chat.
     targets: indices of the messages that are learnt.
-    tools: what could be called in the chat.
-    unread: what of the line was left out.
+    tools: tools that could be called in the chat.
+    unread: descriptions of the content of the line that is not read.
   """
 
   text: str
@@ -46,11 +47,11 @@ class Document(NamedTuple):
 
   @property
   def stands_alone(self) -> bool:
-    """Whether any part of it may be the prompt of the rest."""
+    """Whether it is a text, of which any prefix may be the prompt."""
     return self.prompt is None and not self.messages
 
 
-# Keys that tell a format, and those that may come with them.
+# (keys that identify a format, optional keys) of each format.
 FORMATS = {
   'text': (('text',), ()),
   'prompt': (('prompt', 'response', 'completion'), ('tools', 'system')),
@@ -63,7 +64,7 @@ EXAMPLES = (
   '{"text": ...}, {"prompt": ..., "response": ...}, {"messages": [...]}, '
   '{"conversations": [...]} or {"instruction": ..., "output": ...}'
 )
-# What changes what is learnt: here in other formats, or elsewhere.
+# Keys that change what is learnt, in another format here or in other libraries.
 REFUSED = (
   *('input', 'system', 'tools', 'functions', 'history', *chats.FLAGS),
   *('chosen', 'rejected', 'label', 'labels', 'input_ids', 'loss_mask'),
@@ -73,28 +74,28 @@ REFUSED = (
 
 
 def read_record(record: Any, origin: str) -> Document:
-  """What a line has to teach; see the top of this file. Raises `DataError`."""
+  """The document of a line; see the module docstring. Raises `DataError`."""
   if not isinstance(record, dict):
     raise DataError(f'{origin} is not an object: {{"text": ...}}.')
   record = without_nulls(record)
   split = record.pop('split', '')
   if split not in ('', 'train', 'heldout'):
     raise DataError(f'{origin}: split {split!r} is neither train nor heldout.')
-  found = [key for key in record if key in SIGNS]
-  if set(found) == {'instruction', 'output', 'text'}:
-    found.remove('text')  # Both in one, as Alpaca was published.
-  kinds = {SIGNS[key] for key in found}
+  keys_found = [key for key in record if key in SIGNS]
+  if set(keys_found) == {'instruction', 'output', 'text'}:
+    keys_found.remove('text')  # Alpaca was published with both in a line.
+  kinds = {SIGNS[key] for key in keys_found}
   if len(kinds) > 1:
     raise DataError(
       f'{origin} is of {len(kinds)} formats; keep one of '
-      f'{", ".join(map(repr, found))}.'
+      f'{", ".join(map(repr, keys_found))}.'
     )
   if not kinds:
     chats.unread_keys(record, tuple(SIGNS), (), origin)
     raise DataError(f'{origin} is none of {EXAMPLES}.')
   (kind,) = kinds
   signs, beside = FORMATS[kind]
-  # Beside a text may stand what is about it.
+  # Beside a text, other keys may be metadata.
   refused = chats.FLAGS if kind == 'text' else REFUSED
   known = (*signs, *beside, 'split')
   unread = chats.unread_keys(record, known, refused, origin)
@@ -151,7 +152,7 @@ def _read_instruction(record, origin):
 
 
 def _read_chat(record, given, origin, num_before=0):
-  """A chat; its first messages are not learnt, whatever they say."""
+  """A chat, whose first `num_before` messages are never learnt."""
   if not isinstance(given, list):
     raise DataError(
       f'{origin}: messages are a list of {{"role": ..., "content": ...}}.'
@@ -186,10 +187,11 @@ def _read_chat(record, given, origin, num_before=0):
 
 
 def _pair_results(messages, origin):
-  """The messages, in which a result that doesn't say which call it answers
-  answers the first that waits for one, of its name if it has one.
+  """The messages with tool results matched to calls: a result without a call id
+  answers the first open call, of the same name if it has one.
 
-  Templates find the call by its id, and several without one are all the same.
+  Templates find a call by its id; several calls without ids would be
+  indistinguishable.
   """
   paired, waiting = [], []
   for number, message in enumerate(messages):

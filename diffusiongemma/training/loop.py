@@ -18,7 +18,7 @@ from diffusiongemma.training import train_state
 
 
 class TrainingError(Error, RuntimeError):
-  """A run that can't go on; the message says what is left of it."""
+  """A run that can't continue; the message says what is saved."""
 
 
 def run_steps(
@@ -37,20 +37,20 @@ def run_steps(
   watch: metrics_lib.Stopwatch,
   tell: Callable[[str], None],
 ) -> bool:
-  """Trains up to `config.train.steps`, or until a signal comes.
+  """Trains until `config.train.steps`, or until a signal arrives.
 
   Args:
     config: of the run.
     state: after the steps done so far; donated.
-    base: the parameters that adapters adapt, None without.
+    base: the parameters that adapters adapt, None without adapters.
     train_step: (state, batch, base) -> (state, metrics).
-    batches: of the data, on the mesh.
-    is_saved: whether the state is that of a checkpoint.
+    batches: iterator of batches, on the mesh.
+    is_saved: whether `state` is already in a checkpoint.
     received, must_stop: see `stopping.stop_signals`.
-    record: (step, its metrics) -> steps left out in a row; see `recorder`.
-    save: (state, step) -> whether that worked.
+    record: (step, its metrics) -> consecutive skipped steps; see `recorder`.
+    save: (state, step) -> whether the save succeeded.
     report: (step, parameters of the network), called after every step.
-    watch: measures what the time is spent on.
+    watch: measures where the time goes.
     tell: prints a line.
 
   Returns:
@@ -81,7 +81,7 @@ def run_steps(
         is_saved = save(state, step)
       unsaved = train.stops_when_unsaved and not is_saved
     if received:
-      break  # There may be little time left to save.
+      break  # Save at once: there may be little time.
     learnt = state.params if state.ema is None else state.ema
     with watch.spent_on('evaluation'):
       report(step, train_state.network_params(config, learnt, base))
@@ -94,7 +94,7 @@ def run_steps(
     tell(watch.summary())
   if failed or bad_in_row >= train.max_bad_steps:
     raise TrainingError(
-      f'{train.max_bad_steps} steps in a row were left out, by step {step}: '
+      f'{train.max_bad_steps} steps in a row were skipped, by step {step}: '
       f'{metrics_lib.BAD_STEPS} beside the checkpoints names them. '
       f'{"The last good state is saved" if is_saved else "It is not saved"}; '
       'lower config.optimizer.peak_learning_rate, or look at that data.'
@@ -108,8 +108,8 @@ def recorder(
   progress: metrics_lib.Progress,
   watch: metrics_lib.Stopwatch,
 ) -> Callable[[int, dict[str, Any]], int]:
-  """A function (step, its metrics) -> steps left out in a row, which fetches
-  the metrics and writes the mean of every `config.train.log_every`."""
+  """A function (step, its metrics) -> consecutive skipped steps; it fetches the
+  metrics and writes their mean every `config.train.log_every` steps."""
   train, batch_size = config.train, config.data.batch_size
   tokens_per_step = batch_size * config.data.sequence_length
   collected = []
@@ -124,13 +124,13 @@ def recorder(
           'step': step,
           'loss': float(metrics['loss']),
           'gradient_norm': float(metrics['gradient_norm']),
-          # Places in the global order of rows, which follows from the seed.
+          # Positions in the global order of rows, which follows from the seed.
           'first_row': first,
           'last_row': first + batch_size - 1,
         }
       )
       progress.print(
-        f'Step {step} is left out: its loss is {metrics["loss"]:.4g}, its '
+        f'Step {step} is skipped: its loss is {metrics["loss"]:.4g}, its '
         f'gradient norm {metrics["gradient_norm"]:.4g}.'
       )
     else:

@@ -1,4 +1,4 @@
-"""Messages and tools of a training chat, brought to one form.
+"""Messages and tools of a training chat, normalised to one form.
 
   who   role or from: user (human), assistant (model, gpt), system, developer,
         tool (function, observation); function_call is the assistant
@@ -8,8 +8,8 @@
         of a tool also tool_call_id, name
   weight, train, trainable    whether an answer is learnt
 
-What has no value (null) is as absent. What is not read is refused where it may
-change what is learnt, and otherwise returned by name.
+A null value counts as absent. A key that is not read is an error if it may
+change what is learnt; otherwise its name is returned.
 """
 
 import collections
@@ -42,7 +42,7 @@ ROLES = {
   'observation': 'tool',
 }
 FLAGS = ('weight', 'train', 'trainable')
-# Other names of the same, in other formats.
+# Names of the same keys in other formats.
 SAME = {
   'from': 'role',
   'value': 'content',
@@ -54,7 +54,7 @@ KEYS = {
   'tool': ('tool_call_id',),
 }
 COMMON_KEYS = ('role', 'content', 'name', *FLAGS)
-# Said in another way, or of another kind of message.
+# Keys of other formats, or of other kinds of messages.
 REFUSED_KEYS = (
   'refusal',
   'mask',
@@ -62,7 +62,7 @@ REFUSED_KEYS = (
   *KEYS['assistant'],
   *KEYS['tool'],
 )
-# Whatever these hold, the text that is learnt stays the same.
+# Metadata that does not change the text that is learnt.
 NOTES = frozenset(
   ['id', 'idx', 'index', 'uid', 'uuid', 'name', 'title', 'model', 'dataset']
   + ['source', 'url', 'license', 'lang', 'language', 'category', 'tags']
@@ -74,12 +74,12 @@ NO_MEDIA = 'training reads no images, audio, videos or files'
 
 
 class Message(NamedTuple):
-  """A message as chat templates take it.
+  """A message in the form of chat templates.
 
   Attributes:
     message: role, content and so on.
     is_learnt: whether it is an answer to learn.
-    unread: keys that were left out.
+    unread: keys that were not read.
   """
 
   message: dict[str, Any]
@@ -88,7 +88,7 @@ class Message(NamedTuple):
 
 
 def parse_json(text: str) -> Any:
-  """JSON in which no key of an object stands twice. Raises `ValueError`."""
+  """Parses JSON without duplicate keys. Raises `ValueError`."""
   try:
     return json.loads(
       text, object_pairs_hook=_to_object, parse_constant=_refuse_constant
@@ -98,12 +98,12 @@ def parse_json(text: str) -> Any:
 
 
 def _to_object(pairs):
-  made = dict(pairs)
-  if len(made) < len(pairs):
+  members = dict(pairs)
+  if len(members) < len(pairs):
     counts = collections.Counter(key for key, _ in pairs)
     ((twice, _),) = counts.most_common(1)
-    raise ValueError(f'the key {twice!r} stands twice in an object')
-  return made
+    raise ValueError(f'the key {twice!r} occurs twice in an object')
+  return members
 
 
 def _refuse_constant(name):
@@ -116,11 +116,11 @@ def unread_keys(
   refused: tuple[str, ...],
   origin: str,
 ) -> list[str]:
-  """Keys that have a value and are neither `known` nor notes.
+  """Keys that have a value and are neither `known` nor in `NOTES`.
 
   Raises:
     DataError: a key may change what is learnt: it is one of `refused`, is
-      nearly spelled like a known one, or holds media.
+      spelled nearly like a known one, or holds media.
   """
   unread = []
   for key, value in record.items():
@@ -171,18 +171,19 @@ def read_message(given: Any, origin: str) -> Message:
 
 
 def _with_one_name(given, origin):
-  """What has several names by the first of them."""
-  made = {}
+  """The message with the keys of `SAME` renamed."""
+  renamed = {}
   for key, value in given.items():
     name = SAME.get(key, key)
-    if made.get(name) and value and made[name] != value:
+    if renamed.get(name) and value and renamed[name] != value:
       raise DataError(f'{origin}: {key!r} and {name!r} say different things.')
-    made[name] = made.get(name) or value
-  return made
+    renamed[name] = renamed.get(name) or value
+  return renamed
 
 
 def _with_calls(given, name, origin):
-  """A call as `tool_calls` that came as a role or as `function_call`."""
+  """The message with `tool_calls` instead of the role or key
+  `function_call`."""
   given = dict(given)
   key = 'content' if name == 'function_call' else 'function_call'
   call = _from_text(given.pop(key, None), 'calls', origin)
@@ -209,7 +210,7 @@ def _is_learnt(given, role, origin):
 
 
 def _read_content(content, origin):
-  """(text or parts that are text, unread keys)."""
+  """(a string or a list of text parts, unread keys)."""
   if content is None or isinstance(content, str):
     return content, []
   if not isinstance(content, list):
@@ -240,7 +241,7 @@ def _read_content(content, origin):
 
 
 def _read_beside(message, origin):
-  """Brings what an assistant says besides a content to one form, in place;
+  """Normalises reasoning, calls and results of an assistant's message in place;
   returns unread keys."""
   unread = []
   if reasoning := message.pop('reasoning', None):
@@ -344,7 +345,7 @@ def read_tools(given: Any, origin: str) -> list[dict[str, Any]]:
 
 
 def _from_text(value, what, origin):
-  """What JSON text says; anything else as it is."""
+  """Parses JSON if `value` is a string; returns any other value as it is."""
   if not isinstance(value, str):
     return value
   try:
@@ -354,6 +355,6 @@ def _from_text(value, what, origin):
 
 
 def _show(value):
-  """The start of it."""
+  """The first 40 characters of the value as JSON."""
   text = json.dumps(value)
   return text if len(text) <= 40 else f'{text[:40]}...'

@@ -1,8 +1,8 @@
-"""Where the numbers of a run go: a file, TensorBoard and the terminal.
+"""Output of a run's metrics: a file, TensorBoard and the terminal.
 
-`metrics.jsonl` has one JSON object a line, `{"step": 10, "loss": ...}`; the
-same numbers go to TensorBoard. The terminal gets a progress bar, or one line
-at a time where it is not a terminal. A full disk costs metrics, not the run.
+`metrics.jsonl` has one JSON object per line, `{"step": 10, "loss": ...}`; the
+same numbers go to TensorBoard. Standard output gets a progress bar, or plain
+lines if it is not a terminal. A full disk loses metrics, but not the run.
 """
 
 from collections.abc import Mapping
@@ -24,14 +24,14 @@ from diffusiongemma.runs.folder import METRICS
 class MetricsWriter:
   """Appends to `metrics.jsonl` and to TensorBoard events in `workdir`.
 
-  Of the processes of a job, one is `recording`; the others write nothing.
+  One process of a job is `recording`; the others write nothing.
   """
 
   def __init__(self, workdir: str, first_step: int, recording: bool = True):
     self._recording = recording
     if not recording:
       return
-    import tensorboardX  # Slow where there is torch, which it imports then.
+    import tensorboardX  # Slow if torch is installed, which it imports then.
 
     self._path = pathlib.Path(workdir) / METRICS
     self._bad_steps = pathlib.Path(workdir) / BAD_STEPS
@@ -56,7 +56,7 @@ class MetricsWriter:
           self._events.add_scalar(name, value, step)
 
   def write_bad_step(self, record: Mapping[str, float]) -> None:
-    """Records a step that was left out."""
+    """Records a skipped step."""
     if not self._recording:
       return
     with self._telling_once(), self._bad_steps.open('a') as stream:
@@ -67,13 +67,13 @@ class MetricsWriter:
     if not self._recording or self._events is None:
       return
     with self._telling_once():
-      # As it is: TensorBoard reads Markdown, in which four spaces are code.
+      # Verbatim: TensorBoard reads Markdown, where four spaces mark code.
       lines = ['    ' + line for line in text.split('\n')]
       self._events.add_text('sample', '\n'.join(lines), step)
 
   @contextlib.contextmanager
   def _telling_once(self):
-    """The first failure is told, and none stops the run."""
+    """Logs the first failure and suppresses all of them."""
     try:
       yield
     except OSError as error:
@@ -92,23 +92,23 @@ class MetricsWriter:
 
 
 def _drop_lines_after(path: pathlib.Path, step: int) -> None:
-  """Forgets steps that a killed run had recorded but not saved, and the half
-  line it may have ended with."""
+  """Removes the lines of steps after `step`, which a killed run recorded but
+  did not save, and an incomplete last line."""
   if not path.exists():
     return
-  kept = []
+  remaining = []
   for line in path.read_text().splitlines():
     try:
       if json.loads(line)['step'] <= step:
-        kept.append(line + '\n')
+        remaining.append(line + '\n')
     except (ValueError, KeyError, TypeError):
       continue
-  folders.replace_file(path, ''.join(kept).encode())
+  folders.replace_file(path, ''.join(remaining).encode())
 
 
 class Stopwatch:
-  """Where the time of a run goes: what is spent on nothing else, is spent on
-  steps."""
+  """Measures where the time of a run goes; time that is not attributed to
+  anything else counts as steps."""
 
   def __init__(self):
     self._start = self._lap = time.perf_counter()
@@ -118,7 +118,8 @@ class Stopwatch:
 
   @contextlib.contextmanager
   def spent_on(self, what: str):
-    """Time inside is spent on `what`; only waiting for data counts in laps."""
+    """Attributes the time inside to `what`; of these, only waiting for data
+    counts in laps."""
     before = time.perf_counter()
     yield
     seconds = time.perf_counter() - before
@@ -133,18 +134,18 @@ class Stopwatch:
     return seconds
 
   def summary(self) -> str:
-    """One line for a person."""
+    """One line about the whole run."""
     total = time.perf_counter() - self._start
     steps = total - sum(self._seconds.values())
-    parts = ', '.join(f'{k} {v:.1f} s' for k, v in self._seconds.items())
+    others = ', '.join(f'{k} {v:.1f} s' for k, v in self._seconds.items())
     return (
       f'Goodput {100 * steps / total:.0f} %: steps {steps:.1f} s of '
-      f'{total:.1f} s; {parts}'
+      f'{total:.1f} s; {others}'
     )
 
 
 class Progress:
-  """The terminal's view of a run: a bar, or plain lines, or `quiet`.
+  """Progress of a run in the terminal: a bar, or plain lines, or `quiet`.
 
   Use as a context manager; `print` writes above the bar.
   """
@@ -180,7 +181,8 @@ class Progress:
       self._bar.update(self._task, completed=step)
 
   def show(self, step: int, numbers: Mapping[str, float], eta: float) -> None:
-    """Shows losses (nats a token), tokens/s and, in lines, the ETA in s."""
+    """Shows losses (nats per token), tokens/s and, in plain lines, `eta`, in
+    seconds."""
     text = (
       f'loss {numbers["loss"]:.3f} (denoise {numbers["loss_denoise"]:.3f}, '
       f'AR {numbers["loss_ar"]:.3f})  '

@@ -1,4 +1,4 @@
-"""What is printed when a run starts: what was left open, and what changed."""
+"""Notices printed at the start of a run: defaults in use, changed settings."""
 
 from diffusiongemma.config import Config
 from diffusiongemma.runs import folder as workdirs
@@ -7,7 +7,7 @@ from diffusiongemma.training import optimizer as optimizers
 
 
 def at_start(config: Config) -> list[str]:
-  """What the config leaves open, and what is used instead."""
+  """Lines about settings left empty, and what is used instead."""
   lines = []
   if not config.data.path:
     lines.append(
@@ -27,7 +27,7 @@ def at_start(config: Config) -> list[str]:
 
 
 def of_changes(before: Config, config: Config, step: int) -> list[str]:
-  """Fields that a run continues with other values of, and what follows."""
+  """Lines about fields whose values changed, and about the learning rate."""
   lines = [
     f'{name}: {old!r} before, {new!r} from here on.'
     for name, old, new in workdirs.differences(before, config)
@@ -50,20 +50,20 @@ def of_text(
   text_before: dict[str, data.Description] | None,
   text: dict[str, data.Description],
 ) -> list[str]:
-  """What to know of the text that a run continues with, if its last checkpoint
-  describes (or might describe) another one."""
+  """Lines about the text of a resumed run, if its last checkpoint describes (or
+  might describe) another text."""
   changed = [name for name, *_ in workdirs.differences(before, config)]
   if text_before is None:
     if any(name.startswith('config.data.') for name in changed):
       return [
-        'The checkpoints do not say what examples they have learnt from: see '
-        'to it that these are the same, in the same order.'
+        'The checkpoints do not say which examples they have learnt from: make '
+        'sure that these are the same, in the same order.'
       ]
     return []
   was, now = text_before['heldout'], text['heldout']
   if was == now:
     return []
   return [
-    f'The held-out text is another one: {was} before, {now} now. Losses on it '
-    'do not compare with those before.'
+    f'The held-out text has changed: {was} before, {now} now. Losses on it '
+    'cannot be compared with those before.'
   ]

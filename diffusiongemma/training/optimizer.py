@@ -3,8 +3,8 @@
 rate(n): linear from 0 over `warmup_steps`, then a cosine from the peak down
 to `final_rate_fraction` of it at the last step, or constant.
 
-All of it is float32, whatever the type of the parameters: a sum in bfloat16
-stops growing at 256 times what is added, and a mean there never forgets.
+All state is float32, whatever the type of the parameters: a sum in bfloat16
+stops growing at 256 times its increments, and a moving average never decays.
 """
 
 import fnmatch
@@ -42,7 +42,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(run: Config) -> optax.GradientTransformation:
-  """The optimiser of a run. Only matrices decay; what is frozen has no
+  """The optimiser of a run. Only matrices decay; frozen parameters have no
   state."""
   config, frozen = run.optimizer, frozen_patterns(run)
   learn = _in_float32(
@@ -67,8 +67,8 @@ def make_optimizer(run: Config) -> optax.GradientTransformation:
 def _in_float32(
   inner: optax.GradientTransformation,
 ) -> optax.GradientTransformation:
-  """`inner` of gradients and parameters in float32: so are its state and the
-  steps, which `optax.apply_updates` rounds once, when they are added."""
+  """`inner` with gradients and parameters in float32. So are its state and its
+  updates; `optax.apply_updates` rounds once, after the addition."""
 
   def init(params):
     return inner.init(to_float32(params))
@@ -85,8 +85,8 @@ def to_float32(tree: Any) -> Any:
 
 
 def _clip_by_global_norm(largest: float) -> optax.GradientTransformation:
-  """As optax has it, but as one factor: with a choice between gradients and
-  clipped ones, XLA writes the second to memory and reads both."""
+  """`optax.clip_by_global_norm` as one factor: with its `select` between plain
+  and clipped gradients, XLA writes the latter to memory and reads both."""
 
   def clip(gradients, params):
     del params
@@ -97,11 +97,11 @@ def _clip_by_global_norm(largest: float) -> optax.GradientTransformation:
 
 
 def _make_rule(config: OptimizerConfig) -> optax.GradientTransformation:
-  """Gradients to steps that a rate is times; they climb."""
+  """Gradients to update directions, before the sign and the learning rate."""
   if config.kind == 'adam':
     return optax.scale_by_adam(config.b1, config.b2, config.epsilon)
   if config.kind == 'adafactor':
-    # It adds its epsilon to a square, which a float32 must hold.
+    # Its epsilon is added to a square and must not underflow in float32.
     epsilon = max(config.epsilon**2, 1e-30)
     return optax.scale_by_factored_rms(epsilon=epsilon)
   descend = optax.contrib.muon(
@@ -111,27 +111,28 @@ def _make_rule(config: OptimizerConfig) -> optax.GradientTransformation:
     adam_b2=config.b2,
     eps=config.epsilon,
     muon_weight_dimension_numbers=_matrix_axes,
-    # Steps as long as Adam's, so that a rate means the same.
+    # Steps of the same RMS as Adam's, so that learning rates carry over.
     consistent_rms=0.2,
   )
   return optax.chain(descend, optax.scale(-1.0))
 
 
 def frozen_patterns(run: Config) -> tuple[str, ...]:
-  """What a run does not learn; no training data has images."""
+  """Patterns of the parameters that a run does not train; vision is always
+  among them, since no training data has images."""
   if run.lora.rank:
-    return ()  # Adapters learn, all of them.
+    return ()  # All adapters are trained.
   vision = ('vision/*',) if run.model.vision else ()
   return run.optimizer.freeze + vision
 
 
 def is_frozen(params: Params, patterns: tuple[str, ...]) -> dict[str, Any]:
-  """True for each parameter that a pattern names, in the tree of `params`.
+  """True for each parameter that matches a pattern, in the tree of `params`.
 
-  Patterns are those of a shell, over paths such as `layer_00/router/proj`.
+  Patterns are shell globs over paths such as `layer_00/router/proj`.
 
   Raises:
-    ConfigError: a pattern names nothing.
+    ConfigError: a pattern matches nothing.
   """
   path_of = jax.tree_util.tree_map_with_path(
     lambda keys, _: '/'.join(key.key for key in keys), params
@@ -149,7 +150,8 @@ def is_frozen(params: Params, patterns: tuple[str, ...]) -> dict[str, Any]:
 
 
 def stop_frozen(run: Config, params: Params) -> Params:
-  """`params` through whose frozen part no gradient flows, nor is computed."""
+  """`params` with `stop_gradient` on the frozen ones, so that their gradients
+  are not computed."""
   patterns = frozen_patterns(run)
   if not patterns:
     return params
@@ -165,8 +167,8 @@ def _is_matrix(params: Params) -> dict[str, Any]:
 
 
 def _matrix_axes(params: Params) -> dict[str, Any]:
-  """Axes of the matrices that Muon makes orthogonal; None where Adam stays:
-  vectors, the embedding and the router."""
+  """Axes of the matrices that Muon orthogonalises; None for parameters that use
+  Adam: vectors, the embedding and the router."""
 
   def axes(keys, x):
     path = tuple(key.key for key in keys)

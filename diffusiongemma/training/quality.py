@@ -1,4 +1,4 @@
-"""How good a run is by now: held-out losses, and a sample of its text."""
+"""Quality of a run during training: held-out losses, and a sample."""
 
 from collections.abc import Callable
 
@@ -19,7 +19,7 @@ EVALUATION_NOISE = 0.3
 
 
 class _StoppedError(Exception):
-  """A signal has come while a network was evaluated."""
+  """A signal arrived during an evaluation."""
 
 
 def _sample_prompt(config: Config, tokenizer: Tokenizer) -> list[int]:
@@ -28,7 +28,7 @@ def _sample_prompt(config: Config, tokenizer: Tokenizer) -> list[int]:
 
 
 def check_sample_prompt(config: Config, tokenizer: Tokenizer) -> None:
-  """Raises `ConfigError` for one that would end the run when it is due."""
+  """Raises `ConfigError` for a sample prompt that would fail during the run."""
   if not config.train.sample_prompt:
     return
   try:
@@ -48,15 +48,15 @@ def report_quality(
   step: int,
   params: Params,
 ) -> None:
-  """Writes held-out losses and a sample, after steps at which they are due;
-  ends early when a signal has come.
+  """Writes held-out losses and a sample after the steps where they are due;
+  stops early when a signal arrives.
 
   Args:
     config: of the run.
-    corpus: whose held-out text is read.
+    corpus: its held-out text is evaluated.
     tokenizer: of the run.
-    writer, progress: where the numbers go.
-    must_stop: whether a signal has come; see `stopping.stop_signals`.
+    writer, progress: outputs of the numbers.
+    must_stop: whether a signal has arrived; see `stopping.stop_signals`.
     step: steps done.
     params: of the network.
   """
@@ -77,13 +77,13 @@ def report_quality(
       progress.print(f'step {step}/{train.steps}  sample:\n{text}\n')
   except _StoppedError:
     progress.print(
-      f'Step {step} is not evaluated to its end; --mode=evaluate measures the '
-      'run.'
+      f'The evaluation of step {step} is incomplete; --mode=evaluate measures '
+      'the run.'
     )
 
 
 def _report_losses(config, corpus, writer, step, params, stop_if_asked) -> str:
-  """Records held-out losses; a line about them."""
+  """Records held-out losses; returns a line about them."""
   numbers = evaluate.quick(
     config,
     params,
@@ -93,7 +93,7 @@ def _report_losses(config, corpus, writer, step, params, stop_if_asked) -> str:
     stop_if_asked,
   )
   writer.write(step, numbers)
-  line = f'held out: AR {numbers["heldout_loss_ar"]:.3f} nats a token'
+  line = f'held out: AR {numbers["heldout_loss_ar"]:.3f} nats per token'
   if 'heldout_loss_corrupted' in numbers:
     line += (
       f', denoising at t = {EVALUATION_NOISE} '
@@ -103,14 +103,14 @@ def _report_losses(config, corpus, writer, step, params, stop_if_asked) -> str:
 
 
 def _write_sample(config, tokenizer, params, stop_if_asked) -> str:
-  """The sample prompt and a canvas after it."""
+  """The text of the sample prompt and one generated canvas."""
   (written,), *_ = generate.generate_tokens(
     config,
     params,
     [_sample_prompt(config, tokenizer)],
     jax.random.key(config.train.seed),
     config.diffusion.canvas_length,
-    # Several processes write the canvas, which is short, in one program.
+    # Several processes compute the whole (short) canvas in one program.
     on_step=stop_if_asked if jax.process_count() == 1 else None,
   )
   return config.train.sample_prompt + tokenizer.decode(written.tokens)

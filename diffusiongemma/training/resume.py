@@ -1,8 +1,8 @@
-"""The checkpoints of a run as training sees them: resumed from, and saved.
+"""Saves the checkpoints of a run, and resumes from them.
 
-A step holds the whole state (parameters, optimiser, counts), the place of each
-share of the batch in the data, and a description of the text, so that a run
-goes on bit-equal, or refuses to.
+A checkpoint holds the whole state (parameters, optimiser, counts), the position
+of each share of the batch in the data, and a description of the text: a run
+continues bit-equal, or refuses to.
 """
 
 from collections.abc import Callable
@@ -37,25 +37,25 @@ def start_or_resume(
   share: sharding.Share,
   load_base: Callable[[], dict[str, Any]],
 ) -> tuple[train_state.TrainState, Text | None]:
-  """The first state, or that of the newest whole checkpoint.
+  """The initial state, or that of the newest intact checkpoint.
 
   Args:
     config: of the run.
     manager: of its checkpoints.
-    iterator: of batches; set to the place where the checkpoint was saved.
-    text: describes the examples there are now.
+    iterator: of batches; set to its position in the checkpoint.
+    text: describes the current examples.
     abstract: shapes, types and shardings of the state.
     share: of the batch, that this process reads.
-    load_base: gives the parameters of the first state.
+    load_base: returns the parameters of the initial state.
 
   Returns:
-    (state, the text that the checkpoint describes, if it does).
+    (state, description of the text in the checkpoint, None without one).
 
   Raises:
-    DataError: the run has learnt from other examples than there are now.
-    ConfigError: it has done more steps than it is to do.
-    CheckpointError: no checkpoint is whole, or another number of shares has
-      saved it.
+    DataError: the run has learnt from other examples than the current ones.
+    ConfigError: the run has done more than `config.train.steps` already.
+    CheckpointError: no checkpoint is intact, or it was saved with another
+      number of shares.
   """
   restored = native.restore_newest(manager, *train_state.to_items(abstract))
   if restored is None:
@@ -63,7 +63,7 @@ def start_or_resume(
     init = jax.jit(
       functools.partial(train_state.init_train_state, config),
       out_shardings=jax.tree.map(lambda x: x.sharding, abstract),
-      # A base is needed later on.
+      # The base of adapters is still needed.
       donate_argnums=() if config.lora.rank else 0,
     )
     return init(params), None
@@ -80,13 +80,13 @@ def start_or_resume(
 def _check_goes_on(
   config: Config, restored: native.Restored, text: Text
 ) -> Text | None:
-  """The text that a checkpoint describes, if it does. Raises as
+  """Description of the text in a checkpoint, None without one. Raises as
   `start_or_resume`."""
   step, steps = restored.step, config.train.steps
   if step > steps:
     raise configs.ConfigError(
       f'config.train.steps = {steps}, but the run has done {step} steps '
-      'already. Give more to go on.'
+      'already. Give more to continue.'
     )
   described = (restored.data or {}).get('text')
   if described is None:
@@ -97,9 +97,9 @@ def _check_goes_on(
     others = '' if str(was) != str(now) else ', not the same ones'
     raise corpora.DataError(
       f'Up to step {step} the run has learnt from {was}; config.data now has '
-      f'{now}{others}. Its place in the order of the data means nothing here. '
-      'Give it the text that it had, or learn from this one in another '
-      '--workdir, where config.train.init_from names this run.'
+      f'{now}{others}. Its position in the data means nothing here. Give it '
+      'the text that it had, or learn from this one in another --workdir, '
+      'where config.train.init_from names this run.'
     )
   return before
 
@@ -107,22 +107,22 @@ def _check_goes_on(
 def _own_place(
   config: Config, restored: native.Restored, share: sharding.Share
 ) -> dict[str, Any]:
-  """The place in the data of this share of the batch.
+  """The position of this share of the batch in the data.
 
   Raises:
-    CheckpointError: each share packs its own rows, and there is another number
-      of them now.
+    CheckpointError: each share packs its own rows, and the number of shares has
+      changed.
   """
-  places = (restored.data or {})['shares']
+  positions = (restored.data or {})['shares']
   if not config.data.packing:
-    return places[0]  # That of every share, however many there are.
-  if len(places) == share.count:
-    return places[share.index]
+    return positions[0]  # The same for every share, for any number of shares.
+  if len(positions) == share.count:
+    return positions[share.index]
   raise CheckpointError(
     f'Step {restored.step} was saved by a job whose batches were packed in '
-    f'{len(places)} shares, each with its own place in the data; now there are '
-    f'{share.count}. Go on with as many processes, or with a config.mesh that '
-    'divides the batch among as many.'
+    f'{len(positions)} shares, each with its own position in the data; now '
+    f'there are {share.count}. Continue with as many processes, or with a '
+    'config.mesh that divides the batch among as many.'
   )
 
 
@@ -136,23 +136,27 @@ def save(
   state: train_state.TrainState,
   step: int,
 ) -> bool:
-  """Saves the state after `step` steps; whether that worked. A failure is told
-  by `tell` and is not fatal. All processes call this.
+  """Saves the state after `step` steps; returns whether the save succeeded. A
+  failure is reported with `tell` and is not fatal. A collective.
 
   Raises:
     LeftAloneError: this process could not save, and the others wait for it.
   """
   try:
     own = (share.index, iterator.get_state())
-    places = dict(processes.gather_json(own))
-    place: dict[str, Any] = {'shares': [places[i] for i in range(share.count)]}
-    place['text'] = {name: list(x) for name, x in text.items()}
-    native.save(manager, step, *train_state.to_items(state), place, config)
+    positions = dict(processes.gather_json(own))
+    data_state: dict[str, Any] = {
+      'shares': [positions[i] for i in range(share.count)]
+    }
+    data_state['text'] = {name: list(x) for name, x in text.items()}
+    native.save(manager, step, *train_state.to_items(state), data_state, config)
   except LeftAloneError:
     raise
   except CheckpointError as error:
     newest = manager.latest_step()
-    kept = 'There is none yet' if newest is None else f'Step {newest} is kept'
-    tell(f'{error} {kept}. Fix this, and the next save may work.')
+    last_saved = (
+      'There is none yet' if newest is None else f'Step {newest} is kept'
+    )
+    tell(f'{error} {last_saved}. Fix this, and the next save may work.')
     return False
   return True

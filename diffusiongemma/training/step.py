@@ -1,10 +1,10 @@
-"""One step of training: gradients, what they change, and its program.
+"""One training step: gradients, update, and compilation.
 
   state, metrics = train_step(state, batch)       jitted, the state donated
 
 Everything random is a function of the seed and the step. The step is compiled
-for a mesh from shapes alone, so that memory can be looked at before any of it
-is allocated, for devices that are not there too.
+for a mesh from shapes only, so that its memory is known before anything is
+allocated, also for devices that are not attached.
 """
 
 from collections.abc import Callable
@@ -37,9 +37,8 @@ def make_train_step(
 ):
   """The jitted (state, batch, base) -> (state, metrics) of a run.
 
-  The state is donated: use the one that is returned. It lies as `shardings`
-  say, and the metrics on every device. For `rows_at_once` see
-  `compute_gradients`.
+  The state is donated: use the returned one. It is sharded by `shardings`; the
+  metrics are replicated. For `rows_at_once` see `compute_gradients`.
   """
   optimizer = optimizers.make_optimizer(config)
   objective = objectives.find(config.train.objective)
@@ -65,15 +64,15 @@ def make_train_step(
 
 
 def abstract_state(config: Config, mesh: Mesh) -> train_state.TrainState:
-  """Shapes and types of a run's state, and where they lie."""
+  """Shapes, types and shardings of a run's state."""
   return sharding.with_sharding(train_state.abstract_state(config), mesh)
 
 
 def lower_step(
   config: Config, abstract: train_state.TrainState, mesh: Mesh
 ) -> tuple[jax.stages.Lowered, dict[str, Any]]:
-  """(the training step for a mesh, what it is given, by part); to be called
-  within `jax.set_mesh(mesh)`. Nothing is allocated."""
+  """(the lowered training step for a mesh, its abstract inputs by group); to be
+  called within `jax.set_mesh(mesh)`. Nothing is allocated."""
   base = None
   if config.lora.rank:
     base = sharding.with_sharding(denoiser.abstract_params(config.model), mesh)
@@ -82,18 +81,18 @@ def lower_step(
   batch = jax.tree.map(lambda x: x.update(sharding=by_row), batch)
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   lowered = make_train_step(config, shardings).lower(abstract, batch, base)
-  parts = {
+  inputs = {
     'parameters': (base, abstract.params),
     'optimiser and counts': (abstract.opt_state, abstract.health),
     'running mean': abstract.ema,
     'batch': batch,
   }
-  return lowered, {k: v for k, v in parts.items() if jax.tree.leaves(v)}
+  return lowered, {k: v for k, v in inputs.items() if jax.tree.leaves(v)}
 
 
 def trace_step(config: Config, mesh: AbstractMesh) -> Any:
-  """The training step as a jaxpr, of the whole batch on one device, with as
-  many guesses as the devices of the mesh make together."""
+  """The training step as a jaxpr, for the whole batch on one device, with as
+  many self-conditioning passes as on all devices of the mesh together."""
   abstract = train_state.abstract_state(config)
   base = None
   if config.lora.rank:
@@ -106,7 +105,7 @@ def trace_step(config: Config, mesh: AbstractMesh) -> Any:
 
 
 def _rows_at_once(config: Config, batch_size: int) -> int:
-  """Rows of a batch that each device of the mesh works through at once."""
+  """Rows of a batch that each device of the mesh processes at once."""
   rows = batch_size // config.train.accumulate_steps
   with sharding.activate(config.model, rows):
     return rows // ops.parallel.parts('batch')
@@ -118,14 +117,14 @@ def compile_step(
   """The training step, compiled for the mesh's devices.
 
   Raises:
-    ConfigError: they don't have the memory for it; the message is a table.
+    ConfigError: the step does not fit in their memory; the message is a table.
   """
   limit = memory.available(mesh.local_devices[0])
   size = memory.bytes_on_a_device(abstract)
   memory.check(memory.Need({'parameters and optimiser': size}, 0, size), limit)
-  lowered, parts = lower_step(config, abstract, mesh)
+  lowered, inputs = lower_step(config, abstract, mesh)
   compiled = lowered.compile()
-  memory.check(memory.need_of(compiled, parts), limit)
+  memory.check(memory.need_of(compiled, inputs), limit)
   return compiled
 
 
@@ -137,16 +136,16 @@ def compute_gradients(
   base: Params | None = None,
   rows_at_once: int | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Gradients and metrics of a batch, worked through in parts one by one.
+  """Gradients and metrics of a batch, accumulated over micro-batches.
 
-  The parts see the noise of the whole batch and are divided by its counts, so
-  that the mean of their losses and gradients is what the batch gives at once.
-  Rows share a guess where one device works through them at once: of
-  `rows_at_once` rows, by default as many as there are on this mesh.
+  Micro-batches use the noise of the whole batch and divide by its counts, so
+  that the mean of their losses and gradients is that of the whole batch. Only
+  rows that a device processes at once can share a self-conditioning pass:
+  `rows_at_once` rows, by default those of a device of this mesh.
   """
   train, objective = config.train, objectives.find(config.train.objective)
-  parts = train.accumulate_steps
-  counts = jax.tree.map(lambda n: n / parts, loss.count(batch, drawn))
+  num_parts = train.accumulate_steps
+  counts = jax.tree.map(lambda n: n / num_parts, loss.count(batch, drawn))
   rows = rows_at_once or _rows_at_once(config, len(drawn.start_BK))
   drawn = drawn.replace(group_size=math.gcd(drawn.group_size, rows))
 
@@ -160,16 +159,16 @@ def compute_gradients(
     return value, metrics
 
   gradient_fn = jax.grad(loss_fn, has_aux=True)
-  if parts == 1:
+  if num_parts == 1:
     return gradient_fn(params, batch, drawn)
 
   def add_part(total, part):
     new = gradient_fn(params, *part)
     new = optimizers.to_float32(new)
-    return jax.tree.map(lambda a, b: a + b / parts, total, new), None
+    return jax.tree.map(lambda a, b: a + b / num_parts, total, new), None
 
   split = jax.tree.map(
-    lambda x: jnp.reshape(x, (parts, -1, *x.shape[1:])), (batch, drawn)
+    lambda x: jnp.reshape(x, (num_parts, -1, *x.shape[1:])), (batch, drawn)
   )
   first = jax.tree.map(lambda x: x[0], split)
   shapes = jax.eval_shape(gradient_fn, params, *first)

@@ -1,7 +1,7 @@
-"""Signals that stop a run, which saves first.
+"""Signals that stop a run after a save.
 
-Of several processes, one alone may get SIGTERM, and all are to stop at the same
-step: there it is left to `processes.is_preempted`, SIGINT too.
+With several processes, one of them may get SIGTERM alone, but all must stop at
+the same step: `processes.is_preempted` handles SIGTERM and SIGINT there.
 """
 
 from collections.abc import Callable
@@ -20,9 +20,9 @@ def stop_signals() -> Iterator[tuple[list[int], Callable[[], bool]]]:
   """Receives SIGINT and SIGTERM; a second one kills.
 
   Yields:
-    (received, must_stop): the numbers of the signals that have come, and a
-    function that asks whether one has. It is a collective: all processes call
-    it at the same places.
+    (received, must_stop): numbers of the signals received so far, and a
+    function that returns whether any process has received one. It is a
+    collective: all processes call it at the same points.
   """
   received, alone = [], jax.process_count() == 1
   questions = itertools.count(1)

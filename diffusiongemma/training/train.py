@@ -1,9 +1,10 @@
-"""The training run: what it needs is opened, then steps until it is to stop.
+"""The training run: opens what it needs, then trains until done or stopped.
 
 Everything random is a function of the seed and the step, and everything that
-changes is in the checkpoint (parameters, optimiser state, place in the data),
-so a run that was killed and started again ends bit-equal to one that was not.
-With `config.lora`, what is learnt are adapters, and `base` what they adapt.
+changes is in the checkpoint (parameters, optimiser state, position in the
+data), so a run that was killed and restarted ends bit-equal to one that was
+not. With `config.lora`, adapters are trained; `base` are the weights they
+adapt.
 """
 
 from collections.abc import Callable
@@ -43,24 +44,23 @@ def train(
   workdir: str,
   load_base: Callable[[native.ShardingOf], dict[str, Any]] | None = None,
 ) -> int:
-  """Trains up to `config.train.steps`, from the newest whole checkpoint on,
-  on the mesh that the config describes. All processes of a job call this.
+  """Trains until `config.train.steps`, from the newest intact checkpoint, on
+  the mesh of the config. All processes of a job call this.
 
   Args:
     config: of the run.
     workdir: its folder, the same for all processes.
-    load_base: gives the parameters in `config.train.init_from`, where they are
-      to lie.
+    load_base: (sharding) -> the parameters in `config.train.init_from`.
 
   Returns:
     The exit code: 0 when done, 1 when the last save failed, 128 + n when
     signal n stopped the run after a save.
 
   Raises:
-    ConfigError, DataError, WorkdirError: nothing was written. One of them is
-      that the run can't go on with another value, or with other examples.
-    CheckpointError: there are checkpoints, and all of them are damaged, or
-      what the run starts from is.
+    ConfigError, DataError, WorkdirError: nothing was written; among others, the
+      run can't be resumed with another value of a field, or other examples.
+    CheckpointError: all checkpoints of the run are damaged, or the weights in
+      `config.train.init_from` are.
     TrainingError: too many bad steps in a row; the last good state is saved.
     LeftAloneError: this process could not save, and the others wait for it.
   """
@@ -80,15 +80,15 @@ def _train_on(
   load_base: Callable[[native.ShardingOf], dict[str, Any]] | None,
   until_done: contextlib.ExitStack,
 ) -> int:
-  """`train` on a mesh, with this process's share of each batch; what is in the
-  way of others is given back when `until_done` is closed."""
+  """`train` on a mesh, with this process's share of each batch; locks, signal
+  handlers and files are released when `until_done` is closed."""
   start = config.train.init_from
   if start and load_base is None:
     raise ValueError('load_base must give the parameters in init_from.')
   # As the first process sees it, before it claims the folder.
   is_new, *_ = processes.gather_json(not workdirs.is_claimed(workdir))
   if start and not is_new:
-    start = workdir  # What came with the weights is there since.
+    start = workdir  # It has a copy of tokenizer and template.
   tokenizer = companions.load_tokenizer(config, start)
   corpus = corpora.load_corpus(
     config.data,
@@ -101,7 +101,7 @@ def _train_on(
   def claim():
     workdirs.claim(workdir, config, tokenizer)
     until_done.enter_context(lock.held(workdir))
-    workdirs.claim(workdir, config, tokenizer)  # Another may have been faster.
+    workdirs.claim(workdir, config, tokenizer)  # Another run may be faster.
 
   if processes.is_first() and not is_new:
     claim()
@@ -193,8 +193,8 @@ def _train_on(
 
 
 def _load_adapted(config, workdir, manager, load) -> Params:
-  """The parameters that adapters adapt: always the same, those of the first
-  start are noted."""
+  """The parameters that adapters adapt; the first start records their digest,
+  and later ones check it."""
   base = load()
   digests, is_fresh = digest_lib.digests(base), manager.latest_step() is None
   workdirs.check_base(workdir, digests, note=is_fresh)

@@ -1,10 +1,10 @@
-"""What a training step carries, and what of it a checkpoint holds.
+"""The training state, and its items in a checkpoint.
 
-item params      what is sampled from: the parameters, or their running mean
-item opt_state   the rest: optimiser, health, parameters if there is a mean
+item params      for sampling: the parameters, or their moving average
+item opt_state   the rest: optimiser, health, parameters if there is an average
 
-With `config.lora`, "the parameters" are the adapters; what they adapt is no
-part of the state.
+With `config.lora`, "the parameters" are the adapters; the weights that they
+adapt are not part of the state.
 """
 
 from typing import Any
@@ -24,12 +24,12 @@ from diffusiongemma.training import optimizer as optimizers
 
 
 class Health(flax.struct.PyTreeNode):
-  """How the steps went.
+  """Statistics of good and skipped steps.
 
   Attributes:
-    mean_norm: float32, running mean of the gradient norm of good steps.
-    bad_in_row: int32, steps left out since the last good one.
-    bad: int32, steps left out.
+    mean_norm: float32, moving average of the gradient norm of good steps.
+    bad_in_row: int32, steps skipped since the last good one.
+    bad: int32, steps skipped.
   """
 
   mean_norm: jax.Array
@@ -38,14 +38,14 @@ class Health(flax.struct.PyTreeNode):
 
 
 class TrainState(flax.struct.PyTreeNode):
-  """All that changes from step to step.
+  """Everything that changes from step to step.
 
   Attributes:
-    params: nested dict of arrays, those that are learnt.
-    opt_state: the optimiser's.
-    health: counts of bad steps.
-    step: int32, steps done, bad ones too.
-    ema: running mean of `params`, None where it is off.
+    params: nested dict of the trained arrays.
+    opt_state: state of the optimiser.
+    health: statistics of skipped steps.
+    step: int32, steps done, skipped ones included.
+    ema: moving average of `params`, None if it is off.
   """
 
   params: Any
@@ -56,7 +56,7 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def fresh_params_at(config: Config, where: native.ShardingOf) -> Params:
-  """Random parameters, each where it is to lie."""
+  """Random parameters, sharded as `where` says."""
   abstract = denoiser.abstract_params(config.model)
   shardings = jax.tree.map(
     lambda x: x.sharding, sharding.placed(abstract, where)
@@ -69,15 +69,15 @@ def fresh_params_at(config: Config, where: native.ShardingOf) -> Params:
 def init_train_state(
   config: Config, params: Params | None = None
 ) -> TrainState:
-  """The state before the first step, of the network with these parameters or
-  a fresh one. The parameters are then the state's."""
+  """The state before the first step, with these parameters or random ones. The
+  state holds `params` itself, not a copy."""
   if params is None:
     params = denoiser.fresh_params(config)
   if config.lora.rank:
     _, adapter_key = jax.random.split(jax.random.key(config.train.seed))
     params = lora.init_adapters(config.lora, params, adapter_key)
   optimizer = optimizers.make_optimizer(config)
-  # Buffers of their own, each: the first step is given all of them.
+  # A buffer for each: all of them are donated to the first step.
   bad_in_row, bad, step = (jnp.zeros((), jnp.int32) for _ in range(3))
   return TrainState(
     params,
@@ -89,20 +89,20 @@ def init_train_state(
 
 
 def abstract_state(config: Config) -> TrainState:
-  """Shapes and types of a run's state, with nothing computed."""
+  """Shapes and types of a run's state; nothing is computed."""
   return jax.eval_shape(lambda: init_train_state(config))
 
 
 def _in_float32(params: Params) -> Params:
-  """A copy in which small changes are not lost."""
+  """A float32 copy, in which small changes are not rounded away."""
   return jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
 
 
 def network_params(
   config: Config, learnt: Params, base: Params | None
 ) -> Params:
-  """The parameters of the network, from those that are learnt and, with
-  `config.lora`, those that they adapt."""
+  """The parameters of the network: `learnt`, or with `config.lora` the `base`
+  with the adapters `learnt`."""
   return learnt if base is None else lora.attach(config.lora, base, learnt)
 
 
@@ -115,8 +115,8 @@ def apply_gradients(
 ) -> tuple[TrainState, jax.Array]:
   """The state after a step, and the norm of its gradient.
 
-  Where loss or gradient is not finite, or the gradient a spike, nothing
-  changes but the counts.
+  If the loss or the gradient is not finite, or the gradient is a spike, only
+  the counts change.
   """
   train, health = config.train, state.health
   norm = optax.global_norm(optimizers.to_float32(gradients))
@@ -159,7 +159,7 @@ def to_items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def from_items(step: int, params: Params, rest: dict[str, Any]) -> TrainState:
-  """The state of which `to_items` made these."""
+  """The inverse of `to_items`."""
   return TrainState(
     rest.get('params', params),
     rest['optimizer'],

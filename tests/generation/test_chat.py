@@ -295,7 +295,7 @@ def test_what_is_no_whole_answer_says_so(model):
   ):
     problem = parse(model, text, **cut).problem
     assert 'thinking used up all' in problem and '--max_new_tokens' in problem
-  assert 'not finished: no end came' in parse(model, 'Blue', **cut).problem
+  assert 'not finished: no end within' in parse(model, 'Blue', **cut).problem
   for text in ('<turn|>', '<|channel>thought\nhm<channel|><turn|>', '<eos>'):
     assert 'without an answer' in parse(model, text).problem
   assert not parse(model, 'Blue<turn|>').problem

@@ -347,8 +347,11 @@ def test_a_text_does_not_end_before_its_last_pin(config, params):
 @pytest.mark.parametrize(
   'pinned, message',
   [
-    ([{2 * C: 5}], 'Place 12 that prompt 0 pins is outside of its 2 canvases'),
-    ([{-1: 5}], 'Place -1'),
+    (
+      [{2 * C: 5}],
+      'Position 12 that prompt 0 pins is outside of its 2 canvases',
+    ),
+    ([{-1: 5}], 'Position -1'),
     ([{0: 97}], 'pins token 97, outside of the vocabulary of 97'),
     ([{}, {}], '2 rows of pinned tokens for 1 prompts'),
   ],

@@ -53,7 +53,7 @@ def test_what_may_not_change_is_refused_with_its_reason(config, claimed):
     ('model.num_experts', '8', 'the parameters are those of this network'),
     ('data.packing', 'true', 'the order of the data follows from it'),
     ('optimizer.kind', 'muon', "the optimiser's state follows from it"),
-    ('train.objective', 'ar', 'it says what is learnt, or from what on'),
+    ('train.objective', 'ar', 'it says what is learnt, or from which weights'),
     ('diffusion.canvas_length', '4', 'the network has learnt with it'),
     ('lora.rank', '2', 'the adapters are of this form'),
     ('quantization.experts', 'int8', 'the parameters are stored so'),

@@ -201,7 +201,7 @@ def test_what_tools_answer(chat_tokenizer, content, written):
           ],
         }
       ],
-      'not what JSON can be: .*object',
+      'not valid JSON: .*object',
     ),
   ],
 )

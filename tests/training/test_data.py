@@ -436,7 +436,7 @@ def test_files_folders_globs_and_formats(tmp_path):
     ('a.jsonl', b'{"text": "x"}\n{oops', 'line 2 is not JSON'),
     ('a.jsonl', b'{"txt": "x"}', "line 1: there is no 'txt'.*mean 'text'"),
     ('a.jsonl', b'{"rows": "x"}', 'line 1 is none of {"text": ...}'),
-    ('a.jsonl', b'{"text": "x", "text": "y"}', "'text' stands twice"),
+    ('a.jsonl', b'{"text": "x", "text": "y"}', "'text' occurs twice"),
     ('a.jsonl', b'{"text": NaN}', 'NaN is no number of JSON'),
     ('a.jsonl', b'{"text": "x"}\n"caf\xe9"', 'line 2 is not UTF-8: byte 4'),
     ('a.json', b'[{"text": "x"}, 3]', 'element 2 is not an object'),

@@ -258,7 +258,7 @@ def test_a_file_may_be_an_array(tmp_path, chat_tokenizer):
     ),
     (shares(('function_call', 'f()')), 'message 1: calls are not JSON'),
     (chat(openai_call('[1]')), "arguments of 'f' are not an object"),
-    (chat(openai_call('{"x": 1, "x": 2}')), "'x' stands twice"),
+    (chat(openai_call('{"x": 1, "x": 2}')), "'x' occurs twice"),
     (chat(ANSWER, tools=[TOOL], functions=[TOOL]), 'both tools and functions'),
     ({'instruction': 'q', 'output': ''}, 'message 2 has neither content'),
     ({'conversations': 'q'}, 'messages are a list'),

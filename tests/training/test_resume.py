@@ -104,11 +104,11 @@ def test_a_run_goes_on_with_the_text_it_had_alone(quickly, tmp_path):
   moved = text.rename(tmp_path / 'b.jsonl')
   told = quickly(train__steps=6, data__path=moved)
   assert f"config.data.path: '{text}' before, '{moved}' from here on." in told
-  assert 'another one' not in told
+  assert 'has changed' not in told
   before = files_of(folder)
   for numbers, message in (
     ((50, 70, 90), 'step 6 the run has learnt from 2 examples of .* 3 exam'),
-    ((70, 50), 'tokens, not the same ones. Its place in the order'),
+    ((70, 50), 'tokens, not the same ones. Its position in the data'),
   ):
     write_text(moved, *numbers)
     with pytest.raises(corpora.DataError, match=message):
@@ -124,7 +124,7 @@ def test_other_held_out_text_is_told(quickly, tmp_path):
   quickly(train__steps=2, data__path=text, data__heldout_path=heldout)
   write_text(heldout, 20, 20)
   told = quickly(train__steps=4, data__path=text, data__heldout_path=heldout)
-  assert 'The held-out text is another one: 1 example of' in told
+  assert 'The held-out text has changed: 1 example of' in told
 
 
 def test_a_run_of_checkpoints_that_describe_no_text_goes_on(

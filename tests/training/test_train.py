@@ -277,7 +277,7 @@ def test_a_run_of_bad_steps_stops_with_the_last_good_state(tmp_path):
     ),
     1,
   )
-  assert 'Error: 3 steps in a row were left out' in output, output
+  assert 'Error: 3 steps in a row were skipped' in output, output
   assert 'peak_learning_rate' in output and 'Traceback' not in output
   lines = (tmp_path / metrics.BAD_STEPS).read_text().splitlines()
   bad = [json.loads(line) for line in lines]

@@ -2,14 +2,14 @@
 
 A new one is a file here, and its name in `config.TrainConfig`. It has
 
-  DENOISES         whether evaluation measures how well it denoises
-  LEAVES_ONE_OUT   whether a logit leaves out what its own token tells, and a
-                   bound of the likelihood can be measured
+  DENOISES         whether evaluation measures denoising
+  LEAVES_ONE_OUT   whether logits exclude the evidence of their own token, so
+                   that a bound of the likelihood can be measured
   draw(key, batch, config) -> diffusion.loss.Noise
-  loss(network, batch, drawn, counts, config) -> (nats a token, metrics)
+  loss(network, batch, drawn, counts, config) -> (nats per token, metrics)
 
-where `counts` are what sums over the batch are divided by, `metrics` are
-scalars, and under `auxiliary` what `network.prefill` returns third.
+where sums over the batch are divided by `counts`, and `metrics` are scalars,
+but for `auxiliary`, the third value of `network.prefill`.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Writing from left to right alone; the denoiser is left out.
+"""Left-to-right loss only; the denoiser is not trained.
 
 loss = ar_loss_weight * read_text    (diffusion/loss.py)
 """

@@ -1,4 +1,4 @@
-"""Denoising, and with a weight writing from left to right.
+"""Denoising loss plus a weighted left-to-right loss.
 
   loss = denoising_loss + ar_loss_weight * read_text    (diffusion/loss.py)
 
@@ -42,7 +42,7 @@ def loss(
   """The joint loss of one batch, see `objectives`.
 
   Returns:
-    (loss in nats a token, metrics): `loss_denoise` and `loss_ar`, in nats a
+    (loss in nats per token, metrics): `loss_denoise` and `loss_ar`, in nats per
     token; `accuracy`, the share of corrupted positions whose argmax is right.
   """
   C, weight = config.diffusion.canvas_length, config.train.ar_loss_weight

@@ -1,7 +1,7 @@
-"""Leave-one-out denoising: a token is told from all of the canvas but itself.
+"""Leave-one-out denoising: each token is predicted from the rest of the canvas.
 
 It is for likelihoods (`diffusion/likelihood.py`): `ce`, with the evidence of
-each token handed to the network.
+each token given to the loss.
 """
 
 import functools
