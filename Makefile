@@ -12,6 +12,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m diffusiongemma.main
 DEMO_WORKDIR ?= runs/tiny
+# So that type checkers find the package, too.
+EDITABLE := --config-settings editable_mode=compat --editable
 
 .PHONY: demo install test lint clean
 
@@ -27,12 +29,12 @@ $(VENV)/installed: setup.cfg pyproject.toml
 	  "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet $(EDITABLE) .
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet $(PIP_TORCH) torch==2.13.0
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet $(EDITABLE) '.[test]'
 	touch $@
 
 test: lint

@@ -43,8 +43,10 @@ def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
 
 
 def keep_compilations() -> None:
-  """Compiles once a machine, not once a start; see JAX's own variable."""
-  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+  """Keeps compiled programs on disk, unless JAX's own variable or setting says
+  where, or that it is nowhere."""
+  is_chosen = 'JAX_COMPILATION_CACHE_DIR' in os.environ
+  if not (is_chosen or jax.config.jax_compilation_cache_dir):
     cache = os.environ.get('XDG_CACHE_HOME', os.path.expanduser('~/.cache'))
     jax.config.update(
       'jax_compilation_cache_dir', os.path.join(cache, 'diffusiongemma')

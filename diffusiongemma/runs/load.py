@@ -13,6 +13,7 @@ import jax
 from diffusiongemma import paths
 from diffusiongemma.checkpoints import native
 from diffusiongemma.config import Config
+from diffusiongemma.devices import runtime
 from diffusiongemma.ops.weights import Params
 from diffusiongemma.runs import WorkdirError
 from diffusiongemma.runs import companions
@@ -78,7 +79,8 @@ def load(
   """Reads a run, or a Hugging Face folder.
 
   The adapters of a run with `config.lora` are merged into their base weights,
-  which are loaded too.
+  which are loaded too. Programs that are compiled from then on are kept on
+  disk: see `runtime.keep_compilations`.
 
   Args:
     path: the `--workdir` of training or conversion, or a folder with Hugging
@@ -95,6 +97,7 @@ def load(
       weights.
     CheckpointError: the checkpoint is damaged or of another kind.
   """
+  runtime.keep_compilations()
   source = sources.open_source(path, config)
   restored = source.restore(sharding, verify)
   return Run(

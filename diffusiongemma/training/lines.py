@@ -8,12 +8,16 @@
   {"conversations": [{"from": ..., "value": ...}]}  the same (ShareGPT)
   {"instruction": ..., "input": ..., "output": ...}  a chat of two messages,
                                          the input after an empty line (Alpaca)
+  {"data": ["question", "answer", ...]}  a chat, the user first (UltraChat);
+                                         also "messages" that the "prompt"
+                                         beside them repeats the first of
 
 and optionally a "split", "train" or "heldout". A chat may have its "system"
 message and its tools as keys beside the messages. For the format of a message
 see `messages`.
 """
 
+import itertools
 from typing import Any
 from typing import NamedTuple
 
@@ -58,11 +62,13 @@ FORMATS = {
   'messages': (('messages',), ('tools', 'functions', 'system')),
   'conversations': (('conversations',), ('tools', 'functions', 'system')),
   'instruction': (('instruction', 'output'), ('input', 'system')),
+  'data': (('data',), ('system',)),
 }
 SIGNS = {sign: kind for kind, (signs, _) in FORMATS.items() for sign in signs}
 EXAMPLES = (
   '{"text": ...}, {"prompt": ..., "response": ...}, {"messages": [...]}, '
-  '{"conversations": [...]} or {"instruction": ..., "output": ...}'
+  '{"conversations": [...]}, {"instruction": ..., "output": ...} or '
+  '{"data": [...]}'
 )
 # Keys that change what is learnt, in another format here or in other libraries.
 REFUSED = (
@@ -84,6 +90,11 @@ def read_record(record: Any, origin: str) -> Document:
   keys_found = [key for key in record if key in SIGNS]
   if set(keys_found) == {'instruction', 'output', 'text'}:
     keys_found.remove('text')  # Alpaca was published with both in a line.
+  if len(keys_found) > 1 and 'data' in keys_found:
+    keys_found.remove('data')  # Whatever it is beside another format.
+  if set(keys_found) == {'prompt', 'messages'} and _is_repeated(record):
+    keys_found.remove('prompt')
+    del record['prompt']
   kinds = {SIGNS[key] for key in keys_found}
   if len(kinds) > 1:
     raise DataError(
@@ -149,6 +160,25 @@ def _read_instruction(record, origin):
   return _read_chat(
     record, [{'role': r, 'content': c} for r, c in turns], origin
   )
+
+
+def _read_data(record, origin):
+  turns = record['data']
+  if not isinstance(turns, list) or not all(isinstance(x, str) for x in turns):
+    raise DataError(f'{origin}: data is a list of texts, the user first.')
+  roles = itertools.cycle(('user', 'assistant'))
+  return _read_chat(
+    record,
+    [{'role': r, 'content': c} for r, c in zip(roles, turns, strict=False)],
+    origin,
+  )
+
+
+def _is_repeated(record):
+  """Whether the prompt is what the first of the messages says, too."""
+  messages = record['messages']
+  first = messages[0] if isinstance(messages, list) and messages else None
+  return isinstance(first, dict) and record['prompt'] == first.get('content')
 
 
 def _read_chat(record, given, origin, num_before=0):
@@ -237,4 +267,5 @@ READERS = {
   'messages': _read_messages,
   'conversations': _read_conversations,
   'instruction': _read_instruction,
+  'data': _read_data,
 }

@@ -1,6 +1,7 @@
-"""What a process is told before it computes anything."""
+"""Process-wide settings: memory, and where compiled programs are kept."""
 
 import ctypes
+import os
 import pathlib
 import subprocess
 import sys
@@ -71,3 +72,34 @@ def test_large_pages_are_asked_for():
 def test_a_limit_of_addresses_is_no_obstacle():
   taken = 'print(libc.sbrk(0) - before)'
   assert number_from_a_process(LIMIT + SETUP + taken) < (1 << 30)
+
+
+@pytest.mark.parametrize(
+  'environment, setting, kept',
+  [
+    ({}, None, 'CACHE/diffusiongemma'),
+    ({}, '/elsewhere', '/elsewhere'),
+    ({'JAX_COMPILATION_CACHE_DIR': ''}, None, None),
+  ],
+)
+def test_compiled_programs_are_kept_where_nobody_says(
+  environment, setting, kept, tmp_path
+):
+  script = (
+    'import sys, jax\n'
+    'from diffusiongemma.devices import runtime\n'
+    'if sys.argv[1]:\n'
+    '  jax.config.update("jax_compilation_cache_dir", sys.argv[1])\n'
+    'runtime.keep_compilations()\n'
+    'print(jax.config.jax_compilation_cache_dir or None)\n'
+  )
+  inherited = dict(os.environ)
+  inherited.pop('JAX_COMPILATION_CACHE_DIR', None)
+  found = subprocess.run(
+    [sys.executable, '-c', script, setting or ''],
+    env={**inherited, 'XDG_CACHE_HOME': str(tmp_path), **environment},
+    capture_output=True,
+    text=True,
+    check=True,
+  ).stdout.strip()
+  assert found == str(kept).replace('CACHE', str(tmp_path))

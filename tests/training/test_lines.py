@@ -138,6 +138,8 @@ CALLS = [
       [(ASKED, CALLED.replace('x:1', ''))],
     ),
     ({'instruction': 'q', 'output': 'a'}, PLAIN),
+    ({'data': ['q', 'a'], 'id': '3'}, PLAIN),
+    ({'prompt': 'q', 'prompt_id': 'x', 'messages': [QUESTION, ANSWER]}, PLAIN),
     ({'instruction': 'q', 'input': '', 'output': 'a'}, PLAIN),
     ({'instruction': 'q', 'input': None, 'output': 'a'}, PLAIN),
     ({'instruction': 'q', 'output': 'a', 'system': 's'}, SYSTEM),
@@ -221,6 +223,14 @@ def test_a_file_may_be_an_array(tmp_path, chat_tokenizer):
     (
       {'text': 'x', **chat(QUESTION, ANSWER)},
       "of 2 formats; keep one of 'text', 'messages'",
+    ),
+    (
+      {'messages': [QUESTION, ANSWER], 'prompt': 'x'},
+      "keep one of 'messages', 'prompt'",
+    ),
+    (
+      {'data': ['q', 3]},
+      'data is a list of texts',
     ),
     (
       {'instruction': 'q', 'output': 'a', 'prompt': 'x'},
