@@ -5,7 +5,7 @@
 One panel a quantity, one colour a run; solid lines are training, dashed ones
 held-out text. With --smooth=5 a line is the mean of 5 records on end, over a
 pale line of all of them. The held-out denoising loss is that of corrupted
-positions alone, so that it may well lie above that of training.
+positions alone, and has a panel of its own.
 """
 
 import argparse
@@ -41,27 +41,36 @@ class MetricsError(ValueError):
 
 
 class Panel(NamedTuple):
-  """A quantity: what it is called, and where it is in the records."""
+  """A quantity.
+
+  Attributes:
+    title, unit: what it is called.
+    training, heldout: its names in the records.
+    learnt_as: the training loss without which it means nothing.
+    log_y: whether its axis is logarithmic.
+  """
 
   title: str
   unit: str
-  training: str
+  training: str | None
   heldout: str | None = None
-  remark: str = ''
+  learnt_as: str | None = None
   log_y: bool = False
 
 
 PANELS = (
-  Panel('loss', 'nats a token', 'loss'),
+  Panel('loss', 'nats per token', 'loss'),
+  Panel('denoising loss', 'nats per token', 'loss_denoise'),
   Panel(
-    'denoising loss',
-    'nats a token',
-    'loss_denoise',
+    'denoising loss of corrupted positions',
+    'nats per token',
+    None,
     'heldout_loss_corrupted',
-    ' (held out: corrupted positions)',
+    'loss_denoise',
   ),
-  Panel('AR loss', 'nats a token', 'loss_ar', 'heldout_loss_ar'),
+  Panel('AR loss', 'nats per token', 'loss_ar', 'heldout_loss_ar'),
   Panel('gradient norm', 'before clipping', 'gradient_norm', log_y=True),
+  Panel('learning rate', '', 'learning_rate'),
 )
 
 
@@ -152,7 +161,7 @@ def draw(
   """
   shown = [(panel, found) for panel in PANELS if (found := _find(panel, runs))]
   if not shown:
-    names = ', '.join(panel.training for panel in PANELS)
+    names = ', '.join(filter(None, (panel.training for panel in PANELS)))
     raise MetricsError(f'No run has any of: {names}.')
   columns = min(2, len(shown))
   rows = -(-len(shown) // columns)
@@ -167,7 +176,7 @@ def draw(
       _draw_curves(axis, training, heldout, colours[label], smooth)
     has_heldout = any(len(steps) for *_, (steps, _) in found)
     any_heldout |= has_heldout
-    axis.set_title(panel.title + has_heldout * panel.remark)
+    axis.set_title(panel.title)
     _label(axis, panel, log_x)
     if place > len(shown) - columns:
       axis.set_xlabel('training steps')
@@ -192,7 +201,8 @@ def _find(panel: Panel, runs: dict[str, list[dict[str, float]]]) -> list:
   for label, records in runs.items():
     training = series(records, panel.training)
     heldout = series(records, panel.heldout)
-    untrained = len(training[1]) and not training[1].any()
+    _, learnt = series(records, panel.learnt_as or panel.training)
+    untrained = len(learnt) and not learnt.any()
     if not untrained and (len(training[0]) or len(heldout[0])):
       found.append((label, training, heldout))
   return found

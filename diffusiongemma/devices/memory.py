@@ -8,6 +8,8 @@ has is what the runtime says, on a CPU what the machine has left.
 
 from collections.abc import Mapping
 import math
+import resource
+import sys
 from typing import Any
 from typing import NamedTuple
 
@@ -73,6 +75,16 @@ def available(device: jax.Device) -> int | None:
     return free // jax.local_device_count()
   stats = device.memory_stats() or {}
   return stats.get('bytes_limit')
+
+
+def peak_in_use() -> int:
+  """The most bytes that were in use so far, of the fullest device of this
+  process; on a CPU, of the process."""
+  stats = [d.memory_stats() or {} for d in jax.local_devices()]
+  peak = max(s.get('peak_bytes_in_use', 0) for s in stats)
+  # Linux counts in units of 1,024 bytes, macOS in bytes.
+  unit = 1 if sys.platform == 'darwin' else 1024
+  return peak or unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def table(need: Need, limit: int | None) -> str:

@@ -11,9 +11,11 @@ from typing import Any
 import jax
 
 from diffusiongemma.config import Config
+from diffusiongemma.devices import memory
 from diffusiongemma.errors import Error
 from diffusiongemma.ops.weights import Params
 from diffusiongemma.training import metrics as metrics_lib
+from diffusiongemma.training import optimizer as optimizers
 from diffusiongemma.training import train_state
 
 
@@ -35,7 +37,7 @@ def run_steps(
   save: Callable[[train_state.TrainState, int], bool],
   report: Callable[[int, dict[str, Any]], None],
   watch: metrics_lib.Stopwatch,
-  tell: Callable[[str], None],
+  progress: metrics_lib.Progress,
 ) -> bool:
   """Trains until `config.train.steps`, or until a signal arrives.
 
@@ -51,7 +53,7 @@ def run_steps(
     save: (state, step) -> whether the save succeeded.
     report: (step, parameters of the network), called after every step.
     watch: measures where the time goes.
-    tell: prints a line.
+    progress: shows what the run does.
 
   Returns:
     Whether the last state is saved.
@@ -77,7 +79,7 @@ def run_steps(
     if step % train.checkpoint_every == 0:
       bad_in_row = record(*pending)
       pending = None
-      with watch.spent_on('checkpoints'):
+      with watch.spent_on('checkpoints'), progress.doing('saving'):
         is_saved = save(state, step)
       unsaved = train.stops_when_unsaved and not is_saved
     if received:
@@ -88,10 +90,10 @@ def run_steps(
   if pending is not None:
     bad_in_row = record(*pending)
   if not (is_saved or unsaved):
-    with watch.spent_on('checkpoints'):
+    with watch.spent_on('checkpoints'), progress.doing('saving'):
       is_saved = save(state, step)
   if started:
-    tell(watch.summary())
+    progress.print(watch.summary())
   if failed or bad_in_row >= train.max_bad_steps:
     raise TrainingError(
       f'{train.max_bad_steps} steps in a row were skipped, by step {step}: '
@@ -112,6 +114,7 @@ def recorder(
   metrics and writes their mean every `config.train.log_every` steps."""
   train, batch_size = config.train, config.data.batch_size
   tokens_per_step = batch_size * config.data.sequence_length
+  learning_rate = optimizers.make_schedule(config.optimizer, train.steps)
   collected = []
 
   def record(step, metrics):
@@ -142,6 +145,8 @@ def recorder(
       numbers['bad_steps'] = collected[-1]['bad_steps']
       seconds = watch.lap() / len(collected)
       numbers['tokens_per_second'] = tokens_per_step / seconds
+      numbers['learning_rate'] = float(learning_rate(step - 1))
+      numbers['peak_memory_bytes'] = memory.peak_in_use()
       writer.write(step, numbers)
       progress.show(step, numbers, (train.steps - step) * seconds)
       collected.clear()

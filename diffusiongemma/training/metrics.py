@@ -5,6 +5,7 @@ same numbers go to TensorBoard. Standard output gets a progress bar, or plain
 lines if it is not a terminal. A full disk loses metrics, but not the run.
 """
 
+from collections.abc import Iterator
 from collections.abc import Mapping
 import contextlib
 import json
@@ -15,6 +16,7 @@ from absl import logging
 import numpy as np
 from rich import console as rich_console
 from rich import progress as rich_progress
+from rich import table as rich_table
 
 from diffusiongemma.checkpoints import folder as folders
 from diffusiongemma.runs.folder import BAD_STEPS
@@ -156,11 +158,22 @@ class Progress:
     self._bar = None
     if self._console.is_terminal:
       self._bar = rich_progress.Progress(
-        rich_progress.TextColumn('step {task.completed:.0f}/{task.total:.0f}'),
+        rich_progress.TextColumn(
+          'step {task.completed:.0f}/{task.total:.0f}',
+          table_column=rich_table.Column(
+            no_wrap=True, min_width=len(f'step {total_steps}/{total_steps}')
+          ),
+        ),
         rich_progress.BarColumn(bar_width=None),
-        rich_progress.TextColumn('{task.fields[numbers]}'),
-        rich_progress.TimeRemainingColumn(),
+        rich_progress.TextColumn(
+          '{task.fields[numbers]}',
+          table_column=rich_table.Column(no_wrap=True, overflow='ellipsis'),
+        ),
+        rich_progress.TimeRemainingColumn(
+          table_column=rich_table.Column(no_wrap=True, min_width=7)
+        ),
         console=self._console,
+        expand=True,
       )
       self._task = self._bar.add_task(
         'train', total=total_steps, completed=first_step, numbers='compiling'
@@ -179,6 +192,19 @@ class Progress:
     """Moves the bar."""
     if self._bar is not None:
       self._bar.update(self._task, completed=step)
+
+  @contextlib.contextmanager
+  def doing(self, what: str) -> Iterator[None]:
+    """Shows what the run does instead of its numbers: 'saving'."""
+    if self._bar is None:
+      yield
+      return
+    numbers = self._bar.tasks[0].fields['numbers']
+    self._bar.update(self._task, numbers=what, refresh=True)
+    try:
+      yield
+    finally:
+      self._bar.update(self._task, numbers=numbers)
 
   def show(self, step: int, numbers: Mapping[str, float], eta: float) -> None:
     """Shows losses (nats per token), tokens/s and, in plain lines, `eta`, in

@@ -69,10 +69,14 @@ def report_quality(
   is_last = step == train.steps
   try:
     if step % train.evaluate_every == 0 or is_last:
-      line = _report_losses(config, corpus, writer, step, params, stop_if_asked)
+      with progress.doing('evaluating'):
+        line = _report_losses(
+          config, corpus, writer, step, params, stop_if_asked
+        )
       progress.print(f'step {step}/{train.steps}  {line}')
     if train.sample_prompt and (step % train.sample_every == 0 or is_last):
-      text = _write_sample(config, tokenizer, params, stop_if_asked)
+      with progress.doing('writing a sample'):
+        text = _write_sample(config, tokenizer, params, stop_if_asked)
       writer.write_text(step, text)
       progress.print(f'step {step}/{train.steps}  sample:\n{text}\n')
   except _StoppedError:

@@ -185,7 +185,7 @@ def _train_on(
       must_stop,
     ),
     watch=watch,
-    tell=progress.print,
+    progress=progress,
   )
   if received:
     return 128 + received[0] if saved else 1

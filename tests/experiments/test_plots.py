@@ -80,11 +80,11 @@ def test_what_a_run_is_not_trained_on_is_not_drawn():
     'ar': [training(10, denoise=0.0), heldout(10)],
     'other': [{'step': 3, 'tokens_per_second': 9.0}],
   }
-  loss, denoise, ar, _ = [
+  loss, denoise, corrupted, ar, *_ = [
     [label for label, *_ in plots._find(panel, runs)] for panel in plots.PANELS
   ]
   assert loss == ar == ['both', 'ar']
-  assert denoise == ['both']
+  assert denoise == corrupted == ['both']
 
 
 def test_running_mean():

@@ -1,10 +1,12 @@
 """Where numbers go, and what of them is kept."""
 
+import io
 import json
 import os
 
 import disk
 import numpy as np
+from rich import console as rich_console
 
 from diffusiongemma.training import metrics
 
@@ -37,3 +39,22 @@ def test_metrics_of_unsaved_steps_are_dropped(tmp_path):
   lines = [json.loads(line) for line in path.read_text().splitlines()]
   assert [line['step'] for line in lines] == [5, 10, 15]
   assert lines[-1]['loss'] == 2.0
+
+
+def test_the_bar_says_how_far_and_what(monkeypatch):
+  """Also where the terminal is narrow."""
+  console = rich_console.Console(
+    file=io.StringIO(), force_terminal=True, width=40
+  )
+  monkeypatch.setattr(metrics.rich_console, 'Console', lambda **_: console)
+  numbers = {'loss': 1.5, 'loss_denoise': 1.0, 'loss_ar': 0.5}
+  with metrics.Progress(20000, 0) as progress:
+    progress.show(12000, {**numbers, 'tokens_per_second': 1e6}, 60)
+    with progress.doing('saving'):
+      progress._bar.refresh()
+      assert 'saving' in console.file.getvalue()
+    console.file.truncate(0)
+    progress._bar.refresh()
+  shown = console.file.getvalue()
+  assert 'step 12000/20000' in shown and 'loss 1.5' in shown
+  assert 'saving' not in shown

@@ -27,6 +27,8 @@ from diffusiongemma.training import train
 from diffusiongemma.training import train_state
 
 MICRO = str(pathlib.Path(__file__).parents[1] / 'micro_config.py')
+# Metrics that another run of the same steps has otherwise.
+MEASURED = ('tokens_per_second', 'peak_memory_bytes')
 
 
 def command(workdir, *arguments):
@@ -83,7 +85,7 @@ def read_state(workdir):
 def read_losses(workdir):
   lines = (pathlib.Path(workdir) / 'metrics.jsonl').read_text().splitlines()
   return [
-    {k: v for k, v in json.loads(line).items() if k != 'tokens_per_second'}
+    {k: v for k, v in json.loads(line).items() if k not in MEASURED}
     for line in lines
   ]
 
