@@ -1,1 +1,1 @@
-"""Meshes, processes, memory, and settings of a process."""
+"""Meshes, processes, device memory, and process-wide settings."""

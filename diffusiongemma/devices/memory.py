@@ -1,9 +1,9 @@
-"""What a program needs of a device's memory, known before it runs.
+"""The device memory that a compiled program needs, before it runs.
 
-  peak = arguments + results that are not arguments again + temporaries
+  peak = arguments + results in new buffers + temporaries
 
-as XLA reports for the compiled program; the arguments by part. What a device
-has is what the runtime says, on a CPU what the machine has left.
+as reported by XLA for the compiled program; arguments by group. The memory of a
+device is that reported by the runtime, on a CPU the machine's free memory.
 """
 
 from collections.abc import Mapping
@@ -23,9 +23,9 @@ class Need(NamedTuple):
   """Bytes on each device.
 
   Attributes:
-    arrays: by part, of what is given to the program.
-    temporaries: what it needs besides, activations and results.
-    peak: the most at any time.
+    arrays: arguments of the program, by group.
+    temporaries: activations and results in new buffers.
+    peak: peak of all.
   """
 
   arrays: dict[str, int]
@@ -34,7 +34,7 @@ class Need(NamedTuple):
 
 
 def bytes_on_a_device(tree: Any) -> int:
-  """Of arrays, or of their shapes; where a sharding is known, of a shard."""
+  """Bytes of a tree of arrays or shapes; with shardings, of one shard each."""
 
   def count(x):
     sharding = getattr(x, 'sharding', None)
@@ -47,7 +47,7 @@ def bytes_on_a_device(tree: Any) -> int:
 
 
 def need_of(compiled: jax.stages.Compiled, parts: Mapping[str, Any]) -> Need:
-  """The need of a compiled program whose arguments have these parts."""
+  """The need of a compiled program with arguments in these groups."""
   arrays = {name: bytes_on_a_device(tree) for name, tree in parts.items()}
   analysis: Any = compiled.memory_analysis()
   temporaries = (
@@ -63,16 +63,16 @@ def need_of(compiled: jax.stages.Compiled, parts: Mapping[str, Any]) -> Need:
 
 
 def available(device: jax.Device) -> int | None:
-  """Bytes that a program may use on a device of this process; None where nobody
-  knows."""
+  """Bytes that a program may use on a device of this process; None if
+  unknown."""
   if device.platform == 'cpu':
     try:
       with open('/proc/meminfo') as stream:
         lines = dict(line.split(':', 1) for line in stream)
-      free = int(lines['MemAvailable'].split()[0]) * 1024
+      free_bytes = int(lines['MemAvailable'].split()[0]) * 1024
     except (OSError, ValueError, KeyError):
       return None
-    return free // jax.local_device_count()
+    return free_bytes // jax.local_device_count()
   stats = device.memory_stats() or {}
   return stats.get('bytes_limit')
 
@@ -88,7 +88,7 @@ def peak_in_use() -> int:
 
 
 def table(need: Need, limit: int | None) -> str:
-  """The need in lines, for a person."""
+  """The need as lines of a table."""
   rows = [*need.arrays.items()]
   if need.temporaries:
     rows.append(('activations and temporaries', need.temporaries))
@@ -102,13 +102,13 @@ def table(need: Need, limit: int | None) -> str:
 
 
 def check(need: Need, limit: int | None) -> None:
-  """Raises `ConfigError`, with the table, if it is more than the limit."""
+  """Raises `ConfigError`, with the table, if the need exceeds the limit."""
   if limit is None or need.peak <= limit:
     return
   raise configs.ConfigError(
     'This does not fit into the memory of a device:\n'
     f'{table(need, limit)}\n'
-    'Try configs/tiny.py, or see with --mode=plan what would fit where: '
+    'Try configs/tiny.py, or use --mode=plan to find what fits where: '
     'config.train.remat, a smaller config.data.batch_size, more '
     'config.train.accumulate_steps or more devices along config.mesh.fsdp.'
   )

@@ -1,8 +1,8 @@
-"""The processes of a job: how they start, and what they exchange.
+"""The processes of a job: start, synchronisation, exchange of values.
 
-JAX's distributed runtime does the work. Every function but `is_first` and
-`leave` is collective: all processes must call it, at the same places. In a job
-of one process they return at once.
+JAX's distributed runtime does the work. Every function except `is_first` and
+`leave` is a collective: all processes must call it, at the same points. In a
+job of one process they return at once.
 """
 
 import json
@@ -15,8 +15,8 @@ import numpy as np
 
 from diffusiongemma import config as configs
 
-# A process that says nothing for so many seconds is given up, and with it the
-# job.
+# After so many seconds without a heartbeat, a process counts as dead, and the
+# job fails.
 HEARTBEAT_SECONDS = 60
 
 
@@ -25,16 +25,16 @@ def start(
   num_processes: int | None,
   process_id: int | None,
 ) -> None:
-  """Joins the job, before anything else asks JAX for devices.
+  """Joins the job; to be called before JAX's devices are used.
 
   Args:
     coordinator: address and port of process 0; 'auto' asks the cluster (TPU
       pods, SLURM, Open MPI, Kubernetes); None is a job of one process.
-    num_processes: how many there are.
-    process_id: which one this is.
+    num_processes: number of processes of the job.
+    process_id: index of this process.
 
   Raises:
-    ConfigError: something is missing, or the job does not come together.
+    ConfigError: an argument is missing, or the processes do not connect.
   """
   if coordinator is None:
     if num_processes is not None or process_id is not None:
@@ -56,33 +56,33 @@ def start(
   except (RuntimeError, ValueError) as error:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise configs.ConfigError(
-      f'The processes of the job do not come together: {reason}'
+      f'The processes of the job do not connect: {reason}'
     ) from error
-  # All meet at once: collectives that are set up later than half a minute
-  # after each other's would give up.
+  # Synchronised here, since collectives time out if they are set up more than
+  # half a minute apart.
   wait('started')
 
 
 def is_first() -> bool:
-  """Whether this process writes what only one may write."""
+  """Whether this is the process that writes files and output."""
   return jax.process_index() == 0
 
 
 def wait(name: str) -> None:
-  """Until all are here."""
+  """Waits until all processes have called this."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
 
 
 def all_agree(good: bool) -> bool:
-  """Whether it is good everywhere."""
+  """Whether `good` is true in all processes."""
   if jax.process_count() == 1:
     return good
   return bool(np.all(multihost_utils.process_allgather(np.array(good))))
 
 
 def gather_json(value: Any) -> list[Any]:
-  """The value of every process, in their order."""
+  """The JSON values of all processes, by process index."""
   if jax.process_count() == 1:
     return [value]
   text = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -95,16 +95,13 @@ def gather_json(value: Any) -> list[Any]:
 
 
 def is_preempted(count: int) -> bool:
-  """Whether all are to stop here, because one got SIGTERM. To be asked often,
-  and by all at the same places: `count` is 1 for the first question, 2 for the
-  second and so on."""
+  """Whether all processes must stop now because one got SIGTERM. To be called
+  often; `count` is 1 in the first call, 2 in the second and so on."""
   return multihost_utils.reached_preemption_sync_point(count)
 
 
 def leave(code: int) -> None:
-  """Ends this process of a failed job at once.
-
-  The others are not waited for: they notice that it is gone, and end too.
-  """
+  """Exits this process of a failed job at once, without waiting for the others,
+  which notice its end and exit too."""
   if jax.process_count() > 1:
     os._exit(code)

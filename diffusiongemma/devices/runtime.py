@@ -8,13 +8,12 @@ import jax
 
 
 def reuse_memory() -> None:
-  """Lets glibc keep what XLA frees, instead of mapping it anew each step, in
-  pages of 2 MB where Linux has them.
+  """Makes glibc keep memory that XLA frees, instead of mapping it again in each
+  step, in pages of 2 MB if Linux supports them.
 
-  A training step on the CPU works in hundreds of megabytes, or in gigabytes,
-  that would come back from the kernel page by page. Elsewhere than on Linux
-  with glibc, nothing happens.
-  """
+  The buffers of a training step on the CPU, hundreds of megabytes or more,
+  would otherwise be mapped page by page. Without Linux and glibc, this does
+  nothing."""
   M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
   libc = ctypes.CDLL(None)
   if sys.platform == 'linux' and hasattr(libc, 'mallopt'):
@@ -25,9 +24,9 @@ def reuse_memory() -> None:
 
 
 def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
-  """Asks the kernel for large pages where the heap will be: addresses for half
-  as much as the machine has, which `malloc` keeps. No memory is taken by that,
-  and where addresses are limited it is left out."""
+  """Requests huge pages for the future heap: a range of addresses for half of
+  the machine's memory, which `malloc` keeps. It allocates no memory, and does
+  nothing if addresses are limited."""
   MADV_HUGEPAGE = 14
   libc.malloc.restype = ctypes.c_void_p
   libc.malloc.argtypes = [ctypes.c_size_t]

@@ -1,24 +1,23 @@
-"""Meshes, and along which of their axes each axis of an array lies.
+"""Meshes, and shardings of arrays over their axes.
 
-  data     copies of the network, each with its part of the batch
+  data     copies of the network, each with its shard of the batch
   fsdp     the batch and, between uses, the parameters
   tensor   heads, hidden features, experts and the vocabulary
-  expert   the batch and, in its mixtures, the experts
+  expert   the batch and, in the mixtures, the experts
 
-`RULES` says which axes of the mesh a logical axis lies along; `activate` adds
-what follows from the sizes. Parameters get their logical axes from
-`model.parameters`; inside the network arrays name theirs, and what they become
-depends on the mesh around a call, `jax.set_mesh(mesh)`:
+`RULES` maps logical axes to axes of the mesh; `activate` adds rules that depend
+on sizes. The logical axes of parameters are in `model.parameters`; arrays
+inside the network name theirs, and the mesh around a call,
+`jax.set_mesh(mesh)`, determines their shardings:
 
   mesh = make_mesh(MeshConfig(tensor=8))
   run = diffusiongemma.load(folder, sharding=parameter_sharding(mesh))
   with jax.set_mesh(mesh):
     diffusiongemma.generate(run, ...)
 
-The batch lies along three axes, so none of them is idle outside the experts.
-The table of the vocabulary is never put together: what is looked up in it, and
-what is multiplied with it, are sums over its parts.
-"""
+The batch is sharded along three axes, so that none of them is idle outside of
+the experts. The table of the vocabulary is never gathered: look-ups and
+products are sums over its shards."""
 
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -49,20 +48,20 @@ RULES = {
   'mlp': ('tensor',),
   'experts': ('expert', 'tensor'),
   'vocab': ('tensor', 'fsdp'),
-  # Rows that meet the vocabulary, whose table takes the other axes.
+  # Rows in products with the vocabulary, whose table uses the other axes.
   'rows': ('data', 'expert'),
 }
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
-  """The mesh of a config over all devices, or those given.
+  """The mesh of a config over `devices`, by default all.
 
-  Of several TPU slices, each has its part of the axis `data`, along which alone
-  they talk over the network of the data centre.
+  Several TPU slices divide the axis `data`, so that only its communication uses
+  the data-centre network.
 
   Raises:
-    ConfigError: its axes do not multiply to the number of devices, or `data` is
-      no multiple of the number of slices.
+    ConfigError: the product of its axes is not the number of devices, or `data`
+      is not a multiple of the number of slices.
   """
   devices = jax.devices() if devices is None else devices
   sizes = mesh_shape(config, len(devices))
@@ -72,33 +71,33 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
       f'config.mesh.data = {sizes[0]} must be a multiple of the {slices} '
       'slices.'
     )
-  # `jax.make_mesh` would refuse axes that don't fall on whole axes of a torus.
+  # `jax.make_mesh` would refuse axes that split a physical axis of a torus.
   if slices == 1:
-    placed = mesh_utils.create_device_mesh(
+    device_array = mesh_utils.create_device_mesh(
       sizes, devices, allow_split_physical_axes=True
     )
   else:
-    placed = mesh_utils.create_hybrid_device_mesh(
+    device_array = mesh_utils.create_hybrid_device_mesh(
       (sizes[0] // slices, *sizes[1:]),
       (slices, 1, 1, 1),
       devices,
       allow_split_physical_axes=True,
     )
   auto = (jax.sharding.AxisType.Auto,) * len(AXES)
-  return Mesh(placed, AXES, axis_types=auto)
+  return Mesh(device_array, AXES, axis_types=auto)
 
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
-  """The sizes of `AXES`, the one that is -1 filled in. Raises `ConfigError`."""
+  """The sizes of `AXES`, with -1 resolved. Raises `ConfigError`."""
   sizes = [getattr(config, axis) for axis in AXES]
-  given = math.prod(size for size in sizes if size > 0)
-  if -1 in sizes and num_devices % given == 0:
-    sizes[sizes.index(-1)] = num_devices // given
+  fixed = math.prod(size for size in sizes if size > 0)
+  if -1 in sizes and num_devices % fixed == 0:
+    sizes[sizes.index(-1)] = num_devices // fixed
   if math.prod(sizes) != num_devices:
     shape = ', '.join(f'{a} = {s}' for a, s in zip(AXES, sizes, strict=True))
     raise configs.ConfigError(
       f'config.mesh ({shape}) is for '
-      f'{"a multiple of " if -1 in sizes else ""}{given} devices; there are '
+      f'{"a multiple of " if -1 in sizes else ""}{fixed} devices; there are '
       f'{num_devices}.'
     )
   return tuple(sizes)
@@ -107,8 +106,8 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
 def validate(
   config: configs.Config, shape: tuple[int, ...], batch: bool = True
 ) -> None:
-  """Raises `ConfigError` where what is to be divided can't be: the message
-  names the sizes that would work. Without `batch`, only the network is."""
+  """Raises `ConfigError` if the mesh does not divide the network or, with
+  `batch`, the batch; the message names sizes that would work."""
   sizes = dict(zip(AXES, shape, strict=True))
   model, data = config.model, config.data
   for axis, field, size in (
@@ -122,26 +121,26 @@ def validate(
     if axis == 'batch' and not batch:
       continue
     names = [name for name in RULES[axis] if sizes[name] > 1]
-    parts = math.prod(sizes[name] for name in names)
-    if size % parts:
+    shards = math.prod(sizes[name] for name in names)
+    if size % shards:
       raise configs.ConfigError(
-        f'config.{field} = {size} cannot be divided among the {parts} devices '
+        f'config.{field} = {size} cannot be divided among the {shards} devices '
         f'along {" x ".join(f"{name} = {sizes[name]}" for name in names)} of '
-        f'config.mesh: take a multiple of {parts}, or a mesh of which '
+        f'config.mesh: take a multiple of {shards}, or a mesh where '
         f'{" x ".join(names)} divides {size}'
         f' ({", ".join(map(str, _divisors(size)))}).'
       )
-  parts = math.prod(sizes[name] for name in RULES['batch'])
-  parts *= config.train.accumulate_steps
-  if batch and data.batch_size % parts:
+  shards = math.prod(sizes[name] for name in RULES['batch'])
+  shards *= config.train.accumulate_steps
+  if batch and data.batch_size % shards:
     raise configs.ConfigError(
       f'config.data.batch_size = {data.batch_size} must be a multiple of '
-      f'{parts}: config.train.accumulate_steps times the devices of the batch.'
+      f'{shards}: config.train.accumulate_steps times the devices of the batch.'
     )
 
 
 def validate_here(config: configs.Config) -> None:
-  """`validate` of the network on the mesh around the call, if there is one."""
+  """`validate` of the network for the mesh around the call, if there is one."""
   sizes = dict(jax.sharding.get_abstract_mesh().shape)
   if set(sizes) == set(AXES):
     validate(config, tuple(sizes[axis] for axis in AXES), batch=False)
@@ -154,22 +153,22 @@ def _divisors(number: int) -> list[int]:
 def parameter_sharding(
   mesh: Mesh,
 ) -> Callable[[tuple[str, ...], tuple[int, ...]], NamedSharding]:
-  """(path, shape) of a parameter -> where it lies; for `diffusiongemma.load`.
+  """(path, shape) of a parameter -> its sharding; for `diffusiongemma.load`.
 
-  Also for what has a parameter's path at its end, such as the optimiser's
-  moments; of another shape, it is on every device.
+  Also for arrays whose path ends in that of a parameter, such as moments of the
+  optimiser; if their shape differs, they are replicated.
   """
   rules = _static_rules()
 
   def spec_at(path, shape) -> PartitionSpec | None:
-    """By the row for this path, if there is one."""
+    """The spec from the row for this path, if there is one."""
     row = parameters.find(path)
     if row is None or len(row.axes) != len(shape):
       return None
     axes = row.axes
     few = len(shape) == 3 and shape[1] % mesh.shape['tensor']
     if few and axes[1] == 'kv_heads':
-      axes = (axes[0], None, None)  # A head is never cut.
+      axes = (axes[0], None, None)  # A head is never split.
     return nn.logical_to_mesh_axes(axes, rules)
 
   def place(path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
@@ -180,26 +179,26 @@ def parameter_sharding(
         experts, outputs, _ = row.axes
         spec = nn.logical_to_mesh_axes((experts, None, outputs), rules)
       spec = spec or spec_at(path[:-1], shape) or PartitionSpec()
-      # Groups may be too few to be divided.
-      parts = [
+      # There may be too few groups to divide.
+      divisible = [
         None if shape[i] % _parts(mesh, names) else names
         for i, names in enumerate(spec)
       ]
-      spec = PartitionSpec(*parts)
+      spec = PartitionSpec(*divisible)
     return NamedSharding(mesh, spec or PartitionSpec())
 
   return place
 
 
 def _parts(mesh: Mesh, names: str | tuple[str, ...] | None) -> int:
-  """Into how many parts these axes of the mesh divide."""
+  """Number of shards along these axes of the mesh."""
   names = names if isinstance(names, tuple) else (names,) if names else ()
   return math.prod(mesh.shape[name] for name in names)
 
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-  """Which part of every batch a process reads, and of how many."""
+  """The share of every batch that a process reads: its index, of `count`."""
 
   index: int
   count: int
@@ -210,24 +209,24 @@ WHOLE_BATCH = Share(0, 1)
 
 def share_of_batch(mesh: Mesh) -> Share:
   """The share of this process. Processes whose devices hold the same rows have
-  the same one, and each reads it for itself.
+  the same share, and each of them reads it.
 
   Raises:
-    ConfigError: some rows of a process, and not all, are another's too.
+    ConfigError: two processes share some of their rows, but not all.
   """
-  parts = math.prod(mesh.shape[axis] for axis in RULES['batch'])
-  places: dict[Any, Any] = dict(
-    batch_sharding(mesh).devices_indices_map((parts,))
+  num_shards = math.prod(mesh.shape[axis] for axis in RULES['batch'])
+  rows_of_device: dict[Any, Any] = dict(
+    batch_sharding(mesh).devices_indices_map((num_shards,))
   )
   of_process: dict[int, set[int]] = {}
-  for device, (rows,) in places.items():
+  for device, (rows,) in rows_of_device.items():
     starts = of_process.setdefault(device.process_index, set())
-    starts.add(rows.indices(parts)[0])
+    starts.add(rows.indices(num_shards)[0])
   shares = sorted({tuple(sorted(rows)) for rows in of_process.values()})
-  if len(set(map(len, shares))) > 1 or sum(map(len, shares)) != parts:
+  if len(set(map(len, shares))) > 1 or sum(map(len, shares)) != num_shards:
     raise configs.ConfigError(
-      f'With this config.mesh, some of the {len(of_process)} processes hold '
-      'some of the same rows and not all, which is not supported: make '
+      f'With this config.mesh, some of the {len(of_process)} processes share '
+      'some of their rows, and not all, which is not supported: make '
       'config.mesh.tensor x config.mesh.expert divide the devices of a process.'
     )
   own = tuple(sorted(of_process[jax.process_index()]))
@@ -235,12 +234,12 @@ def share_of_batch(mesh: Mesh) -> Share:
 
 
 def with_sharding(abstract: Any, mesh: Mesh) -> Any:
-  """Shapes of a tree of parameters, or of a training state, with shardings."""
+  """Shapes of a tree of parameters, or of a training state, plus shardings."""
   return placed(abstract, parameter_sharding(mesh))
 
 
 def placed(abstract: Any, where: Callable[..., Any]) -> Any:
-  """Shapes with the shardings that `where` gives, from path and shape."""
+  """Shapes with the shardings `where(path, shape)`."""
 
   def add(keys, leaf):
     path = tuple(str(getattr(k, 'key', getattr(k, 'name', k))) for k in keys)
@@ -250,7 +249,7 @@ def placed(abstract: Any, where: Callable[..., Any]) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Rows of a batch over all devices that share it."""
+  """The sharding of a batch by rows."""
   return NamedSharding(mesh, PartitionSpec(RULES['batch']))
 
 
@@ -272,19 +271,19 @@ def cache_with_sharding(cache: Any, model: ModelConfig, mesh: Mesh) -> Any:
 
 
 def on_every_device(x: jax.Array) -> jax.Array:
-  """`x`, whole on all devices of the mesh around the call, so that each process
-  can read it; without a mesh as it is."""
+  """`x` replicated over the mesh around the call, so that each process can read
+  it; unchanged without a mesh."""
   if jax.sharding.get_abstract_mesh().size <= 1:
     return x
   return jax.lax.with_sharding_constraint(x, PartitionSpec())
 
 
 def activate(model: ModelConfig, batch_size: int, length: int = 1):
-  """A context for tracing the network: its arrays lie as `RULES` says on the
-  mesh around the call; without one, or with one device, nothing happens.
+  """A context for tracing the network: its arrays are sharded by `RULES` over
+  the mesh around the call; without a mesh, or with one device, it does nothing.
 
   Of the batch's axes, those that divide `batch_size` are used; the others
-  divide the `length` of what is read, where they can.
+  shard the `length` of the text, if they divide it.
   """
   sizes = dict(jax.sharding.get_abstract_mesh().shape)
   if math.prod(sizes.values()) == 1 or set(sizes) != set(AXES):
@@ -292,19 +291,19 @@ def activate(model: ModelConfig, batch_size: int, length: int = 1):
   batch: list[str] = []
   left: list[str] = []
   for axis in RULES['batch']:
-    parts = math.prod(sizes[name] for name in batch) * sizes[axis]
-    (left if batch_size % parts else batch).append(axis)
+    shards = math.prod(sizes[name] for name in batch) * sizes[axis]
+    (left if batch_size % shards else batch).append(axis)
   length_axes: list[str] = []
   for axis in left:
-    parts = math.prod(sizes[name] for name in length_axes) * sizes[axis]
-    if length % parts == 0:
+    shards = math.prod(sizes[name] for name in length_axes) * sizes[axis]
+    if length % shards == 0:
       length_axes.append(axis)
   rules: dict[str, Sequence[str]] = {
     'batch': batch,
     'length': length_axes,
     'rows': [axis for axis in batch if axis in RULES['rows']],
   }
-  # Where there are fewer heads than devices, each has them all.
+  # Heads are replicated if there are fewer than devices.
   for kind, heads in (
     ('local', model.num_kv_heads),
     ('global', model.num_global_kv_heads),

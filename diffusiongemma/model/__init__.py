@@ -1,1 +1,1 @@
-"""The network: Linen modules that hold parameters and nothing else."""
+"""The network: Linen modules that hold only parameters."""

@@ -2,9 +2,9 @@
 
   slot s of S holds the token at the newest position p with  p = s  (mod S)
 
-A global layer has a slot for every token; a local layer has W and overwrites
-the oldest, so that its memory does not grow with the text. Prefill and commit
-write, each row at its own length; denoising only reads.
+A global layer has a slot for every token; a local layer has W slots and
+overwrites the oldest, so that its memory does not grow with the text. Prefill
+and commit write, each row at its own length; denoising only reads.
 """
 
 import flax
@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from diffusiongemma import config as configs
 from diffusiongemma.config import ModelConfig
 
-# The length of a row for which the cache had no room: it has lost what it read,
-# and nothing can be written after it.
+# The length of a row for which the cache had no room: its text is lost, and
+# nothing can be appended.
 OVERFLOWED = -(2**30)
 
 
@@ -25,7 +25,7 @@ class KVCache(flax.struct.PyTreeNode):
   Attributes:
     k: keys after norm and rotary, one array per layer.
     v: values after norm, one array per layer.
-    length_B: int32, tokens read by each row; `OVERFLOWED` from the call on for
+    length_B: int32, tokens read by each row; `OVERFLOWED` after a call for
       which there was no room.
   """
 
@@ -36,7 +36,7 @@ class KVCache(flax.struct.PyTreeNode):
 
 def init_cache(config: ModelConfig, batch_size: int, capacity: int) -> KVCache:
   """An empty cache for texts of up to `capacity` tokens. Raises `ConfigError`
-  for what is no `ModelConfig`."""
+  if `config` is not a `ModelConfig`."""
   configs.check_kind(config, ModelConfig)
 
   def empty(kind):
@@ -46,16 +46,16 @@ def init_cache(config: ModelConfig, batch_size: int, capacity: int) -> KVCache:
       slots = min(config.sliding_window, capacity)
     return jnp.zeros((batch_size, slots, heads, dim), config.dtype)
 
-  # Arrays of their own, so that the cache can be donated.
+  # A buffer for each, so that the cache can be donated.
   k, v = (tuple(map(empty, config.attention_pattern)) for _ in 'kv')
   return KVCache(k, v, jnp.zeros((batch_size,), jnp.int32))
 
 
 def grow(config: ModelConfig, cache: KVCache, capacity: int) -> KVCache:
-  """The cache with room for texts of up to `capacity` tokens, or as it is.
+  """The cache with room for texts of at least `capacity` tokens.
 
   A layer with fewer slots than its window has a slot for every token, so that
-  all stay in their places.
+  no token changes its slot.
   """
   empty = jax.eval_shape(
     lambda: init_cache(config, len(cache.length_B), capacity)
@@ -72,8 +72,8 @@ def grow(config: ModelConfig, cache: KVCache, capacity: int) -> KVCache:
 
 
 def room(config: ModelConfig, cache: KVCache) -> int | None:
-  """How many tokens a text in the cache can have; None is any number, where all
-  layers are local and hold their windows."""
+  """Most tokens of a text in the cache; None if unlimited, because all layers
+  are local and hold their windows."""
   slots = [
     k_BSKH.shape[1]
     for k_BSKH, kind in zip(cache.k, config.attention_pattern, strict=True)
@@ -85,7 +85,7 @@ def room(config: ModelConfig, cache: KVCache) -> int | None:
 def advance(
   config: ModelConfig, cache: KVCache, length_B: jax.Array
 ) -> jax.Array:
-  """int32 [B], the length of each row with `length_B` tokens more, or
+  """int32 [B], the length of each row after `length_B` more tokens, or
   `OVERFLOWED`."""
   longer_B = cache.length_B + length_B.astype(jnp.int32)
   most = room(config, cache)
@@ -115,13 +115,14 @@ def write(
   start_B: jax.Array,
   length_B: jax.Array,
 ) -> jax.Array:
-  """Puts the first `length_B` of P new entries at positions `start_B`...
+  """Writes the first `length_B` of P new entries at positions `start_B`...
 
-  Of more entries than slots, the last stay. Padding is not written.
+  If there are more entries than slots, the last are kept. Padding is not
+  written.
   """
   slot_BP = slots_for(start_B, length_B, new_BPKH.shape[1], slots_BSKH.shape[1])
 
-  @jax.vmap  # So that a mesh sees rows that have nothing to do with each other.
+  @jax.vmap  # So that the partitioner sees independent rows.
   def put(slots_SKH, slot_P, new_PKH):
     return slots_SKH.at[slot_P].set(new_PKH, mode='drop', unique_indices=True)
 
@@ -131,9 +132,9 @@ def write(
 def slots_for(
   start_B: jax.Array, length_B: jax.Array, num_new: int, num_slots: int
 ) -> jax.Array:
-  """The slot of each new token, [B, P]; no two of a row are the same.
+  """The slot of each new token, [B, P], unique within a row.
 
-  Padding, and what its successors would overwrite, get slots past the end.
+  Padding, and tokens that later ones would overwrite, get slots past the end.
   """
   index_1P = jnp.arange(num_new)[None, :]
   kept_BP = index_1P < length_B[:, None]

@@ -7,8 +7,8 @@
   embed(t) = E[t] * sqrt(D),   logits = 30 * tanh(norm(x) E^T / 30)
   self-conditioning  z = bare_norm(embed(t) + mlp_sc(RMSNorm(s)))
 
-All weights are shared between the roles but `layer_scalar`. There is no time
-input: how noisy a canvas is, the network reads off the canvas.
+The roles share all weights except `layer_scalar`. There is no time input: the
+network infers the noise level from the canvas.
 """
 
 import functools
@@ -31,8 +31,7 @@ from diffusiongemma.model import parameters
 from diffusiongemma.model import vision
 from diffusiongemma.ops.weights import Params
 
-# What a backward pass keeps of a layer, by what it computes again; the more,
-# the later.
+# Checkpoint policies by the value of `remat`, in order of recomputation.
 KEPT = {
   'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
   'full': jax.checkpoint_policies.nothing_saveable,
@@ -40,10 +39,10 @@ KEPT = {
 
 
 class Layer(nn.Module):
-  """Attention, then shared MLP and experts side by side.
+  """Attention, then shared MLP and experts in parallel.
 
-  Nothing reads `rules`, Flax's logical axis rules: they are part of what a
-  trace is kept under, as it depends on them.
+  Nothing reads `rules`, Flax's logical axis rules: a trace depends on them, and
+  so they are part of its cache key.
   """
 
   config: ModelConfig
@@ -79,7 +78,7 @@ class Layer(nn.Module):
     return x_BPD, new, routing
 
   def denoise(self, x_BLD, positions_BL, mask, cached):
-    """One layer over the canvas, which its mask lets see itself."""
+    """One layer over the canvas, whose mask includes the canvas itself."""
     out, _ = self.attend(x_BLD, positions_BL, mask, cached)
     x_BLD, _ = self.finish(x_BLD, out, self.denoise_scalar)
     return x_BLD
@@ -88,9 +87,11 @@ class Layer(nn.Module):
     """Attention over the cached keys, then those of x: (out, (k, v) of x)."""
     q, k, v = self.attention.project(self.norm_in(x_BLD), positions_BL)
     old_k, old_v = cached[0].astype(k.dtype), cached[1].astype(v.dtype)
-    parts = ((old_k, old_v), (k, v))
+    keys_and_values = ((old_k, old_v), (k, v))
     out_BLNH = ops.attention.attend(
-      *(q, parts, mask.seen_BLS), window=mask.window, filled_B=mask.filled_B
+      *(q, keys_and_values, mask.seen_BLS),
+      window=mask.window,
+      filled_B=mask.filled_B,
     )
     return out_BLNH, (k, v)
 
@@ -126,19 +127,19 @@ class SelfConditioning(nn.Module):
     self.mlp = layers.GatedMLP(cfg.embed_dim, cfg.mlp_dim, cfg.param_dtype)
 
   def __call__(self, x_BLD: jax.Array, sc_BLD: jax.Array | None) -> jax.Array:
-    """None is "off", and so is `sc_BLD` = 0, to the bit: bare_RMSNorm(x)."""
+    """None is off; `sc_BLD` = 0 is bit-equal to it: bare_RMSNorm(x)."""
     if sc_BLD is not None:
       x_BLD = x_BLD + self.mlp(self.norm(sc_BLD.astype(x_BLD.dtype)))
     return ops.norms.rms_norm(x_BLD, self.config.norm_epsilon)
 
 
 class SoftTokens(flax.struct.PyTreeNode):
-  """Encoded images and their places in the tokens of a prefill.
+  """Encoded images and their positions in the tokens of a prefill.
 
   Attributes:
     soft_ITD: I images of up to T soft tokens.
-    index_BP: int32, which of the I*T soft tokens stands at each position, -1
-      for text. An image is never split over two calls.
+    index_BP: int32, index of the soft token (of I*T) at each position, -1 for
+      text. An image is never split over two calls.
   """
 
   soft_ITD: jax.Array
@@ -153,11 +154,11 @@ class Denoiser(nn.Module):
   >>> h_BPD, cache, _ = model.apply(
   ...     {'params': params}, tokens_BP, length_B, method='prefill')
 
-  `remat` is what a backward pass computes again, see `config.TrainConfig`. With
-  `lower_once`, layers that differ in nothing but weights are traced and lowered
-  once, so that programs take a fraction of the time to start. Then the layers
-  bear the name of the first in profiles, and Flax's interceptors and
-  `capture_intermediates` find nothing in them, or what others found before.
+  `remat` is what a backward pass recomputes, see `config.TrainConfig`. With
+  `lower_once`, layers that differ only in their weights are traced and lowered
+  once, so that programs start in a fraction of the time. Such layers have the
+  name of the first one in profiles, and Flax's interceptors and
+  `capture_intermediates` see nothing in them, or stale values.
   """
 
   config: ModelConfig
@@ -186,7 +187,7 @@ class Denoiser(nn.Module):
       self.vision = vision.VisionEncoder(cfg, self.lower_once)
 
   def __call__(self) -> None:
-    """Makes every parameter and computes nothing; what `init_params` runs. The
+    """Creates all parameters and computes nothing, for `init_params`. The
     forward passes are `prefill` and `denoise`."""
     _set_up(self)
 
@@ -202,14 +203,13 @@ class Denoiser(nn.Module):
 
     Args:
       tokens_BP: int32, new tokens, padded on the right.
-      length_B: int32, how many of them are real.
-      cache: the text before them; None starts afresh with a cache that holds
-        exactly these P slots in every layer. Row b goes on at position
-        `cache.length_B[b]`, and is `kv_cache.OVERFLOWED` after it where there
-        is no room.
-      images: what stands in the place of image tokens.
-      first_BP: int32, the first position that each token may see, where a row
-        holds several documents.
+      length_B: int32, tokens of each row without padding.
+      cache: the text before them; None starts with a new cache of exactly these
+        P slots in every layer. Row b continues at position `cache.length_B[b]`,
+        and is `kv_cache.OVERFLOWED` afterwards if there is no room.
+      images: soft tokens that replace image tokens.
+      first_BP: int32, the first position that each token may see, for rows of
+        several documents.
 
     Returns:
       (h_BPD after the final norm, the longer cache, routing of each layer).
@@ -255,16 +255,15 @@ class Denoiser(nn.Module):
     start_BK: jax.Array | None = None,
     first_BK: jax.Array | None = None,
   ) -> jax.Array:
-    """Bidirectional pass over noisy canvases, each with the text before it.
+    """Bidirectional pass over noisy canvases, each after the text before it.
 
     Args:
-      tokens_BL: int32, one canvas, or K after each other: L = K * C.
+      tokens_BL: int32, one canvas, or K concatenated: L = K * C.
       sc_BLD: soft embedding of the previous step; at the first, zeros or None.
-      cache: the text. What a canvas sees of it ends where the canvas starts.
-      start_BK: int32, where each canvas starts; None is one canvas that
-        follows the text.
-      first_BK: int32, the first position that each canvas may see, where a row
-        holds several documents.
+      cache: the text; a canvas sees its tokens before the start of the canvas.
+      start_BK: int32, start of each canvas; None is one canvas after the text.
+      first_BK: int32, the first position that each canvas may see, for rows of
+        several documents.
 
     Returns:
       h_BLD after the final norm.
@@ -304,7 +303,7 @@ class Denoiser(nn.Module):
     return self.vision(patches_IMX, positions_IM2)
 
   def place(self, x_BPD: jax.Array, images: SoftTokens):
-    """Soft tokens over the embeddings: (x_BPD, the image of each position)."""
+    """Inserts soft tokens: (x_BPD, the image index of each position)."""
     T = images.soft_ITD.shape[1]
     soft_MD = images.soft_ITD.reshape(-1, x_BPD.shape[-1]).astype(x_BPD.dtype)
     soft_BPD = soft_MD[jnp.maximum(images.index_BP, 0)]
@@ -324,7 +323,8 @@ class Denoiser(nn.Module):
   def logits(self, h: jax.Array) -> jax.Array:
     """Softcapped logits of hidden states, [..., V] in float32."""
     rest = (None,) * (h.ndim - 2)
-    # From where it was computed to where the vocabulary is; back, its gradient.
+    # Resharded from its batch axes to those beside the vocabulary, and its
+    # gradient back.
     h = ops.parallel.constrain(h, 'batch', *rest, None)
     logits = ops.linear.multiply(
       ops.parallel.constrain(h, 'rows', *rest, None),
@@ -343,20 +343,20 @@ class Denoiser(nn.Module):
     table_VD = self.embedding.astype(dtype)
     soft = (probabilities.astype(dtype) @ table_VD) * factor
     rest = (None,) * (soft.ndim - 1)
-    # First as the rows of the probabilities lie, which else were gathered.
+    # First sharded as the rows of the probabilities, which else were gathered.
     soft = ops.parallel.constrain(soft, 'rows', *rest)
     return ops.parallel.constrain(soft, 'batch', *rest)
 
   def mean_embedding(self, h_BLD: jax.Array) -> jax.Array:
-    """The soft embedding of what hidden states predict: [B, L, D]."""
-    if ops.parallel.is_active():  # Every device has its part of the logits.
+    """The soft embedding of the predictions of hidden states, [B, L, D]."""
+    if ops.parallel.is_active():  # Every device has its shard of the logits.
       return self.soft_embedding(jax.nn.softmax(self.logits(h_BLD), axis=-1))
     B, L, D = h_BLD.shape
     table_VD = self.embedding.astype(h_BLD.dtype)
     U = ops.vocabulary.num_halvings(self.config.vocab_size)
     no_draw_RU = jnp.zeros((B * L, U), jnp.float32)
-    found = self._summarize(h_BLD.reshape(-1, D), table_VD, 1.0, no_draw_RU)
-    return found.mean_RD.reshape(B, L, D)
+    summary = self._summarize(h_BLD.reshape(-1, D), table_VD, 1.0, no_draw_RU)
+    return summary.mean_RD.reshape(B, L, D)
 
   def summarize(
     self,
@@ -365,8 +365,8 @@ class Denoiser(nn.Module):
     uniforms_RU: jax.Array,
     with_mean: jax.Array | None = None,
   ) -> ops.vocabulary.Summary:
-    """What the sampler needs of the logits, which never exist as a whole: see
-    `vocabulary.summarize`; the mean is the soft embedding."""
+    """Statistics of the logits for the sampler, without all logits in memory:
+    see `vocabulary.summarize`; the mean is the soft embedding."""
     return self._summarize(
       h_RD, self.embedding, temperature, uniforms_RU, with_mean
     )
@@ -374,22 +374,22 @@ class Denoiser(nn.Module):
   def _summarize(
     self, h_RD, table_VD, temperature, uniforms_RU, with_mean=None
   ):
-    found = ops.vocabulary.summarize(
+    summary = ops.vocabulary.summarize(
       *(h_RD, table_VD, temperature, uniforms_RU),
       softcap=self.config.logit_softcap,
       with_mean=with_mean,
     )
     factor = jnp.asarray(self.config.embed_dim**0.5, h_RD.dtype)
-    return found.replace(mean_RD=found.mean_RD.astype(h_RD.dtype) * factor)
+    return summary.replace(mean_RD=summary.mean_RD.astype(h_RD.dtype) * factor)
 
 
 def init_params(model: Denoiser, key: jax.Array) -> Params:
-  """Fresh parameters, a nested dict of plain arrays, made under `jit`."""
+  """Random parameters, a nested dict of plain arrays, computed under `jit`."""
   return jax.jit(lambda key: model.init(key)['params'])(key)
 
 
 def abstract_params(config: ModelConfig) -> Params:
-  """Shapes of the parameters; their types are those of fresh ones."""
+  """Shapes and types of random parameters."""
   model = Denoiser(config)
   return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
 
@@ -400,7 +400,7 @@ def fresh_params(config: Config) -> Params:
 
 
 def with_configured_types(config: ModelConfig, params: Params) -> Params:
-  """Loaded parameters in the types that the config asks for."""
+  """Loaded parameters cast to the types of the config."""
   return jax.tree.map(
     lambda x, wanted: jnp.asarray(x, wanted.dtype),
     params,
@@ -409,8 +409,8 @@ def with_configured_types(config: ModelConfig, params: Params) -> Params:
 
 
 def _set_up(module: nn.Module) -> None:
-  """Makes the parameters of a module and of all within it, which all are made
-  in `setup`: Flax calls it before it lists what a module has."""
+  """Creates the parameters of a module and its submodules, all of them in
+  `setup`: Flax calls that before it lists the attributes of a module."""
   dir(module)
   is_module = lambda x: isinstance(x, nn.Module)
   for part in jax.tree.leaves(list(vars(module).values()), is_leaf=is_module):

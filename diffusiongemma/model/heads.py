@@ -1,4 +1,4 @@
-"""The projections of attention: heads of queries, keys and values, and back.
+"""The projections of attention: to queries, keys and values, and to outputs.
 
   q = rotary(RMSNorm(x Wq)),  k = rotary(RMSNorm(x Wk)),  v = bare(x Wv)
 
@@ -72,7 +72,7 @@ class Heads(nn.Module):
     )
 
   def output(self, out_BLNH: jax.Array) -> jax.Array:
-    """Back to the residual width: [B, L, D]."""
+    """The output projection, [B, L, D]."""
     o_proj = ops.weights.in_use(
       self.o_proj, out_BLNH.dtype, 'q_heads', None, None
     )

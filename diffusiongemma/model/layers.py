@@ -16,7 +16,7 @@ class RMSNorm(nn.Module):
 
   dim: int
   epsilon: float
-  row: str = 'norm'  # In `parameters`, which says how the scale starts.
+  row: str = 'norm'  # Its row in `parameters`, with the initializer.
 
   def setup(self):
     self.scale = parameters.declare(self, f'{self.row}/scale', (self.dim,))
@@ -28,8 +28,8 @@ class RMSNorm(nn.Module):
 class GatedMLP(nn.Module):
   """GeGLU with tanh-gelu, [..., D] -> [..., D].
 
-  On a mesh hidden features lie along the logical axis `features`; None is for
-  one that every device has whole.
+  On a mesh, hidden features are sharded along the logical axis `features`; None
+  replicates them.
   """
 
   embed_dim: int

@@ -1,11 +1,11 @@
-"""Low-rank adapters: what is learnt of W + (alpha / rank) A B is A and B.
+"""Low-rank adapters: of W + (alpha / rank) A B, only A and B are trained.
 
-  attach(params, adapters)   for training: W, A and B stay apart
-  merge(params, adapters)    for sampling: one matrix again, the same logits
+  attach(params, adapters)   for training: W, A and B are separate
+  merge(params, adapters)    for sampling: one matrix, the same logits
 
-Adapters are a tree of their own, of the paths that they adapt, and are saved
-apart from what they adapt. Both roles of the network share them, as they share
-W. B starts at zero, so that the first step's network is the one given.
+Adapters are a separate tree with the paths of the matrices that they adapt, and
+are saved separately. Both roles of the network share them, as they share W. B
+starts at zero, so that training starts from the network itself.
 
 Source: Hu et al., https://arxiv.org/abs/2106.09685.
 """
@@ -31,11 +31,11 @@ def init_adapters(config: LoraConfig, params: Params, key: jax.Array) -> Params:
 
   Args:
     config: rank and targets.
-    params: of the network to adapt; only shapes are read.
-    key: of the random A.
+    params: of the network to adapt; only shapes are used.
+    key: for the random A.
 
   Raises:
-    ConfigError: a target names no matrix, or nothing that can be adapted.
+    ConfigError: a target matches no matrix, or none that can be adapted.
   """
   adapters = {}
   flat, rank = traverse_util.flatten_dict(params), config.rank
@@ -70,7 +70,7 @@ def find_targets(config: LoraConfig, params: Params) -> list[tuple[str, ...]]:
     for name, path in paths.items()
     if parameters.row_of(path).is_adaptable
   }
-  found = set()
+  targets = set()
   for pattern in config.targets:
     named = fnmatch.filter(able, pattern)
     if not named:
@@ -82,19 +82,19 @@ def find_targets(config: LoraConfig, params: Params) -> list[tuple[str, ...]]:
         f'config.lora.targets: {pattern!r} {reason}; there are '
         f'{", ".join(kinds)}.'
       )
-    found.update(named)
-  return [able[name] for name in sorted(found)]
+    targets.update(named)
+  return [able[name] for name in sorted(targets)]
 
 
 def attach(config: LoraConfig, params: Params, adapters: Params) -> Params:
-  """`params` in which a `weights.LowRank` stands for each adapted matrix."""
+  """`params` with a `weights.LowRank` in place of each adapted matrix."""
   return _with_adapters(
     params, adapters, lambda w, a, b: low_rank(config, w, a, b)
   )
 
 
 def merge(config: LoraConfig, params: Params, adapters: Params) -> Params:
-  """`params` with the adapters added in, in their types."""
+  """`params` with the adapters added to the matrices, in their types."""
   return _with_adapters(
     params,
     adapters,
@@ -108,7 +108,7 @@ def merge_array(
   w: jax.Array,
   adapters: Params,
 ) -> jax.Array:
-  """The parameter at `path` of what `merge` gives."""
+  """The parameter at `path` of the result of `merge`."""
   a_and_b = adapters
   for part in path:
     a_and_b = a_and_b.get(part, {})
@@ -120,7 +120,7 @@ def merge_array(
 def low_rank(
   config: LoraConfig, w: jax.Array, a: jax.Array, b: jax.Array
 ) -> ops.weights.LowRank:
-  """A matrix and its adapter, [..., rank] and [rank, ...] of it."""
+  """A matrix with its adapter: A is [..., rank], B is [rank, ...]."""
   return ops.weights.LowRank(w, a, b, config.alpha / config.rank)
 
 

@@ -42,15 +42,15 @@ import jax.numpy as jnp
 
 
 class Mask(flax.struct.PyTreeNode):
-  """What queries see, and how far at most.
+  """An attention mask, and what is known of its structure.
 
   Attributes:
-    seen_BLS: bool, True: the query sees the key. Its L may be 1, the same for
-      all.
-    window: where it is known that query i sees none but keys i - window < j <=
-      i, the window, L for all before it; else None.
-    filled_B: int32, how many slots of the cache, from its first on, hold
-      something; None where there is no cache.
+    seen_BLS: bool, True: the query sees the key. L may be 1, for a mask that is
+      the same for all queries.
+    window: if query i is known to see only keys i - window < j <= i, that
+      window (L for all keys before it); else None.
+    filled_B: int32, number of leading slots of the cache that are filled; None
+      without a cache.
   """
 
   seen_BLS: jax.Array
@@ -73,8 +73,8 @@ def prefill_mask(
     cached_BS: int32, position held by each slot of the cache, negative where
       empty; S may be 0.
     num_queries: P.
-    window: keys a query sees, itself included; None is all (global).
-    image_BP: int32, the image that each new token is part of, -1 for text.
+    window: keys that a query sees, itself included; None is all (global).
+    image_BP: int32, the image of each new token, -1 for text.
       Tokens of one image see each other, whatever the window.
     first_BP: int32, the first position that each new token may see.
   """
@@ -105,21 +105,21 @@ def denoise_mask(
   window: int | None,
   first_BK: jax.Array | None = None,
 ) -> Mask:
-  """What canvases see: what is before them, and themselves.
+  """Mask of canvases, which see the text before them and themselves.
 
-  A local layer sees the last W - 1 tokens before the canvas (the cache of the
-  Hugging Face implementation keeps so many; Google's mask has W).
+  A local layer sees the last W - 1 tokens before the canvas (as many as the
+  cache of the Hugging Face implementation holds; Google's mask has W).
 
   Args:
     start_BK: int32, position of the first token of each canvas.
     cached_BS: int32, position held by each slot of the cache, negative where
-      empty. It may hold what comes after a canvas.
+      empty. It may hold tokens after a canvas.
     canvas_length: C.
     window: W; None is all (global).
     first_BK: int32, the first position that each canvas may see.
 
   Returns:
-    [B, 1, S + C] for a single canvas, whose tokens all see the same; else
+    [B, 1, S + C] for a single canvas, whose tokens all see the same keys; else
     [B, K * C, S + K * C], where no canvas sees another.
   """
   (B, K), C = start_BK.shape, canvas_length
@@ -140,7 +140,7 @@ def denoise_mask(
 
 
 def _filled(cached_BS: jax.Array) -> jax.Array | None:
-  """`Mask.filled_B`: a cache fills its slots from the first on."""
+  """`Mask.filled_B`; a cache fills its slots in order."""
   if not cached_BS.shape[1]:
     return None
   return jnp.sum(cached_BS >= 0, axis=1, dtype=jnp.int32)

@@ -20,12 +20,12 @@ from diffusiongemma.model import parameters
 
 
 class Routing(flax.struct.PyTreeNode):
-  """What the router decided for each token.
+  """The router's choice for each token.
 
   Attributes:
-    weights_BLk: float32, the share of each chosen expert.
+    weights_BLk: float32, weights of the chosen experts.
     experts_BLk: int32, the chosen experts.
-    probabilities_BLE: float32, before the choice (for the statistics).
+    probabilities_BLE: float32, of all experts (for statistics).
   """
 
   weights_BLk: jax.Array
@@ -73,8 +73,8 @@ class Experts(nn.Module):
     self.down = self._matrices('down', (E, D, F))
 
   def _matrices(self, name: str, shape: tuple[int, ...]) -> ops.weights.Weight:
-    given = self.variables.get('params', {}).get(name)
-    shape = ops.weights.shape_in_memory(given, shape)
+    existing = self.variables.get('params', {}).get(name)
+    shape = ops.weights.shape_in_memory(existing, shape)
     return parameters.declare(
       self, f'experts/{name}', shape, self.config.param_dtype
     )
@@ -85,7 +85,8 @@ class Experts(nn.Module):
     chosen = (routing.weights_BLk, routing.experts_BLk)
     if not ops.parallel.is_active():
       return _apply_experts(x_BLD, *chosen, *weights)
-    # Else one pass keeps what it gathered for the next, of all layers at once.
+    # Without the barrier, XLA would keep the gathered weights of all layers
+    # from one pass to the next.
     x_BLD, weights = jax.lax.optimization_barrier((x_BLD, weights))
     tokens = ops.parallel.spec('batch', 'length', None)
     specs = (
@@ -110,9 +111,9 @@ def _apply_experts(
 ) -> jax.Array:
   """The mixture of each token, [B, L, D].
 
-  With `tokens`, what lies along which axes of the mesh, this is one device's
-  part: it gathers the tokens of those that have other experts, applies the
-  experts that it has, and adds up what all of them say.
+  With `tokens`, their sharding, this is the part of one device: it gathers the
+  tokens of the devices with other experts, applies its own experts, and sums
+  the results of all devices.
   """
   (B, L, D), k = x_BLD.shape, experts_BLk.shape[-1]
   x_MD = x_BLD.reshape(B * L, D)
@@ -141,12 +142,12 @@ def _apply_experts(
 def routing_statistics(
   routings: tuple[Routing, ...], length_B: jax.Array
 ) -> dict[str, jax.Array]:
-  """How evenly the first `length_B` tokens of each row, which are no padding,
-  are spread; the mean over layers.
+  """Load balance of the first `length_B` tokens of each row (without padding),
+  averaged over layers.
 
-  `router_entropy` is in nats (log E when the router has no preference);
-  `expert_load_max` is the busiest expert's share of the choices times E (1
-  when all are equally busy, E when one gets everything).
+  `router_entropy` is in nats (log E if the router has no preference);
+  `expert_load_max` is the busiest expert's share of the choices times E (1 if
+  all are equally busy, E / k if every token chooses it).
   """
   entropies, loads = [], []
   for routing in routings:

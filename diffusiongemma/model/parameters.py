@@ -1,12 +1,12 @@
-"""Every parameter of the network: one row has all that is known of it.
+"""Table of all parameters of the network, with all facts about each in one row.
 
-  'attention/q_proj'  [D, N, H]  sums over D, lies along embed and q_heads, is
-                      quantised as one of the linears, adaptable, Muon's
+  'attention/q_proj'  [D, N, H]  sums over D, is sharded along embed and
+                      q_heads, quantised with the linears, adaptable, for Muon
 
 Modules declare their parameters from these rows; sharding, quantisation,
 adapters, optimiser, benchmark and the tensor table of Hugging Face read them.
-Quantised parameters (`ops.weights.Quantized`) stand in the places of the
-matrices; on disk each is several arrays, PATH/values and PATH/scales.
+Quantised parameters (`ops.weights.Quantized`) replace the matrices; on disk
+each is several arrays, PATH/values and PATH/scales.
 """
 
 from collections.abc import Callable
@@ -32,17 +32,16 @@ Path = tuple[str, ...]
 
 
 class Parameter(NamedTuple):
-  """What is known of a parameter.
+  """One row of the table.
 
   Attributes:
-    axes: the logical axis of each of its axes, None where every device has it
-      whole; see `sharding.RULES`.
+    axes: the logical axis of each of its axes, None if replicated; see
+      `sharding.RULES`.
     start: (row, shape) -> the initializer.
-    inputs: the axes that a product sums over; () is no matrix.
-    part: the field of `QuantizationConfig` that it belongs to, None if it is
-      never quantised.
+    inputs: the axes that a product sums over; () if it is not a matrix.
+    part: its field of `QuantizationConfig`, None if it is never quantised.
     is_adaptable: whether it may have a low-rank adapter.
-    is_orthogonal: whether Muon makes its steps orthogonal; Adam has the rest.
+    is_orthogonal: whether Muon orthogonalises its steps; else Adam is used.
   """
 
   axes: tuple[str | None, ...]
@@ -54,12 +53,12 @@ class Parameter(NamedTuple):
 
   @property
   def experts(self) -> tuple[int, ...]:
-    """The axis of experts, each of which has a matrix."""
+    """The axis of experts, if it has a matrix per expert."""
     return (0,) if self.axes[0] == 'experts' else ()
 
   @property
   def outputs(self) -> tuple[int, ...]:
-    """The axes of a product that are the matrix's."""
+    """The axes of the outputs of a product."""
     others = (*self.experts, *self.inputs)
     return tuple(axis for axis in range(len(self.axes)) if axis not in others)
 
@@ -72,7 +71,7 @@ class Parameter(NamedTuple):
 
   @property
   def group_axis(self) -> int:
-    """The axis with the groups of a quantised one, counted from the end."""
+    """The axis with the groups of a quantised parameter, from the end."""
     return self.inputs[-1] - len(self.axes)
 
   @property
@@ -89,13 +88,13 @@ def _fan_in(row, shape):
 
 
 def _unit(row, shape):
-  """Variance 1. Of the router the factor D^-0.5 is part of the formula, so that
-  rows of variance one give logits of variance one."""
+  """Variance 1. For the router, the factor D^-0.5 is part of its formula, so
+  that rows of variance 1 give logits of variance 1."""
   return nn.initializers.normal(1.0)
 
 
 def _half(row, shape):
-  """Variance one half for each axis of a picture: as loud as the pixels."""
+  """Variance 1/2 for each axis of a picture: the scale of the pixels."""
   return nn.initializers.normal(0.5**0.5)
 
 
@@ -105,8 +104,8 @@ def _width(row, shape):
 
 
 def _head(row, shape):
-  """The scale of attention is 1.0 and normed heads have length sqrt(H): a fresh
-  network has scores of variance one only from H^-1/4."""
+  """H^-1/4: the scale of attention is 1.0 and normed heads have length sqrt(H),
+  so that random networks have scores of variance 1 only with this."""
   return nn.initializers.constant(shape[-1] ** -0.25)
 
 
@@ -127,7 +126,7 @@ def _experts(*axes):
 
 
 _VECTOR = Parameter((None,), _ones)
-# By the end of the path, the first that matches. Shapes are in the modules.
+# The first pattern that matches the end of the path. Shapes are in the modules.
 ROWS = {
   'embedding': Parameter(('vocab', None), _width, (1,), 'embedding'),
   'attention/q_proj': _linear('embed', 'q_heads', None),
@@ -154,9 +153,9 @@ ROWS = {
 
 @functools.cache
 def find(path: Path) -> Parameter | None:
-  """The row of the parameter whose path this ends in; of the image encoder,
-  which lies whole on every device and is neither quantised nor adapted, what is
-  left of it. None for anything else."""
+  """The row that matches the end of `path`, None if there is none. The image
+  encoder is replicated and neither quantised nor adapted, so its rows are
+  reduced to the rest."""
   ends = ['/'.join(path[-length:]) for length in (1, 2, 3)]
   for pattern, row in ROWS.items():
     if any(fnmatch.fnmatchcase(end, pattern) for end in ends):
@@ -168,7 +167,7 @@ def find(path: Path) -> Parameter | None:
 
 
 def row_of(path: Path) -> Parameter:
-  """`find` of what is a parameter. Raises `KeyError` for anything else."""
+  """`find` for the path of a parameter. Raises `KeyError` for any other."""
   row = find(path)
   if row is None:
     raise KeyError(f'{"/".join(path)} is no parameter of this network.')
@@ -181,7 +180,7 @@ def declare(
   shape: tuple[int, ...],
   param_dtype: str = 'float32',
 ) -> Any:
-  """A module's parameter, called as the last part of `name`.
+  """Declares a parameter of a module, named by the last component of `name`.
 
   Vectors are float32, everything else is `param_dtype`.
   """
@@ -192,8 +191,7 @@ def declare(
 
 
 def random(key: jax.Array, path: Path, shape: tuple[int, ...], dtype: Any):
-  """A parameter with numbers as large as those of a fresh network: vectors are
-  ones."""
+  """A random parameter of the scale of an initial network; vectors are ones."""
   row = row_of(path)
   if len(shape) == 1:
     return jnp.ones(shape, dtype)
@@ -207,17 +205,20 @@ def _normal(key, shape, dtype, scale):
 
 
 def by_part(params: Params) -> dict[str, dict[str, Any]]:
-  """The parameters in the parts that a `QuantizationConfig` knows."""
+  """The parameters, grouped by the fields of `QuantizationConfig`."""
   names = ('experts', 'linears', 'embedding', 'other')
-  parts: dict[str, dict[str, Any]] = {name: {} for name in names}
+  groups: dict[str, dict[str, Any]] = {name: {} for name in names}
   for path, w in traverse_util.flatten_dict(params).items():
     row = find(path)
-    parts[row and row.part or 'other']['/'.join(path)] = w
-  return {f'parameters: {part}': tree for part, tree in parts.items() if tree}
+    groups[row and row.part or 'other']['/'.join(path)] = w
+  return {
+    f'parameters: {group}': tree for group, tree in groups.items() if tree
+  }
 
 
 def kind_of(config: QuantizationConfig, path: Path) -> str | None:
-  """The kind of the quantised parameter at `path`; None if it stays."""
+  """The kind of the quantised parameter at `path`; None if it is not
+  quantised."""
   row = find(path)
   kind = getattr(config, row.part) if row and row.part else 'none'
   return None if kind == 'none' else kind
@@ -226,10 +227,10 @@ def kind_of(config: QuantizationConfig, path: Path) -> str | None:
 def quantize_array(
   config: QuantizationConfig, path: Path, w: jax.Array
 ) -> ops.weights.Weight:
-  """One parameter as the config says.
+  """One parameter, quantised if the config says so.
 
   Raises:
-    ConfigError: groups do not divide it.
+    ConfigError: `group_size` does not divide its inputs.
   """
   kind = kind_of(config, path)
   if kind is None:
@@ -249,7 +250,7 @@ _quantize = jax.jit(ops.weights.quantize, static_argnums=(1, 2, 3, 4))
 
 
 def quantize(config: QuantizationConfig, params: Params) -> Params:
-  """All parameters as the config says; also of shapes, in `jax.eval_shape`."""
+  """All parameters, quantised by the config; works in `jax.eval_shape`, too."""
   flat = traverse_util.flatten_dict(params)
   return traverse_util.unflatten_dict(
     {path: quantize_array(config, path, w) for path, w in flat.items()}
@@ -257,14 +258,14 @@ def quantize(config: QuantizationConfig, params: Params) -> Params:
 
 
 def abstract_quantized(config: QuantizationConfig, params: Params) -> Params:
-  """Shapes of the quantised parameters from those of the others."""
+  """Shapes of quantised parameters, from shapes before quantisation."""
   return jax.eval_shape(functools.partial(quantize, config), params)
 
 
 def stored_arrays(
   path: Path, w: ops.weights.Weight
 ) -> Iterator[tuple[Path, jax.Array]]:
-  """(path, array) of what a parameter is on disk."""
+  """(path, array) of the arrays of a parameter on disk."""
   stored = ops.weights.stored(w)
   if isinstance(stored, Mapping):
     yield from (((*path, name), x) for name, x in stored.items())
@@ -273,7 +274,7 @@ def stored_arrays(
 
 
 def to_stored(params: Params) -> Params:
-  """Parameters as nested dicts of nothing but arrays."""
+  """Parameters as nested dicts of arrays only."""
   flat = traverse_util.flatten_dict(params)
   return traverse_util.unflatten_dict(
     {p: x for path, w in flat.items() for p, x in stored_arrays(path, w)}

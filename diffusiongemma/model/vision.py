@@ -1,11 +1,11 @@
-"""The image encoder: patches to soft tokens in the width of the text.
+"""The image encoder: patches to soft tokens of the text's width.
 
   x = 2 (pixels - 1/2) W_in + table_x[px] + table_y[py]
   layer: h = x + norm(attn(norm(x))),   x = h + norm(GeGLU(norm(h)))
   soft = (sqrt(W) * mean of k x k patches - std_bias) * std_scale
   out  = bare_RMSNorm(soft) W_out
 
-Attention sees every patch of its image; one half of each head is rotated by
+A patch attends to all patches of its image; one half of each head is rotated by
 px, the other by py. Axes, here: I images, M patches, X pixel values of a
 patch, W width, T soft tokens.
 """
@@ -24,11 +24,11 @@ from diffusiongemma.model import parameters
 
 
 def num_soft_tokens(positions_IM2: jax.Array, kernel: int) -> jax.Array:
-  """int32 [I], how many soft tokens the patches of each image become.
+  """int32 [I], number of soft tokens of each image.
 
   Args:
     positions_IM2: (x, y) of each patch, -1 at padding.
-    kernel: patches a side that make one soft token.
+    kernel: patches a side that are pooled to one soft token.
   """
   num_patches_I = jnp.sum(is_patch(positions_IM2), axis=-1, dtype=jnp.int32)
   return num_patches_I // kernel**2
@@ -42,16 +42,16 @@ def is_patch(positions_IM2: jax.Array) -> jax.Array:
 def pool(x_IMW: jax.Array, positions_IM2: jax.Array, kernel: int) -> jax.Array:
   """Mean over squares of `kernel` x `kernel` patches, float32 [I, T, W].
 
-  The squares are in reading order, whatever the order of the patches; behind
-  the last one of an image there are zeros.
+  The squares are in reading order, whatever the order of the patches; after the
+  last one of an image there are zeros.
   """
   num_slots = x_IMW.shape[1] // kernel**2
   width_I1 = jnp.max(positions_IM2[..., 0], axis=1, keepdims=True) + 1
   square_IM2 = positions_IM2 // kernel
   slot_IM = square_IM2[..., 0] + width_I1 // kernel * square_IM2[..., 1]
-  # Padding, at (-1, -1), has a slot below zero, which `one_hot` leaves out.
-  # A product, not a scatter: sums come out the same on every run. Of one-hots,
-  # so that TPUs and GPUs must not round the other side to bfloat16 or TF32.
+  # Padding, at (-1, -1), has a negative slot, which `one_hot` ignores. A matrix
+  # product instead of a scatter, for deterministic sums; in highest precision,
+  # so that TPUs and GPUs do not round the other operand to bfloat16 or TF32.
   summed_ITW = jnp.einsum(
     'imt,imw->itw',
     jax.nn.one_hot(slot_IM, num_slots, dtype=jnp.float32),
@@ -111,7 +111,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-  """Attention, then the MLP, a norm before and behind each; for `rules` see
+  """Attention, then the MLP, with a norm before and after each; for `rules` see
   `denoiser.Layer`."""
 
   config: ModelConfig
@@ -139,12 +139,12 @@ LayerLoweredOnce = nn.jit(Layer)
 
 
 class VisionEncoder(nn.Module):
-  """Encoder and projection of `config.vision`, which must be there.
+  """Encoder and projection of `config.vision`, which must not be None.
 
-  Source: transformers' Gemma4VisionModel and its multimodal embedder. The
-  rotation stays in float32 where the network computes in bfloat16, and so do
-  the pooled features up to the standardisation; theirs are rounded.
-  `lower_once` is that of `denoiser.Denoiser`.
+  Source: transformers' Gemma4VisionModel and its multimodal embedder. In a
+  bfloat16 network, the rotation and the pooled features up to the
+  standardisation are in float32 here; theirs are rounded. For `lower_once` see
+  `denoiser.Denoiser`.
   """
 
   config: ModelConfig
@@ -183,15 +183,16 @@ class VisionEncoder(nn.Module):
       patches_IMX: pixel values 0..1 of M patches, each in the order (row,
         column, channel), X = 3 * patch_size^2.
       positions_IM2: int32, the (x, y) of each patch in its image, both -1 at
-        padding; an image is a full grid, a multiple of the kernel a side.
-        What stands in padding patches changes nothing. A position that is not
-        in the table makes its image NaN.
+        padding; an image is a full grid, with sides that are multiples of the
+        kernel. Pixels of padding have no effect. A position outside of the
+        table makes its image NaN.
 
     Returns:
-      An image's tokens in reading order, then zeros: see `num_soft_tokens`.
+      The tokens of each image in reading order, then zeros: see
+      `num_soft_tokens`.
 
     Raises:
-      ValueError: shapes that do not fit the config.
+      ValueError: shapes that do not match the config.
     """
     cfg = self.config.image_encoder
     M, kernel = patches_IMX.shape[1], cfg.pooling_kernel
@@ -212,7 +213,8 @@ class VisionEncoder(nn.Module):
     """Pixels and positions, [I, M, W]; zeros at padding."""
     dtype = jnp.dtype(self.config.dtype)
     is_patch_IM1 = is_patch(positions_IM2)[..., None]
-    # Selected before any product: no NaN in padding gets through either way.
+    # Selected before any product, so that no NaN in padding spreads, in the
+    # backward pass neither.
     pixels = 2 * (patches_IMX.astype(jnp.float32) - 0.5)
     pixels = jnp.where(is_patch_IM1, pixels, 0).astype(dtype)
     x_IMW = jnp.einsum('imx,xw->imw', pixels, self.input_proj.astype(dtype))
@@ -225,7 +227,7 @@ class VisionEncoder(nn.Module):
     return x_IMW + jnp.where(is_patch_IM1, position_IMW, 0)
 
   def pool(self, x_IMW: jax.Array, positions_IM2: jax.Array) -> jax.Array:
-    """Pooled, scaled and standardised in float32, [I, T, W]."""
+    """Pools, scales and standardises in float32, [I, T, W]."""
     cfg = self.config.image_encoder
     x_ITW = pool(x_IMW, positions_IM2, cfg.pooling_kernel)
     x_ITW = x_ITW * cfg.embed_dim**0.5
@@ -235,7 +237,7 @@ class VisionEncoder(nn.Module):
     return x_ITW.astype(self.config.dtype)
 
   def project(self, x_ITW: jax.Array) -> jax.Array:
-    """Into the width of the text, [I, T, D]."""
+    """Projects to the width of the text, [I, T, D]."""
     x_ITW = ops.norms.rms_norm(x_ITW, self.config.image_encoder.norm_epsilon)
     projection = self.projection.astype(x_ITW.dtype)
     return jnp.einsum('itw,wd->itd', x_ITW, projection)

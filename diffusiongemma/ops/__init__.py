@@ -1,9 +1,9 @@
-"""What the network computes: each operation's definition and choice of kernel.
+"""The operations of the network: definitions in plain JAX, choice of kernels.
 
 A file has the plain JAX of an operation and the functions that choose a kernel
-for given operands; device code is in `gpu`, `tpu` and `cpu`, and is imported
-when a program for such a device is first traced. `implementation` of each
-operation is 'plain', 'kernel', or None for the fastest that takes the operands.
+for its operands; device code is in `gpu`, `tpu` and `cpu`, and is imported when
+a program for such a device is first traced. `implementation` of each operation
+is 'plain', 'kernel', or None for the fastest that supports the operands.
 """
 
 from diffusiongemma.ops import activation

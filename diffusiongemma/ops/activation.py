@@ -1,4 +1,4 @@
-"""The activation of all MLPs, for arrays and for blocks inside of kernels."""
+"""The activation of all MLPs, for arrays and inside of kernels."""
 
 import jax
 

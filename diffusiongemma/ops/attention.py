@@ -1,11 +1,11 @@
-"""Softmax attention of grouped queries; takes exactly one mask.
+"""Softmax attention of grouped queries, with exactly one mask.
 
   out = softmax(q k^T, masked) v          scale 1.0, softmax in float32
 
-All at once, or in one of four ways that give the same with less memory or work:
-queries block by block, a few blocks with the keys up to their end alone, blocks
-with the keys of a window alone, keys chunk by chunk, without chunks of which
-nothing is seen, such as slots of a cache that hold nothing yet.
+All at once, or in one of four ways with the same result and less memory or
+work: queries block by block; a few blocks, each with only the keys up to its
+end (causal); blocks with only the keys of a window (bands); keys chunk by
+chunk, without fully masked chunks such as empty slots of a cache.
 """
 
 from collections.abc import Sequence
@@ -18,17 +18,16 @@ import jax.numpy as jnp
 from diffusiongemma.ops import dispatch
 from diffusiongemma.ops import parallel
 
-# Attention scores that a device has at a time, 256 MB of float32.
+# Most attention scores on a device at a time, 256 MB of float32.
 MAX_SCORES = 2**26
-# Keys that a CPU takes at a time where there is no gradient.
+# Keys of a chunk on a CPU, without a gradient.
 _CHUNK = 256
-# Queries of a block that has keys of its own are so many times as many.
+# The number of queries of a band is a multiple of this.
 _BLOCK_UNIT = 64
-# The share of all scores that bands may have at most: causal blocks have about
+# Largest share of all scores for which bands are used: causal blocks have about
 # as many.
 _MOST_IN_BANDS = 0.5
-# Blocks that a causal text is taken in: 5/8 of all scores, more would save
-# little.
+# Number of causal blocks: 5/8 of all scores; more blocks would save little.
 _CAUSAL_BLOCKS = 4
 
 
@@ -43,23 +42,22 @@ def attend(
 ) -> jax.Array:
   """Softmax attention [B, L, N, H] with N = K * G query heads.
 
-  On one GPU it is a kernel, a CPU takes many keys chunk by chunk; the gradient,
-  and all else, takes queries block by block where all at once would have more
+  A single GPU uses a kernel, a CPU takes many keys chunk by chunk; gradients
+  and all other cases take queries block by block if all at once would have more
   than `max_scores` scores on a device.
 
   Args:
-    q_BLNH: queries; the scale is 1.0, the norms are the caller's.
+    q_BLNH: queries, already normed; the scale is 1.0.
     parts: keys and values [B, S_i, K, H], such as those of the cache and new
-      ones; what is long is not copied to stand beside what is short.
-    mask_BLS: bool, True where seen, over all parts one after the other; its L
-      may be 1 (the same for all).
+      ones; they are not concatenated, which would copy the cache.
+    mask_BLS: bool, True where seen, over the concatenated parts; its L may be 1
+      (the same for all queries).
     max_scores: see above.
-    window: if all keys are those of the queries' own positions, and query i
-      sees none but i - window < j <= i: then most others are not multiplied.
-      The L of the mask is that of the queries.
-    filled_B: int32, how many keys of the first part, from its first on, are
-      there at all: the mask shows none after them, and a kernel need not look
-      there. None is all.
+    window: set if the keys are those of the queries' own positions, and query i
+      sees only i - window < j <= i: then most masked scores are not computed.
+      The L of the mask must be that of the queries.
+    filled_B: int32, number of leading keys of the first part that are filled:
+      the mask is False after them, and a kernel skips them. None is all.
     implementation: see `ops`.
   """
   L = q_BLNH.shape[1]
@@ -94,13 +92,13 @@ def attend(
 
 
 def _band(window: int) -> tuple[int, int]:
-  """(queries of a block, how many blocks before it have keys that they see)."""
+  """(queries of a block, number of blocks before it within its window)."""
   length = -(-window // (2 * _BLOCK_UNIT)) * _BLOCK_UNIT
   return length, -(-(window - 1) // length)
 
 
 def _has_bands(L: int, window: int) -> bool:
-  """Whether a text of L tokens is worth bands."""
+  """Whether bands save enough work for a text of L tokens."""
   length, before = _band(window)
   scores = -(-L // length) * length * (1 + before) * length
   return scores <= _MOST_IN_BANDS * L * L
@@ -113,9 +111,9 @@ def _attend_in_bands(
   max_scores: int,
   window: int,
 ) -> jax.Array:
-  """`attend` with blocks of queries as rows of their own, which have their own
-  keys and those of the blocks before that the window reaches; a few blocks at a
-  time, where all have more than `max_scores`."""
+  """`attend` with blocks of queries as separate rows, each with the keys of its
+  block and of the blocks before it that the window reaches; a few blocks at a
+  time, if all have more than `max_scores`."""
   (B, L, N, H), (length, before) = q_BLNH.shape, _band(window)
   count, reach = -(-L // length), (1 + before) * length
   rows = B * N // math.prod(map(parallel.parts, ('batch', 'q_heads')))
@@ -147,7 +145,7 @@ def _attend_in_bands(
 
     mask = cut(cut(mask_BLL, 1, at_once), 2, at_once + before)
     mask = mask.reshape(B, at_once, length, at_once + before, length)
-    # Of block i of the queries, block i + j of the padded keys.
+    # Block i of the queries sees blocks i + j of the padded keys.
     seen = [jnp.diagonal(mask, j, 1, 3) for j in range(before + 1)]
     seen = jnp.moveaxis(jnp.concatenate(seen, axis=2), -1, 1)
     out = attend(
@@ -160,7 +158,7 @@ def _attend_in_bands(
 
   if num_groups == 1:
     return one_group(0)[:, :L]
-  # Without the checkpoint the gradient would keep the scores of all groups.
+  # Without the checkpoint, the scores of all groups would be residuals.
   groups = jnp.arange(num_groups)
   out_gBlNH = jax.lax.map(jax.checkpoint(one_group), groups)
   return jnp.moveaxis(out_gBlNH, 0, 1).reshape(B, -1, N, H)[:, :L]
@@ -173,9 +171,9 @@ def _attend_causally(
   max_scores: int,
   window: int,
 ) -> jax.Array:
-  """`attend` with a few blocks of queries, each with the keys up to its end, as
-  far as the window of its first reaches. A gradient keeps the scores of all of
-  them, so that each may have its share of `max_scores`."""
+  """`attend` with a few blocks of queries, each with the keys from the window
+  of its first query up to its end. A gradient stores the scores of all blocks,
+  so each gets its share of `max_scores`."""
   L = q_BLNH.shape[1]
   length = -(-L // _CAUSAL_BLOCKS)
   ((k_BLKH, v_BLKH),) = (part for part in parts if part[0].shape[1])
@@ -197,9 +195,9 @@ def _attend_in_chunks(
   mask_BLS: jax.Array,
   chunk: int,
 ) -> jax.Array:
-  """`attend` of so many keys at a time, where any query sees one of them: sums
-  are rescaled as the maximum grows. Keys that are too few for that come first,
-  all at once."""
+  """`attend` with `chunk` keys at a time, without fully masked chunks: sums are
+  rescaled as the maximum grows. Remainders shorter than a chunk come first, all
+  at once."""
   B, L, N, H = q_BLNH.shape
   K = parts[0][0].shape[2]
   q_BLKGH = q_BLNH.reshape(B, L, K, N // K, H)
@@ -256,7 +254,7 @@ def _attend_in_chunks(
 
 
 def _scores(q_BLKGH, k_BSKH, mask_BLS) -> jax.Array:
-  """[B, K, L, G, S], float32; the lowest number where nothing is seen."""
+  """[B, K, L, G, S], float32; the lowest number where masked."""
   scores_BKLGS = jnp.einsum(
     'blkgh,bskh->bklgs', q_BLKGH, k_BSKH, preferred_element_type=jnp.float32
   )
@@ -275,7 +273,7 @@ def _mix(w_BKLGS, v_BSKH) -> jax.Array:
 
 
 def _means(total_BKLG, out_BKLGH, q_BLNH) -> jax.Array:
-  """Sums over what they are sums of, as the queries are: [B, L, N, H]."""
+  """Weighted sums over total weights, in the layout of q: [B, L, N, H]."""
   out_BKLGH = (out_BKLGH / total_BKLG[..., None]).astype(q_BLNH.dtype)
   return jnp.moveaxis(out_BKLGH, 1, 2).reshape(q_BLNH.shape)
 
@@ -287,7 +285,7 @@ def _attend_in_blocks(q_BLNH, parts, mask_BLS, max_scores) -> jax.Array:
   rows = B * N // math.prod(map(parallel.parts, axes))
   of_a_query = max(1, rows) * mask_BLS.shape[2]
   num_blocks = -(-L // min(L, max(1, max_scores // of_a_query)))
-  # Of a block, each device has as many.
+  # A multiple of the devices that share a block.
   length = -(-L // num_blocks)
   length += -length % parallel.parts('length')
   num_blocks = -(-L // length)
@@ -304,10 +302,10 @@ def _attend_in_blocks(q_BLNH, parts, mask_BLS, max_scores) -> jax.Array:
       jnp.moveaxis(x_BnlX, 1, 0), None, 'batch', 'length', *heads
     )
 
-  # Without the checkpoint the gradient would keep the scores of every block.
+  # Without the checkpoint, the scores of all blocks would be residuals.
   @jax.checkpoint
-  def one_block(given):
-    q_BlNH, mask_BlS = given
+  def one_block(operands):
+    q_BlNH, mask_BlS = operands
     return _attend(q_BlNH, parts, mask_BLS if mask_BlS is None else mask_BlS)
 
   of_each = blocks(mask_BLS) if mask_BLS.shape[1] > 1 else None

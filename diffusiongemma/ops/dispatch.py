@@ -1,5 +1,4 @@
-"""Kernels, or other ways to compute, where there is a device for them, and
-plain JAX everywhere else."""
+"""Chooses a kernel, or another implementation, by platform; else plain JAX."""
 
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -12,8 +11,8 @@ import jax
 
 from diffusiongemma.errors import Error
 
-# Bytes of shared memory that a kernel's program takes at most, those for Hopper
-# apart. An A100 has them, an H100, and newer ones of their kind.
+# Most bytes of shared memory of a program of a kernel, except those for Hopper.
+# A100, H100 and newer data-centre GPUs have as many.
 SHARED_MEMORY = 160 * 1024
 Implementation = Literal['plain', 'kernel'] | None
 _switched_off = False
@@ -21,7 +20,7 @@ _target: str | None = None
 
 
 class KernelError(Error, ValueError):
-  """`implementation='kernel'`, and no kernel takes the operands here."""
+  """`implementation='kernel'`, but no kernel supports the operands here."""
 
 
 def run(
@@ -30,18 +29,18 @@ def run(
   implementation: Implementation = None,
   **choices: Callable[[], Callable[..., Any] | None],
 ) -> Any:
-  """What `plain(*operands)` is, by a kernel where the program runs on a device
-  that has one, and room for it; the gradient is that of `plain` everywhere.
+  """Computes `plain(*operands)`, with a kernel if the device of the program has
+  one that supports the operands; the gradient is always that of `plain`.
 
   Args:
     plain: the definition, in plain JAX.
     *operands: arrays, or trees of them.
-    implementation: 'plain' is without kernels, 'kernel' never without.
-    **choices: by platform ('cpu', 'cuda', 'tpu') a function that answers with
-      the kernel that takes these operands, or None.
+    implementation: 'plain' never uses a kernel, 'kernel' always does.
+    **choices: by platform ('cpu', 'cuda', 'tpu'), a function that returns the
+      kernel that supports these operands, or None.
 
   Raises:
-    KernelError: `implementation` is 'kernel', and there is none.
+    KernelError: `implementation` is 'kernel', and there is no kernel.
   """
   if implementation not in (None, 'plain', 'kernel'):
     raise ValueError(
@@ -73,17 +72,17 @@ def run(
 
 
 def _platform() -> str:
-  """Where programs that are traced here run, as `platform_dependent` names it;
-  besides, any may run on a CPU."""
+  """Platform of programs that are traced now, as `platform_dependent` names it;
+  any program may also run on a CPU."""
   backend = jax.default_backend()
   return _target or {'gpu': 'cuda'}.get(backend, backend)
 
 
 @contextlib.contextmanager
 def compiling_for(platform: str) -> Iterator[None]:
-  """What is traced here is for 'cpu', 'cuda' or 'tpu', and not for the devices
-  of this process. Traces that JAX keeps are forgotten before and after, if that
-  is another platform."""
+  """Traces in the block are for 'cpu', 'cuda' or 'tpu' instead of the devices
+  of this process. If that is another platform, JAX's caches of traces are
+  cleared before and after."""
   global _target
   before, is_other = _target, platform != _platform()
   if is_other:
@@ -98,7 +97,7 @@ def compiling_for(platform: str) -> Iterator[None]:
 
 
 def _has_small_gpu() -> bool:
-  """Whether a GPU here could not run the kernels."""
+  """Whether a GPU here has too little shared memory for the kernels."""
   return any(
     getattr(device, 'shared_memory_per_block_optin', SHARED_MEMORY)
     < SHARED_MEMORY
@@ -107,20 +106,19 @@ def _has_small_gpu() -> bool:
 
 
 def has_hopper() -> bool:
-  """Whether all GPUs here are Hopper. Where there is none, a program for GPUs
-  is compiled for an H100 or H200 (`plan`): then it is true."""
+  """Whether all GPUs here are Hopper; true without GPUs, where programs for
+  GPUs are compiled for an H100 or H200 (`plan`)."""
   return all(capability == (9, 0) for capability in _compute_capabilities())
 
 
 def has_float8() -> bool:
-  """Whether all GPUs here know float8, from Ada and Hopper on; for others the
-  compiler of kernels ends the process. Where there is none, see `has_hopper`.
-  """
+  """Whether all GPUs here support float8 (Ada, Hopper and newer); for others
+  the compiler of kernels kills the process. Without GPUs, see `has_hopper`."""
   return all(capability >= (8, 9) for capability in _compute_capabilities())
 
 
 def _compute_capabilities() -> list[tuple[int, ...]]:
-  """Of the GPUs here; () of one that is not NVIDIA's."""
+  """Compute capability of each GPU here; () for one that is not NVIDIA's."""
   gpus = [d for d in jax.local_devices() if d.platform == 'gpu']
   texts = [getattr(gpu, 'compute_capability', '') for gpu in gpus]
   return [
@@ -131,8 +129,8 @@ def _compute_capabilities() -> list[tuple[int, ...]]:
 
 @contextlib.contextmanager
 def switched_off() -> Iterator[None]:
-  """What is traced here has no kernels: to compare with. Traces that JAX keeps
-  are forgotten before and after."""
+  """Traces in the block have no kernels, for comparisons. JAX's caches of
+  traces are cleared before and after."""
   global _switched_off
   jax.clear_caches()
   _switched_off = True

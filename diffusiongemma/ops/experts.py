@@ -2,11 +2,11 @@
 
   out[m] = rows[m] @ weights[expert[m]]^T,  weights [E, out, in]
 
-In plain JAX, rows lie in the tiles of `routing`. Where groups have enough rows
-on average, the first ones of every group, its window, are one batched product;
-a loop goes over the tiles that are used and in no window. Without windows
-nothing is computed for experts that no row chose. `jax.lax.ragged_dot` is dense
-on CPU and GPU, which is why it is not used.
+In plain JAX, rows are in the tiled layout of `routing`. If groups have enough
+rows on average, the first rows of every group, its window, are one batched
+product, and a loop covers the other used tiles. Without windows, nothing is
+computed for experts that no row chose. `jax.lax.ragged_dot` is not used because
+it is dense on CPU and GPU.
 """
 
 import functools
@@ -32,16 +32,15 @@ def grouped_matmul(
   groups: Groups,
   implementation: dispatch.Implementation = None,
 ) -> jax.Array:
-  """Tile by tile product with the matrix of the tile's expert: [T, F].
+  """Product of each tile with the matrix of its expert: [T, F].
 
   Args:
     x_TD: rows in the tiled layout of `groups`.
-    weights_EFD: one matrix [F, D] per expert, as Hugging Face stores them; of
-      a `weights.Quantized` each tile's matrix is made when it is met, and
-      its gradient is zero.
-    groups: the layout. Rows of tiles that are not used may hold anything;
-      padding within used ones is zero if it is zero in x.
-    implementation: see `ops`; of the gradient it is None.
+    weights_EFD: one matrix [F, D] per expert, as Hugging Face stores them; a
+      `weights.Quantized` is dequantised tile by tile, and its gradient is zero.
+    groups: the layout. Rows of unused tiles are arbitrary; padding within used
+      tiles is zero if it is zero in x.
+    implementation: see `ops`; for the gradient it is None.
   """
   return _multiply_tiles(
     x_TD, weights_EFD, groups, implementation=implementation
@@ -77,13 +76,13 @@ def gated_matmul(
     x_MD: tokens.
     gate_up_EFD: matrices [2F, D], the gate first; see `grouped_matmul`.
     groups: the layout of M*k rows, the k choices of each token.
-    k: how many experts a token has.
+    k: number of experts of a token.
     implementation: see `ops`.
   """
 
   def plain(x_MD, gate_up_EFD, groups):
     x_TD = routing.scatter_to_tiles(x_MD, groups, k)
-    # A kernel for a part of it is none for all of it.
+    # A kernel for only a part of it does not count as one.
     rest = None if implementation == 'kernel' else implementation
     gate_up_TF = grouped_matmul(x_TD, gate_up_EFD, groups, rest)
     return activation.geglu(*jnp.split(gate_up_TF, 2, axis=-1))
@@ -111,7 +110,7 @@ def gated_matmul(
 
 
 def _gpu_kernels(x, weights_EFD, groups, parts=1):
-  """The module with the fastest kernels that take these, or None."""
+  """The module of the fastest kernels that support these operands, or None."""
   from diffusiongemma.ops.gpu import matmul as gpu
 
   if dispatch.has_hopper():
@@ -122,7 +121,7 @@ def _gpu_kernels(x, weights_EFD, groups, parts=1):
   return gpu if gpu.supports(weights_EFD, groups.tile, parts) else None
 
 
-# How the products are called in a traced program, for those who count FLOPs.
+# Names of the products in a traced program, for counting FLOPs.
 MULTIPLY, ADD = '_multiply_tiles', '_add_tiles'
 
 
@@ -130,8 +129,8 @@ MULTIPLY, ADD = '_multiply_tiles', '_add_tiles'
 def _multiply_tiles(
   x_TD, weights_EFD, groups, transposed=False, implementation=None
 ):
-  """Each tile times the matrix [F, D] of its expert, transposed: [T, F]; with
-  `transposed` it is taken as it is, and F and D are each other."""
+  """Each tile times the matrix [F, D] of its expert, transposed: [T, F]. With
+  `transposed`, the matrix is not transposed, and F and D are exchanged."""
   one, all_at_once = ('md,fd->mf', 'ewd,efd->ewf')
   if transposed:
     one, all_at_once = ('mf,fd->md', 'ewf,efd->ewd')
@@ -146,7 +145,7 @@ def _multiply_tiles(
       )
 
     if isinstance(weights_EFD, Quantized):
-      groups = groups.replace(window=0)  # Whole, they would be too large.
+      groups = groups.replace(window=0)  # Dequantised at once: too large.
     if groups.window:
       x_EwD = routing.windows(x_TD, groups)
       y_EwF = jnp.einsum(all_at_once, x_EwD, weights_EFD.astype(x_TD.dtype))
@@ -161,7 +160,7 @@ def _multiply_tiles(
       kernels = _gpu_kernels(x_TD, weights_EFD, groups)
       return kernels and kernels.multiply_tiles
     if isinstance(weights_EFD, Quantized):
-      return None  # Scales lie along what is summed over the other way round.
+      return None  # The transposed product sums over the axis of the scales.
     from diffusiongemma.ops.gpu import matmul as gpu
 
     supports = gpu.supports(weights_EFD, groups.tile)
@@ -188,7 +187,7 @@ def _multiply_tiles(
 
 @jax.jit
 def _add_tiles(d_TF, x_TD, weights_EFD, groups):
-  """The gradient of the matrices: sums of products of tiles, [E, F, D]."""
+  """Gradient of the matrices: sums of products of tiles, [E, F, D]."""
 
   def plain(d_TF, x_TD, groups):
     multiply = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -239,22 +238,23 @@ def mix(
   num_experts: int,
   implementation: dispatch.Implementation = None,
 ) -> jax.Array:
-  """The mixture of each token, [M, D], by the experts that are here.
+  """The mixture of each token, [M, D], over the experts of this device.
 
   Args:
     x_MD: tokens.
-    weights_Mk: the share of each of their k choices.
-    experts_Mk: int32, their choices; E or more is none of those here.
+    weights_Mk: weights of their k choices.
+    experts_Mk: int32, their choices; E or more is an expert of another device.
     gate_up_EFD: matrices [2F, D] of E experts, the gate first.
     down_EDF: matrices [D, F].
-    num_experts: how many there are on all devices.
+    num_experts: number of experts on all devices.
     implementation: see `ops`.
   """
   E, k = len(down_EDF), experts_Mk.shape[1]
   experts_R = experts_Mk.reshape(-1)
   tile = routing.default_tile(len(experts_R), num_experts, gate_up_EFD)
   window = routing.default_window(len(experts_R), num_experts)
-  # A CPU has one for all of it, others have kernels for each of two products.
+  # CPUs have one implementation of all of it, other devices kernels for each of
+  # two products.
   whole: dispatch.Implementation = implementation
   product: dispatch.Implementation = implementation
   if implementation == 'kernel':
@@ -266,7 +266,7 @@ def mix(
   groups = routing.make_groups(experts_R, E, tile, window, layout)
 
   def plain(x_MD, gate_up_EFD, down_EDF, groups):
-    """[R, D]: the routed rows after their experts, product after product."""
+    """[R, D]: the routed rows after their experts, as separate products."""
     hidden_TF = _gated(x_MD, gate_up_EFD, groups, k, product)
     y_TD = _linear(hidden_TF, down_EDF, groups, product)
     return routing.gather_from_tiles(y_TD, groups)

@@ -29,7 +29,7 @@ def project(
   """Heads of q, k and v [B, L, N, H], normed, those of q and k rotated.
 
   Args:
-    x_BLD: what is projected.
+    x_BLD: the input.
     weights: matrices [D, N, H]; if 'v' is absent, v is the unnormalised k,
       normed without a scale.
     norms: scales [H] for q and k; v has a bare norm.
@@ -69,7 +69,7 @@ def _norm_and_rotate(
   cos_sin: tuple[jax.Array, jax.Array],
   epsilon: float,
 ) -> dict[str, jax.Array]:
-  """The heads of `project` from the products."""
+  """The heads of `project`, from the products."""
 
   def plain(heads, norms, cos_sin):
     heads = {'v': heads['k'], **heads}
@@ -104,11 +104,11 @@ def _flat(cos_sin: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
 def rotary_frequencies(
   head_dim: int, theta: float, fraction: float = 1.0
 ) -> np.ndarray:
-  """Angular frequencies [H/2] in radians a position, float32.
+  """Angular frequencies [H/2] in radians per position, float32.
 
-  Only the first `fraction` of the pairs turn; the others have frequency zero
-  ("proportional" partial rotary: exponents are those of the full head). A
-  position of 10^5 magnifies the last bit of a frequency, so they are rounded
+  Only the first `fraction` of the pairs are rotated; the others have frequency
+  zero ("proportional" partial rotary: exponents are those of the full head).
+  A position of 10^5 magnifies the last bit of a frequency, so they are rounded
   where the PyTorch implementation rounds: exponent, power and reciprocal.
   """
   exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
@@ -120,7 +120,7 @@ def rotary_frequencies(
 def rotary_cos_sin(
   positions_BL: jax.Array, frequencies: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Cosines and sines of the angles [B, L, H/2], in float32."""
+  """(cosines, sines) of the angles, [B, L, H/2] each, in float32."""
   positions_BL1 = positions_BL[..., None].astype(jnp.float32)
   angles_BLF = positions_BL1 * frequencies[None, None, :]
   return jnp.cos(angles_BLF), jnp.sin(angles_BLF)

@@ -25,12 +25,12 @@ def apply(
   axes: int = 1,
   implementation: dispatch.Implementation = None,
 ) -> jax.Array:
-  """The last `axes` axes of x times as many first ones of w, in the type of
-  x."""
+  """Contracts the last `axes` axes of x with the first ones of w, in the type
+  of x."""
   if isinstance(w, LowRank):
     update = apply(apply(x, w.a, axes), w.b)
     return apply(x, w.weight, axes, implementation) + w.scale * update
-  # As one matrix: XLA transposes one whose rows have two axes.
+  # As one matrix: XLA would transpose a matrix whose rows have two axes.
   rows, outputs = x.shape[: x.ndim - axes], w.shape[axes:]
   D, F = math.prod(w.shape[:axes]), math.prod(outputs)
   if isinstance(w, Quantized):
@@ -50,19 +50,19 @@ def multiply(
   axis: int = 0,
   dtype: jnp.dtype | None = None,
 ) -> jax.Array:
-  """The last axis of x times this axis of the matrix w, in `dtype` or the type
-  of x.
+  """Contracts the last axis of x with `axis` of the matrix w, in `dtype` or the
+  type of x.
 
   The gradient of w is a product with x on the left. XLA for CPUs transposes the
-  left factor of a product over rows, and fuses into this what computes that
-  factor. JAX's own gradient has the cotangent on the left, and computing it
-  against the order of memory takes longer than the product.
+  left factor of a product over rows, and fuses the computation of that factor
+  into the transposition. JAX's own gradient has the cotangent on the left, and
+  computing it against the memory order takes longer than the product.
   """
   return _contract(x, w, axis, dtype)
 
 
 def _multiply_forward(x, w, axis, dtype):
-  # Not `multiply`, which a policy that keeps products would not know as one.
+  # Not `multiply`, which a checkpoint policy would not recognise as a product.
   return _contract(x, w, axis, dtype), (x, w)
 
 
@@ -86,8 +86,8 @@ def _contract(x, w, axis, dtype):
 def _apply_quantized(
   x_TD: jax.Array, w_DF: Quantized, implementation: dispatch.Implementation
 ) -> jax.Array:
-  """Rows times a quantised matrix, which on one GPU or TPU never exists as a
-  whole in the type that is computed in."""
+  """Rows times a quantised matrix; on a single GPU or TPU, the dequantised
+  matrix never exists in memory."""
 
   def plain(x_TD, values_DF, scales_XF):
     w_DF = Quantized(values_DF, scales_XF, -2)

@@ -15,9 +15,9 @@ from diffusiongemma.ops import parallel
 def rms_norm(
   x: jax.Array, epsilon: float, scale: jax.Array | None = None
 ) -> jax.Array:
-  """RMSNorm over the last axis, in float32; the result keeps x's type.
+  """RMSNorm over the last axis, computed in float32; the result has x's type.
 
-  Without a `scale` it is the bare one.
+  Without a `scale`, the bare norm.
   """
   x32 = x.astype(jnp.float32)
   variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
@@ -40,11 +40,11 @@ def add_and_norm(
   """(h, norms of h), h = x + RMSNorm(y).
 
   Args:
-    x_BLD: what is added to.
-    y_BLD: what is normed and added.
-    scale_D: of the norm of y.
-    scales: [D], of each norm of h.
-    dtypes: in which each of them is computed.
+    x_BLD: the residual stream.
+    y_BLD: the update, to be normed and added.
+    scale_D: scale of the norm of y.
+    scales: [D] each, scales of the norms of h.
+    dtypes: types of the norms of h.
     epsilon: of all norms.
     implementation: see `ops`.
   """

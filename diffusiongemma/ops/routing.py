@@ -1,10 +1,10 @@
-"""Which experts a token goes to, and where its rows lie among theirs.
+"""Routes tokens to experts, and lays out the routed rows in tiles by expert.
 
   w = top_k(r) / sum(top_k(r)) * scale,  r = softmax(logits)        `choose`
 
 Routed rows are laid out group by group, every group padded to whole tiles of
-`tile` rows, so that a tile meets one matrix; M rows of E groups fill at most
-ceil(M / tile) + E tiles, whatever the routing is. No row is dropped.
+`tile` rows, so that a tile needs one matrix; M rows of E groups fill at most
+ceil(M / tile) + E tiles, whatever the routing. No row is dropped.
 """
 
 from collections.abc import Callable
@@ -28,8 +28,8 @@ def choose(
   k: int,
   implementation: dispatch.Implementation = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """(weights, experts) [B, L, k] of the k largest logits, the first of equal
-  ones; weights are their probabilities, which add up to 1, times `scale_E`."""
+  """(weights, experts) [B, L, k] of the k largest logits, ties by index;
+  weights are their probabilities, normalised to sum 1, times `scale_E`."""
   B, L, E = logits_BLE.shape
   logits_TE = logits_BLE.reshape(-1, E)
 
@@ -55,17 +55,16 @@ def choose(
 
 
 class Groups(flax.struct.PyTreeNode):
-  """Where the R = M*k (token, choice) rows lie in the tiled buffer of T rows.
+  """The layout of R = M*k (token, choice) rows in a tiled buffer of T rows.
 
   Attributes:
-    slot_R: int32, row of the tiled buffer that holds each routed row; T where
-      it has none.
-    row_T: int32, routed row held by each buffer row; R where it is padding.
+    slot_R: int32, buffer row of each routed row; T if it has none.
+    row_T: int32, routed row in each buffer row; R for padding.
     expert_of_tile: int32 [T / tile], the expert of each tile.
-    end_E: int32, how many tiles belong to each expert or one before it.
+    end_E: int32, end of each expert's tiles (a cumulative sum).
     tile: rows in a tile.
-    window: how many rows, the first ones of each expert, are multiplied at
-      once where plain JAX multiplies.
+    window: number of first rows of each expert that plain JAX multiplies as one
+      batched product.
   """
 
   slot_R: jax.Array
@@ -89,26 +88,26 @@ class Groups(flax.struct.PyTreeNode):
 
   @property
   def used(self) -> jax.Array:
-    """int32, how many tiles, the first ones, have rows."""
+    """int32, number of used tiles, which come first."""
     return self.end_E[-1]
 
 
 def default_tile(
   num_rows: int, num_experts: int, w: Weight | None = None
 ) -> int:
-  """A power of two up to the mean group, so that padding stays below the work
-  and a tile is still a product worth starting: 16 to 128. No fewer than 32 with
-  quantised weights, which each tile dequantises anew."""
+  """Rows of a tile: a power of two up to the mean group, from 16 to 128, so
+  that there is less padding than work, and tiles are not too small. At least 32
+  with quantised weights, which are dequantised for each tile."""
   group = max(1, num_rows // num_experts)
   smallest = 32 if isinstance(w, Quantized) else 16
   return min(128, max(smallest, powers.largest_power_of_two(group)))
 
 
 def default_window(num_rows: int, num_experts: int) -> int:
-  """Rows that few groups exceed if the routing is even: the mean and 1.5
-  standard deviations, in multiples of 8. A tile for each that does costs a CPU
-  less than more rows of all. None for groups of fewer than 8, many of which may
-  be empty: there a loop over those that are not is faster."""
+  """Rows of a window: the mean plus 1.5 standard deviations of evenly routed
+  groups, in multiples of 8. An extra tile for the few larger groups costs a CPU
+  less than more rows for all. 0 for groups of fewer than 8, many of which may
+  be empty: there a loop over the other ones is faster."""
   group = num_rows // num_experts
   if group < 8:
     return 0
@@ -122,11 +121,11 @@ def make_groups(
   window: int = 0,
   implementation: dispatch.Implementation = None,
 ) -> Groups:
-  """Lays R routed rows out by expert (a counting sort; stable).
+  """Lays out R routed rows by expert (a stable counting sort).
 
   Args:
-    expert_R: int32, the expert of each routed row; E or more is none of these
-      experts, and the row is left out.
+    expert_R: int32, the expert of each routed row; rows with E or more are left
+      out.
     num_experts: E.
     tile: rows in a tile.
     window: rows of each expert that may be multiplied at once.
@@ -159,14 +158,14 @@ def _lay_out(expert_R, num_experts, tile):
   tiles_E = -(-jnp.sum(one_hot_RE, axis=0) // tile)
   end_E = jnp.cumsum(tiles_E)
   start_R = jnp.sum((end_E - tiles_E)[None, :] * one_hot_RE, axis=1) * tile
-  # The rows of no expert go nowhere.
+  # Rows of experts elsewhere get no slot.
   here_R = expert_R < num_experts
   slot_R = jnp.where(here_R, start_R + rank_R, num_tiles * tile)
   row_T = jnp.full((num_tiles * tile,), num_rows, jnp.int32)
   row_T = row_T.at[slot_R].set(
     jnp.arange(num_rows, dtype=jnp.int32), mode='drop'
   )
-  # Tiles past the last group are padding; they may meet any expert.
+  # Tiles past the last group are padding, with an arbitrary expert.
   tile_index = jnp.arange(num_tiles)
   expert_of_tile = jnp.sum(tile_index[:, None] >= end_E[None, :], axis=1)
   expert_of_tile = jnp.minimum(expert_of_tile, num_experts - 1)
@@ -177,8 +176,8 @@ def _lay_out(expert_R, num_experts, tile):
 def scatter_to_tiles(x_MD: jax.Array, groups: Groups, k: int) -> jax.Array:
   """Copies each token's row to the k tile rows of its choices: [T, D].
 
-  Padding rows are zero. The transpose is `gather_from_tiles` summed over k;
-  naming it keeps the gradient a gather, where XLA would emit a scatter-add.
+  Padding rows are zero. The transpose is `gather_from_tiles` summed over k; the
+  explicit gradient is a gather, where XLA would emit a scatter-add.
   """
   x_padded = jnp.concatenate([x_MD, jnp.zeros_like(x_MD[:1])])
   return jnp.take(x_padded, groups.row_T // k, axis=0, mode='clip')
@@ -198,7 +197,7 @@ scatter_to_tiles.defvjp(_scatter_forward, _scatter_backward)
 
 @jax.custom_vjp
 def gather_from_tiles(y_TD: jax.Array, groups: Groups) -> jax.Array:
-  """The routed rows back in their order, [R, D]; zero where left out."""
+  """The routed rows in their original order, [R, D]; zero where left out."""
   y_RD = jnp.take(y_TD, groups.slot_R, axis=0, mode='clip')
   return jnp.where(groups.slot_R[:, None] < len(y_TD), y_RD, 0)
 
@@ -231,15 +230,14 @@ def windows(x_TD: jax.Array, groups: Groups) -> jax.Array:
 
 
 def window_slots(groups: Groups) -> jax.Array:
-  """Where in the buffer the rows of each expert's window are, int32 [E, w].
-  Those after its own tiles are rows of others, or past the end."""
+  """Buffer rows of each expert's window, int32 [E, w]. Those after its own
+  tiles belong to other experts, or are past the end."""
   begin_E = groups.begin_E * groups.tile
   return begin_E[:, None] + jnp.arange(groups.window)[None, :]
 
 
 def from_windows(y_EwF: jax.Array, groups: Groups) -> jax.Array:
-  """The rows of windows where they lie in the layout, [T, F]; others are
-  zero."""
+  """The rows of windows in the tiled layout, [T, F]; other rows are zero."""
   first_T = jnp.repeat(groups.expert_of_tile, groups.tile) * groups.window
   rank_T = groups.rank_T
   y_WF = y_EwF.reshape(-1, y_EwF.shape[-1])
@@ -248,7 +246,7 @@ def from_windows(y_EwF: jax.Array, groups: Groups) -> jax.Array:
 
 
 def for_each_tile(body: Callable[..., Any], groups: Groups, initial: jax.Array):
-  """`fori_loop` over the tiles that have rows which are in no window."""
+  """`fori_loop` over the tiles with rows outside of the windows."""
   if not groups.window:
     return jax.lax.fori_loop(0, groups.used, body, initial)
   is_left_T = (groups.row_T < len(groups.slot_R)) & (

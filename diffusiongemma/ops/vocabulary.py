@@ -1,19 +1,19 @@
-"""Everything the sampler asks of the vocabulary, in one pass over its table.
+"""All statistics of the logits for the sampler, in one pass over the table.
 
   x = softcap(h E^T) / T,   p = softmax(x)
   argmax p,  max p,  H = log sum e^x - sum p x,  a draw from p,  p E
 
-This is an attention whose keys and values are both E: chunk after chunk of the
-table meets all rows, sums are rescaled as the maximum grows, and no [rows, V]
+This is an attention whose keys and values are both E: the table is processed in
+chunks for all rows, sums are rescaled as the maximum grows, and no [rows, V]
 array ever exists.
 
-A draw halves the vocabulary until one token is left: down to a bin of
-neighbouring tokens by the masses that the pass has noted, then within the bin,
-whose logits are computed once more. Each halving has a uniform of its own,
+A draw halves the vocabulary until one token is left: down to a bin of adjacent
+tokens by the masses recorded in the pass, then within the bin, whose logits are
+recomputed. Each halving has its own uniform number,
   P(right) = right / (left + right),
-so that a token is drawn with its probability, to rounding, however small that
-is: one uniform for the whole vocabulary has too few values to reach most rare
-tokens.
+so that every token is drawn with its probability, up to rounding, however
+small: a single float32 uniform for the whole vocabulary has too few values to
+reach most rare tokens.
 """
 
 import functools
@@ -29,17 +29,17 @@ from diffusiongemma.ops.weights import Quantized
 from diffusiongemma.ops.weights import rows
 
 _BIN_HALVINGS = 4
-BIN = 2**_BIN_HALVINGS  # Neighbouring tokens that a draw is left with.
-_CHUNK_ELEMENTS = 2**19  # Of logits that exist at a time: 2 MB, for a cache.
-_DRAWN_TOGETHER = 256  # Rows, each of which reads a bin of the table again.
+BIN = 2**_BIN_HALVINGS  # Adjacent tokens of a bin.
+_CHUNK_ELEMENTS = 2**19  # Logits of a chunk: 2 MB, to fit a cache.
+_DRAWN_TOGETHER = 256  # Rows per step; each reads a bin of the table again.
 
 
 class Summary(flax.struct.PyTreeNode):
-  """What is kept of each row's distribution.
+  """Statistics of each row's distribution.
 
   Attributes:
     sample_R: int32, a draw.
-    argmax_R: int32, the most probable token, of several the first.
+    argmax_R: int32, the most probable token, the first of several.
     entropy_R: float32, nats.
     confidence_R: float32, the probability of `argmax_R`.
     mean_RD: float32, the mean row of the table.
@@ -71,13 +71,13 @@ def summarize(
     h_RD: hidden states.
     table_VD: E.
     temperature: T > 0, a scalar or [R].
-    uniforms_RU: float32 in [-1/2, 1/2], U = `num_halvings(V)`; from 0 on they
-      count from 0, below it from 1: see `noise.uniform_from_nearer_end`.
+    uniforms_RU: float32 in [-1/2, 1/2], U = `num_halvings(V)`; x >= 0 means x,
+      x < 0 means 1 + x: see `noise.uniform_from_nearer_end`.
     softcap: c of c tanh(x / c); 0 is none.
-    chunk: rows of E that are looked at at a time, a multiple of `BIN`; None is
-      as many as keep the logits at 2 MB.
-    with_mean: bool, a scalar: whether the mean is asked for, else it is zero.
-      It is half of the work, which a CPU then leaves out. None is True.
+    chunk: rows of E per chunk, a multiple of `BIN`; None is as many as have 2
+      MB of logits.
+    with_mean: bool, a scalar: whether the mean is needed; else it is zero, and
+      a CPU skips it, which is half of the work. None is True.
     implementation: see `ops`.
   """
   R, V = len(h_RD), table_VD.shape[0]
@@ -118,7 +118,7 @@ def summarize(
   outer_RU, inner_RU = jnp.split(uniforms_RU, [num_outer], axis=1)
 
   def draw(row):
-    """A token of the bin that was drawn."""
+    """Draws a token of the row's bin."""
     h_D, temperature, first, inner_U = row
     token_B = first + jnp.arange(BIN, dtype=jnp.int32)
     rows_BD = table_VD[jnp.minimum(token_B, V - 1)].astype(h_RD.dtype)
@@ -146,13 +146,13 @@ def summarize(
 
 
 def _chunks(num_rows: int, chunk: int) -> list[tuple[int, int]]:
-  """(how many, of which size): whole chunks, and what is left."""
+  """(count, size) of whole chunks, and of the remainder."""
   whole, rest = divmod(num_rows, chunk)
   return [(n, size) for n, size in ((whole, chunk), (1, rest)) if n * size]
 
 
 def _walk(h_RD, table_VD, temperature_R, look_at, chunk, softcap):
-  """Over the table: (the last carry of `look_at`, the mass of each bin)."""
+  """Scans the table: (the last carry of `look_at`, the mass of each bin)."""
   R, D = h_RD.shape
   carry = (
     jnp.full((R,), -jnp.inf, jnp.float32),
@@ -160,7 +160,7 @@ def _walk(h_RD, table_VD, temperature_R, look_at, chunk, softcap):
     jnp.zeros((R,), jnp.int32),
     jnp.zeros((R, D), jnp.float32),
   )
-  noted, first = [], 0
+  recorded, first = [], 0
   for number, size in _chunks(table_VD.shape[0], chunk):
     last = first + number * size
     take_in = functools.partial(look_at, size=size, softcap=softcap)
@@ -171,12 +171,12 @@ def _walk(h_RD, table_VD, temperature_R, look_at, chunk, softcap):
       carry,
       jnp.arange(first, last, size, dtype=jnp.int32),
     )
-    noted.append((jnp.moveaxis(bins_nRX, 0, 1), at_nR.T))
+    recorded.append((jnp.moveaxis(bins_nRX, 0, 1), at_nR.T))
     first = last
   mass_RX = jnp.concatenate(
     [
       (bins_RnX * jnp.exp(at_Rn - carry[0][:, None])[:, :, None]).reshape(R, -1)
-      for bins_RnX, at_Rn in noted
+      for bins_RnX, at_Rn in recorded
     ],
     axis=1,
   )
@@ -194,17 +194,18 @@ def look_at(
   softcap: float,
   with_mean: jax.Array | None = None,
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, jax.Array]]:
-  """Takes E[start : start + size] in.
+  """Accumulates the statistics of E[start : start + size].
 
   Args:
-    carry: of what was looked at before, for each row: the maximum, and relative
-      to it the sum of x e^x, the argmax, the sum of e^x E.
+    carry: for each row, of the chunks before: the maximum, the sum of x e^x,
+      the argmax, the sum of e^x E, with sums relative to the maximum.
     h_RD, table_VD, temperature_R, softcap, with_mean: see `summarize`.
     start: int32.
     size: rows of E.
 
   Returns:
-    (the carry, (sums of e^x of each bin here, the maximum they refer to)).
+    (the new carry, (sums of e^x of each bin of the chunk, the maximum to which
+    they are relative)).
   """
   max_R, weighted_R, argmax_R, mean_RD = carry
   rows_cD = rows(table_VD, start, size).astype(h_RD.dtype)
@@ -213,11 +214,11 @@ def look_at(
   )
   x_Rc = _scaled(product_Rc, softcap, temperature_R[:, None])
   here_R = jnp.max(x_Rc, axis=-1)
-  # Neither argmax nor a minimum of integers is vectorised everywhere.
+  # Not argmax nor a minimum of integers, which are not vectorised everywhere.
   left_c = jnp.arange(size, 0, -1, dtype=jnp.float32)
   left_R = jnp.max(jnp.where(x_Rc == here_R[:, None], left_c, 0.0), axis=1)
-  place_R = size - left_R.astype(jnp.int32)
-  argmax_R = jnp.where(here_R > max_R, start + place_R, argmax_R)
+  index_R = size - left_R.astype(jnp.int32)
+  argmax_R = jnp.where(here_R > max_R, start + index_R, argmax_R)
   new_max_R = jnp.maximum(max_R, here_R)
   shrink_R = jnp.exp(max_R - new_max_R)
   p_Rc = jnp.exp(x_Rc - new_max_R[:, None])
@@ -242,7 +243,7 @@ def look_at(
 
 
 def default_chunk(num_rows: int, elements: int = _CHUNK_ELEMENTS) -> int:
-  """A power of two of rows of the table, for so many rows of h."""
+  """Rows of the table per chunk, a power of two, for `num_rows` rows of h."""
   return powers.largest_power_of_two(max(BIN, elements // num_rows))
 
 
@@ -256,24 +257,24 @@ def _scaled(
 
 
 def _blocks(p: jax.Array, size: int) -> jax.Array:
-  """The last axis in blocks of neighbours, the last filled with zeros."""
+  """The last axis split into blocks, the last one padded with zeros."""
   padding = [(0, 0)] * (p.ndim - 1) + [(0, -p.shape[-1] % size)]
   return jnp.pad(p, padding).reshape(*p.shape[:-1], -1, size)
 
 
 def _take(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:
-  """Of each row the element, or block, at this index along an axis < 0."""
+  """The element, or block, of each row at its index along `axis` < 0."""
   index = jnp.expand_dims(index, tuple(range(axis, 0)))
   return jnp.squeeze(jnp.take_along_axis(x, index, axis), axis)
 
 
 def num_halvings(vocab_size: int) -> int:
-  """U: how many uniforms a draw from so many tokens takes."""
+  """U: number of uniforms for a draw from `vocab_size` tokens."""
   return _BIN_HALVINGS + _num_halvings(-(-vocab_size // BIN))
 
 
 def sample(p: jax.Array, uniforms: jax.Array) -> jax.Array:
-  """The draw of `summarize` from whole probabilities [..., V]: int32 [...].
+  """The draw of `summarize`, from probabilities [..., V]: int32 [...].
 
   A token of probability zero is never drawn.
 
@@ -292,19 +293,19 @@ def sample(p: jax.Array, uniforms: jax.Array) -> jax.Array:
 def _check_uniforms(uniforms: jax.Array, vocab_size: int) -> None:
   if uniforms.shape[-1] != num_halvings(vocab_size):
     raise ValueError(
-      f'A draw from {vocab_size} tokens takes {num_halvings(vocab_size)} '
+      f'A draw from {vocab_size} tokens needs {num_halvings(vocab_size)} '
       f'uniforms, and {uniforms.shape[-1]} were given.'
     )
 
 
 def draw_index(mass: jax.Array, uniforms: jax.Array) -> jax.Array:
-  """An index along the last axis, drawn by its mass: int32. What has no mass is
-  never drawn.
+  """Draws an index along the last axis in proportion to its mass: int32. An
+  index of mass 0 is never drawn.
 
-  Whole blocks are halved first, then the block where the draw falls.
+  First a block is drawn by halving, then an index within it.
 
   Args:
-    mass: float32 [..., n], not negative, of which some is positive.
+    mass: float32 [..., n], >= 0, not all zero.
     uniforms: float32 in [-1/2, 1/2], [..., ceil(log2 n)].
   """
   size = powers.largest_power_of_two(math.isqrt(mass.shape[-1]))
@@ -316,14 +317,15 @@ def draw_index(mass: jax.Array, uniforms: jax.Array) -> jax.Array:
 
 
 def _num_halvings(count: int) -> int:
-  """How often so many are halved until one is left."""
+  """Number of halvings from `count` elements to one."""
   return (count - 1).bit_length()
 
 
 def _halve(mass: jax.Array, uniforms: jax.Array) -> jax.Array:
-  """`draw_index` of few: their sums by pairs, pairs of pairs and so on, then
-  down again. A uniform counts from the end that it is nearer to, and is
-  compared with the mass there: however small that is, it is reached."""
+  """`draw_index` for few elements: sums of pairs, pairs of pairs and so on,
+  then down again. A uniform number is relative to the nearer end and is
+  compared with the mass at that end, so that arbitrarily small masses can be
+  drawn."""
   sums = _blocks(mass, 2 ** _num_halvings(mass.shape[-1]))[..., 0, :]
   halves = []
   while sums.shape[-1] > 1:

@@ -1,15 +1,15 @@
-"""What may stand in the place of a matrix among the parameters.
+"""Representations of a matrix among the parameters.
 
   `jax.Array`
-  `Quantized`    w ~ values * scale, of each group scale = max |w| / largest
-  `LowRank`      W + s A B, an adapter that is learnt
-  `Transposed`   experts as CPUs read them fastest
+  `Quantized`    w ~ values * scale, with scale = max |w| / largest per group
+  `LowRank`      W + s A B, with an adapter that is trained
+  `Transposed`   experts in the layout that is fastest on CPUs
 
-A group of `Quantized` is a run along one axis, the one that a product sums
-over: all of it (8 bits, "per channel") or 32 or 64 neighbours (4 bits). Scales
-are bfloat16; values are rounded after the scale was, so that its rounding costs
-nothing. A format of one's own is a `Leaf`; where no kernel takes it, it is
-multiplied as `astype` says.
+The groups of `Quantized` are along the axis that a product sums over: all of it
+(8 bits, "per channel") or 32 or 64 adjacent inputs (4 bits). Scales are
+bfloat16; values are rounded relative to the rounded scale, so that its rounding
+adds no error. A custom format is a subclass of `Leaf`; where no kernel supports
+it, it is multiplied as the result of `astype`.
 """
 
 from collections.abc import Mapping
@@ -31,8 +31,9 @@ class Kind(NamedTuple):
 
   Attributes:
     dtype: of the values.
-    largest: the largest value that is used.
-    has_groups: whether a scale is of `group_size` neighbours, not of all.
+    largest: the largest value in use.
+    has_groups: whether a scale is per `group_size` adjacent inputs, not per all
+      inputs.
   """
 
   dtype: jnp.dtype
@@ -48,10 +49,9 @@ KINDS = {
 
 
 class Leaf(flax.struct.PyTreeNode):
-  """A weight that is no array. `len(w)` and `w.astype(dtype)` are what they
-  would be of the matrix that it stands for, and so is `w[index]` (of leading
-  axes) of those without an adapter; Flax compares the shape of the first field
-  with what it expects."""
+  """A weight that is not an array. `len(w)` and `w.astype(dtype)` are those of
+  the matrix it represents, and so is `w[index]` (along leading axes) except for
+  weights with adapters; Flax checks the shape of the first field."""
 
   def __len__(self) -> int:
     return len(jax.tree.leaves(self)[0])
@@ -62,18 +62,18 @@ class Leaf(flax.struct.PyTreeNode):
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Of the matrix that it stands for."""
+    """Shape of the matrix it represents."""
     return jax.eval_shape(lambda: self.astype(self.dtype)).shape
 
   def astype(self, dtype: jnp.dtype) -> jax.Array:
-    """The matrix that it stands for."""
+    """The matrix it represents."""
     raise NotImplementedError
 
   def __array__(self, dtype=None, copy=None) -> np.ndarray:
     return np.asarray(self.astype(dtype or self.dtype))
 
   def as_operand(self, dtype: jnp.dtype) -> 'Weight':
-    """What a product takes, in whose type the matrix is used."""
+    """The operand of a product in `dtype`."""
     return self.astype(dtype)
 
   def in_use(self, dtype: jnp.dtype, *axes: str | None) -> 'Leaf':
@@ -81,7 +81,7 @@ class Leaf(flax.struct.PyTreeNode):
     return self
 
   def expert_specs(self, axes: tuple[str | None, ...]) -> Any:
-    """See `expert_specs`, which is asked before `gather_experts`."""
+    """See `expert_specs`, which is called before `gather_experts`."""
     raise ValueError(
       f'{type(self).__name__} weights are for one device: for a mesh, load '
       'with sharding=parameter_sharding(mesh).'
@@ -92,7 +92,7 @@ class Leaf(flax.struct.PyTreeNode):
     raise NotImplementedError
 
   def stored(self) -> Mapping[str, jax.Array] | jax.Array:
-    """The arrays that it is on disk, by name, or the one that it is."""
+    """The arrays on disk by name, or a single array."""
     return self.astype(self.dtype)
 
 
@@ -101,10 +101,11 @@ class Quantized(Leaf):
 
   Attributes:
     values: int8, int4 or float8_e4m3fn.
-    scales: bfloat16, as `values` but for the number of groups along `axis`.
+    scales: bfloat16, shaped like `values` except for the number of groups along
+      `axis`.
     axis: the axis with the groups, counted from the end.
-    scales_transposed: whether the last two axes of `scales` have changed
-      places: those of [E, F, D] are then [E, groups, F], not [E, F, groups].
+    scales_transposed: whether the last two axes of `scales` are swapped: for
+      [E, F, D] they are [E, groups, F] instead of [E, F, groups].
   """
 
   values: jax.Array
@@ -129,7 +130,7 @@ class Quantized(Leaf):
     return self.replace(values=self.values[index], scales=self.scales[index])
 
   def astype(self, dtype: jnp.dtype) -> jax.Array:
-    """The array it stands for, computed in float32."""
+    """The dequantised array, computed in float32."""
     axis, groups = self.ndim + self.axis, self.num_groups
     split = list(self.shape)
     split[axis : axis + 1] = [groups, self.shape[axis] // groups]
@@ -164,36 +165,36 @@ def quantize(
   group_size: int | None = None,
   scales_transposed: bool = False,
 ) -> Quantized:
-  """`w` quantised.
+  """Quantises `w`.
 
   Args:
-    w: a floating array.
+    w: a floating-point array.
     kind: 'int8', 'int4' or 'fp8' (e4m3).
     axis: the axis that products sum over, counted from the end.
-    group_size: how many neighbours share a scale; None is all of the axis.
-    scales_transposed: how the scales are kept, see `Quantized`.
+    group_size: number of adjacent inputs that share a scale; None is all.
+    scales_transposed: layout of the scales, see `Quantized`.
 
   Raises:
-    ValueError: the axis has no whole number of groups.
+    ValueError: `group_size` does not divide the axis.
   """
   dtype, largest, _ = KINDS[kind]
   size = w.shape[axis]
   group_size = group_size or size
   if size % group_size:
     raise ValueError(f'{size} is no multiple of {group_size}')
-  place = w.ndim + axis
+  position = w.ndim + axis
   split = list(w.shape)
-  split[place : place + 1] = [size // group_size, group_size]
+  split[position : position + 1] = [size // group_size, group_size]
   grouped = w.astype(jnp.float32).reshape(split)
-  most = jnp.max(jnp.abs(grouped), axis=place + 1, keepdims=True)
+  most = jnp.max(jnp.abs(grouped), axis=position + 1, keepdims=True)
   scales = (most / largest).astype(jnp.bfloat16)
-  # A group of zeros, or one that bfloat16 has no scale for, is zero.
+  # A group of zeros, or of values too small for a bfloat16 scale, is zero.
   by = scales.astype(jnp.float32)
   values = jnp.where(by > 0, grouped / jnp.where(by > 0, by, 1.0), 0.0)
   values = jnp.clip(values, -largest, largest)
   if jnp.issubdtype(dtype, jnp.integer):
     values = jnp.round(values)
-  values, scales = values.reshape(w.shape), scales.squeeze(place + 1)
+  values, scales = values.reshape(w.shape), scales.squeeze(position + 1)
   if scales_transposed:
     scales = jnp.swapaxes(scales, -1, -2)
   return Quantized(values.astype(dtype), scales, axis, scales_transposed)
@@ -209,18 +210,18 @@ def rows(table: Any, start: jax.Array, size: int) -> Any:
 def values_and_scales(
   w: jax.Array | Quantized,
 ) -> tuple[jax.Array, jax.Array | None]:
-  """(values, scales) of an array; None where it is not quantised."""
+  """(values, scales); (w, None) if it is not quantised."""
   return (w.values, w.scales) if isinstance(w, Quantized) else (w, None)
 
 
 class LowRank(Leaf):
-  """A matrix and its adapter, W + scale A B. With W of axes (in, out), each of
-  which may be several:
+  """A matrix and its adapter, W + scale A B. The inputs and the outputs of W
+  may be several axes each.
 
   Attributes:
-    weight: W; with an axis of experts it is [E, out, in].
-    a: [in, rank]; of experts [E, rank, in].
-    b: [rank, out]; of experts [E, out, rank].
+    weight: W, [in, out]; for experts [E, out, in].
+    a: A, [in, rank]; for experts [E, rank, in].
+    b: B, [rank, out]; for experts [E, out, rank].
     scale: a number.
   """
 
@@ -230,7 +231,7 @@ class LowRank(Leaf):
   scale: float = flax.struct.field(pytree_node=False)
 
   def astype(self, dtype: jnp.dtype) -> jax.Array:
-    """Both as one, added in float32."""
+    """W + scale A B as one matrix, added in float32."""
     if self.a.ndim == self.b.ndim == 3:  # Of experts.
       update = jnp.einsum('erd,efr->efd', self.a, self.b)
     else:
@@ -250,7 +251,7 @@ class LowRank(Leaf):
     )
 
   def gather_experts(self, axis: int, dtype: jnp.dtype) -> 'LowRank':
-    # The adapter's A ends, or its B is second, in the same axis.
+    # A has this axis of W if it is the last, B if it is the second.
     name = {2: 'a', 1: 'b'}[axis]
     part = _gather(getattr(self, name), axis=axis)
     weight = gather_experts(self.weight, axis, dtype)
@@ -258,8 +259,8 @@ class LowRank(Leaf):
 
 
 class Transposed(Leaf):
-  """The matrix of each expert, [E, out, in], kept as [E, in, out]. CPUs
-  multiply by it up to twice as fast as by one with its outputs first.
+  """The matrix of each expert, [E, out, in], stored as [E, in, out]. CPUs
+  multiply by it up to twice as fast as in the layout with outputs first.
 
   Attributes:
     values: [E, in, out].
@@ -283,20 +284,19 @@ class Transposed(Leaf):
 
 
 Weight = jax.Array | Leaf
-# A nested dict of weights by the names of modules.
+# A nested dict of weights by module names.
 Params = dict[str, Any]
 
 
 def arrange(params: Params, donate: bool = False) -> dict[str, Any]:
-  """The parameters as this device multiplies by them fastest where there is no
-  gradient, to write text with: on a CPU the matrices of experts are
-  transposed, if they are plain arrays; on other devices and on a mesh all stay
-  as they are.
+  """The parameters in the layout that is fastest for sampling on this device:
+  on a CPU, matrices of experts that are plain arrays are transposed; on other
+  devices and on a mesh, `params` are returned as they are.
 
-  What comes back can be trained and saved, but not brought onto a mesh. A
-  matrix is transposed once for as long as it is there. With `donate`, each one
-  is deleted at once, so that both are never held: `params` can't be used any
-  more.
+  The result can be trained and saved, but not sharded over a mesh. The
+  transposed matrix is cached for as long as its original exists. With `donate`,
+  each original is deleted after its transposition, so that both are never in
+  memory, and `params` can't be used any more.
   """
   is_on_mesh = not jax.sharding.get_abstract_mesh().empty
   if is_on_mesh or jax.default_backend() != 'cpu':
@@ -310,8 +310,8 @@ def arrange(params: Params, donate: bool = False) -> dict[str, Any]:
   return traverse_util.unflatten_dict(flat)
 
 
-# By the number of a matrix: (a weak reference to it, the transposed one), which
-# goes when the matrix goes.
+# By the id of a matrix: (a weak reference to it, the transposed matrix). The
+# entry is removed with the matrix.
 _TRANSPOSED: dict[int, tuple[weakref.ref[jax.Array], Transposed]] = {}
 
 
@@ -332,24 +332,24 @@ _transpose = jax.jit(lambda w_EFD: jnp.swapaxes(w_EFD, 1, 2))
 def shape_in_memory(
   w: Weight | None, shape: tuple[int, ...]
 ) -> tuple[int, ...]:
-  """The shape of the first array of `w`, a weight of this shape."""
+  """The shape of the first array of `w`, a weight that represents `shape`."""
   is_transposed = isinstance(w, Transposed)
   return (*shape[:-2], shape[-1], shape[-2]) if is_transposed else shape
 
 
 def stored(w: Weight) -> Mapping[str, jax.Array] | jax.Array:
-  """The arrays that a weight is on disk, by name, or the one that it is."""
+  """The arrays of a weight on disk by name, or a single array."""
   return w.stored() if isinstance(w, Leaf) else w
 
 
 def as_operand(w: Weight, dtype: jnp.dtype) -> Weight:
-  """What a product takes, in whose type the matrix is used."""
+  """The operand of a product in `dtype`."""
   return w.as_operand(dtype) if isinstance(w, Leaf) else w.astype(dtype)
 
 
 def in_use(w: Weight, dtype: jnp.dtype, *axes: str | None) -> Weight:
-  """A matrix as a product takes it on a mesh: with these logical axes, and
-  gathered along the one that it is only stored in shards of, in this type."""
+  """A matrix as operand of a product on a mesh, cast to `dtype`: with these
+  logical axes, so gathered along axes along which it is only stored sharded."""
   if isinstance(w, Leaf):
     return w.in_use(dtype, *axes)
   if not parallel.is_active():
@@ -358,14 +358,14 @@ def in_use(w: Weight, dtype: jnp.dtype, *axes: str | None) -> Weight:
 
 
 def expert_specs(w: Weight, axes: tuple[str | None, ...]) -> Any:
-  """Where the matrices of experts lie, whose logical axes (experts, out, in)
-  are these: specs in the structure of `w`."""
+  """Shardings of matrices of experts with these logical axes (experts, out,
+  in): specs in the structure of `w`."""
   return w.expert_specs(axes) if isinstance(w, Leaf) else parallel.spec(*axes)
 
 
 def gather_experts(w: Weight, axis: int, dtype: jnp.dtype) -> Weight:
-  """On one device: its experts, gathered from their shards along `axis`, 1
-  (outputs) or 2 (inputs), in the type that is computed in."""
+  """Per device: its experts, gathered from their shards along `axis`, 1
+  (outputs) or 2 (inputs), cast to `dtype`."""
   if isinstance(w, Leaf):
     return w.gather_experts(axis, dtype)
   return _gather(w.astype(dtype), axis=axis)

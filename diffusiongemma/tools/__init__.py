@@ -1,1 +1,1 @@
-"""Plans, measurements, and what they are measured against."""
+"""Plans, benchmarks, and the peer for comparison."""

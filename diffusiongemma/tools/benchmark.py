@@ -1,13 +1,12 @@
-"""How fast it is, beside `transformers` on the same weights.
+"""Measures speed, compared with `transformers` on the same weights.
 
   a step  = a denoising pass and all that the sampler does with it
-  tokens/s = B * C / (16 steps + commit),  prefill apart
+  tokens/s = B * C / (16 steps + commit),  without prefill
 
-What is measured is what `generate` runs: the loop over a canvas on the device,
-with a number of steps that does not depend on what is written. A step is the
-mean of them; on a CPU the last has less to do (`vocabulary`). Times are
-medians of several; the two programs take turns, since a machine that is shared
-has fast and slow minutes.
+The measured program is that of `generate`: the loop over a canvas on the
+device, with a fixed number of steps. A step is the mean of them; on a CPU the
+last one is cheaper (`vocabulary`). Times are medians of several; the two
+programs alternate, since the speed of a shared machine varies over minutes.
 """
 
 from collections.abc import Callable
@@ -42,7 +41,7 @@ from diffusiongemma.tools import peer as peer_lib
 from diffusiongemma.training import step as steps_lib
 from diffusiongemma.training import train_state
 
-# What is timed by itself: name -> the method of `Ours`.
+# Programs that are timed separately: name -> the method of `Ours`.
 _PROGRAMS = {
   'prefill': 'read_prompt',
   'commit': 'commit',
@@ -51,9 +50,9 @@ _PROGRAMS = {
 
 
 def random_params(config: Config, key: jax.Array) -> dict[str, Any]:
-  """Parameters of the config's shapes, in its compute type, quantised where
-  it says so; made one by one on the device, so that the network never exists
-  in more bits than it has."""
+  """Random parameters of the config's shapes, in its compute type, quantised as
+  it says; computed one by one on the device, so that the network never exists
+  unquantised."""
   dtype = jnp.dtype(config.model.dtype)
   text = dataclasses.replace(config.model, vision=None)
   abstract = traverse_util.flatten_dict(denoiser.abstract_params(text))
@@ -87,7 +86,7 @@ class Ours:
       self.config, params, *self.given
     ).compile()
     self.compile_seconds = time.perf_counter() - start
-    # As text, it meets all experts; one token repeated would meet a few.
+    # Random tokens, like text, use all experts; a repeated one would use few.
     canvas_BL = rng.integers(3, model.vocab_size, (batch, C))
     self.canvas_BL = jnp.asarray(canvas_BL, jnp.int32)
     self.need = memory.need_of(
@@ -111,7 +110,7 @@ class Ours:
     )
 
   def vocabulary(self):
-    """The sampler's pass over the vocabulary alone."""
+    """Only the sampler's pass over the vocabulary."""
     model, R = self.config.model, self.canvas_BL.size
     h_RD = jnp.ones((R, model.embed_dim), model.dtype)
     uniforms_RU = jnp.full(
@@ -128,7 +127,7 @@ def _summarize(model, params, h_RD, uniforms_RU):
 
 
 def fixed_steps(config: Config, steps: int) -> Config:
-  """The config with a sampler that takes so many steps, whatever it writes."""
+  """The config with a sampler that always takes `steps` steps."""
   diffusion = dataclasses.replace(
     config.diffusion, max_denoising_steps=steps, confidence_threshold=0.0
   )
@@ -142,15 +141,15 @@ def measure(
   repeats: int = 5,
   peer: peer_lib.Transformers | None = None,
 ) -> list[dict[str, Any]]:
-  """Times for each (batch, context) of the grid: seconds, medians, with the
-  spread of a step, and with a `peer` its step, eager and compiled, and how much
-  faster ours is than each."""
+  """Times for each (batch, context) of the grid: medians in seconds, the spread
+  of a step and, with a `peer`, its step, eager and compiled, and how many times
+  as fast ours is."""
   rows = []
   for batch, context in grid:
     ours = Ours(config, params, batch, context)
     C = config.diffusion.canvas_length
     for method in (*_PROGRAMS.values(), 'write'):
-      getattr(ours, method)()  # The first call is another.
+      getattr(ours, method)()  # Warm-up.
     peers: dict[str, Callable[[int], None]] = {}
     refusal = None
     if peer is not None:
@@ -192,7 +191,7 @@ def measure(
 
 
 def seconds(run) -> float:
-  """How long a call takes, until its arrays are there."""
+  """Seconds that a call takes until its arrays are ready."""
   start = time.perf_counter()
   jax.block_until_ready(run())
   return time.perf_counter() - start
@@ -201,8 +200,8 @@ def seconds(run) -> float:
 def measure_training(
   config: Config, repeats: int = 5, peer: peer_lib.Transformers | None = None
 ) -> dict[str, float]:
-  """Tokens a second of the training step, and its compilation's time; with a
-  `peer` its step and how much faster ours is."""
+  """Tokens per second of the training step, and its compilation time; with a
+  `peer`, its step and how many times as fast ours is."""
   B, S = config.data.batch_size, config.data.sequence_length
   C = config.diffusion.canvas_length
   rng = np.random.default_rng(0)
@@ -227,8 +226,8 @@ def measure_training(
     return state
 
   def steady_seconds(run):
-    """Of the second call in a row, as all are but one in training: the first
-    finds the memory that it needs in the other program's hands."""
+    """Seconds of the second of two calls, as are all but one in training: in
+    the first, the memory it needs is still held by the other program."""
     seconds(run)
     return seconds(run)
 
@@ -253,8 +252,8 @@ def measure_training(
 
 def parse_grid(config: Config, cells: list[str]) -> list[tuple[int, int]]:
   """(batch, context) of each cell, 'BATCHxCONTEXT'. Raises `ConfigError`."""
-  found = [re.fullmatch(r'(\d+)x(\d+)', cell) for cell in cells]
-  grid = [(int(cell[1]), int(cell[2])) if cell else (0, 0) for cell in found]
+  matches = [re.fullmatch(r'(\d+)x(\d+)', cell) for cell in cells]
+  grid = [(int(cell[1]), int(cell[2])) if cell else (0, 0) for cell in matches]
   room = config.model.context_length - config.diffusion.canvas_length
   if any(batch < 1 or not 1 <= context <= room for batch, context in grid):
     raise configs.ConfigError(
@@ -269,9 +268,9 @@ def run(
 ) -> dict[str, Any]:
   """All measurements of a config, as plain values; sizes in bytes.
 
-  `transformers` is a peer where it is installed, in float32 and with nothing
-  quantised; training is measured where nothing is, and where its state fits.
-  Images are left out.
+  `transformers` is measured too if it is installed, for float32 without
+  quantisation. Training is measured without quantisation, if its state fits.
+  There are no images.
   """
   model = dataclasses.replace(config.model, vision=None)
   config = dataclasses.replace(config, model=model)
@@ -282,7 +281,7 @@ def run(
     peer = peer_lib.Transformers(config)
   params = peer.params if peer else random_params(config, jax.random.key(0))
   params = ops.weights.arrange(params, donate=True)
-  made = {
+  result = {
     'device': jax.devices()[0].device_kind,
     'jax': jax.__version__,
     'transformers': peer and peer.version,
@@ -293,14 +292,14 @@ def run(
   state = memory.bytes_on_a_device(train_state.abstract_state(config))
   limit = memory.available(jax.devices()[0]) or math.inf
   fits = 2 * state < limit  # Gradients and activations besides.
-  made['training'] = None
+  result['training'] = None
   if whole and fits:
-    made['training'] = measure_training(config, peer=peer)
-  return made
+    result['training'] = measure_training(config, peer=peer)
+  return result
 
 
 def to_text(made: dict[str, Any]) -> str:
-  """What `run` has measured as a table, for a person; milliseconds."""
+  """The result of `run` as a table, in milliseconds."""
   rows, training = made['sampling'], made['training']
   head = ['batch', 'context', 'prefill', 'step', 'vocabulary', 'commit']
   head += ['tokens/s', 'peak GB', 'compile s']

@@ -1,4 +1,4 @@
-"""What stands in an optimised HLO module, as XLA prints it."""
+"""Reads collectives and kernels from the text of an optimised HLO module."""
 
 import collections
 import dataclasses
@@ -13,7 +13,7 @@ _COLLECTIVES = (
   'collective-permute',
 )
 _TYPE_BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's16': 2}
-# What starts nothing.
+# Operations that launch no kernel.
 _NO_KERNEL = {
   'after-all',
   'bitcast',
@@ -26,12 +26,12 @@ _NO_KERNEL = {
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """What devices exchange in one way, in a program; loops count once.
+  """The collectives of one kind in a program; loops count once.
 
   Attributes:
-    count: how many there are.
-    bytes: of their results, together.
-    largest: bytes of the largest array among them; one may have several.
+    count: their number.
+    bytes: total bytes of their results.
+    largest: bytes of the largest array; a collective may have several.
   """
 
   count: int
@@ -41,43 +41,44 @@ class Collective:
 
 def collectives(text: str) -> dict[str, Collective]:
   """The collectives of an optimised HLO module, by kind."""
-  found, chains = collections.defaultdict(list), set()
+  by_kind, chains = collections.defaultdict(list), set()
   pattern = re.compile(
     r'= (.+?) (' + '|'.join(_COLLECTIVES) + r')(-start)?\('
     r'(?:.*chain_id="(\d+)")?'
   )
   for result, kind, started, chain in pattern.findall(text):
-    # On a TPU one that runs beside several other things stands in each.
+    # On a TPU, a collective that overlaps with several operations is in the
+    # text of each.
     if chain and chain in chains:
       continue
     chains.add(chain)
     shapes = re.findall(r'(\w+)\[([\d,]*)\]', result)
-    # What starts and ends later has its operands beside its results.
+    # The result of an asynchronous start also has its operands.
     if started and kind == 'all-gather':
       shapes = shapes[len(shapes) // 2 :]
     elif started and kind == 'collective-permute':
       shapes = shapes[1:2]
-    found[kind].append([_bytes_of(*shape) for shape in shapes])
+    by_kind[kind].append([_bytes_of(*shape) for shape in shapes])
   return {
     kind: Collective(len(many), sum(map(sum, many)), max(map(max, many)))
-    for kind, many in sorted(found.items())
+    for kind, many in sorted(by_kind.items())
   }
 
 
 def count_kernels(text: str) -> int:
-  """Kernels in the computation that starts most of them, of an optimised HLO
-  module: the loop of a sampler, or all of a step of training."""
+  """Kernels of the computation with most kernels in an optimised HLO module:
+  the loop of a sampler, or a whole training step."""
   counts = []
   inside = re.compile(r'  (?:ROOT )?%[\w.\-]+ = .+? ([\w\-]+)\(')
   for line in text.splitlines():
     if not line.startswith(' '):
       counts.append(0)
-    elif (found := inside.match(line)) and found[1] not in _NO_KERNEL:
+    elif (operation := inside.match(line)) and operation[1] not in _NO_KERNEL:
       counts[-1] += 1
   return max(counts, default=0)
 
 
 def _bytes_of(dtype: str, dims: str) -> int:
-  """Of an array as HLO writes its type: 'bf16', '4,8'."""
+  """Bytes of an array, from its type in HLO text: 'bf16', '4,8'."""
   count = math.prod(int(d) for d in dims.split(',') if d)
   return count * _TYPE_BYTES.get(dtype, 4)

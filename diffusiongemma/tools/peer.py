@@ -1,7 +1,7 @@
-"""What speed is measured beside: `transformers` with the same weights.
+"""The peer of the benchmark: `transformers` with the same weights.
 
-It writes with its own `generate`, eager, and where that works compiled by
-torch, with a cache of a fixed size.
+It samples with its own `generate`, eager and, if that works, compiled by torch
+with a cache of fixed size.
 """
 
 from collections.abc import Callable
@@ -16,19 +16,19 @@ from diffusiongemma.checkpoints import huggingface_config
 from diffusiongemma.config import Config
 from diffusiongemma.runs import huggingface_folder
 
-# Ways in which `transformers` runs: name -> (whether compiled, its column).
+# Modes of `transformers`: name -> (whether compiled, title of its column).
 WAYS = {
   'peer': (False, 'transformers'),
   'compiled_peer': (True, 'compiled'),
 }
-# Tokens of a prompt that `transformers` reads at a time, each piece with all
-# that is before it.
+# Tokens of a prompt that `transformers` reads at a time; each piece sees all
+# text before it.
 PIECE = 1024
 
 
 class Transformers:
-  """The same of `transformers`, eager or compiled by torch, in float32; its
-  weights are random and `params` has them as ours."""
+  """The network in `transformers`, eager or compiled by torch, in float32, with
+  random weights; `params` are the same weights in our form."""
 
   def __init__(self, config: Config):
     import torch
@@ -52,8 +52,8 @@ class Transformers:
   def read_prompt(
     self, config: Config, tokens_BP: np.ndarray, compiled: bool
   ) -> Any:
-    """Its cache of these tokens, with room for a canvas; of a fixed size, which
-    is what it compiles for, or of one that grows."""
+    """Its cache of these tokens, with room for a canvas: of fixed size,
+    required for compilation, or growing."""
     text = self.model.config.get_text_config(decoder=True)
     P = tokens_BP.shape[1]
     cache: Any
@@ -75,9 +75,9 @@ class Transformers:
   def write(
     self, config: Config, last_B1: np.ndarray, cache: Any, steps: int
   ) -> None:
-    """A canvas of so many steps, after the last token of a prompt whose others
-    are in the cache, of which it takes a copy. It compiles where the cache has
-    a fixed size."""
+    """Writes a canvas with `steps` steps, after the last token of a prompt
+    whose other tokens are in the cache (of which it uses a copy). It is
+    compiled if the cache has a fixed size."""
     diffusion, module = config.diffusion, self.generation
     self.model.generate(
       self.torch.tensor(last_B1).long(),
@@ -99,27 +99,29 @@ class Transformers:
   def writers(
     self, config: Config, tokens_BP: np.ndarray
   ) -> tuple[dict[str, Callable[[int], None]], str | None]:
-    """(`write` for so many steps, eager and compiled, warmed up; why it can't
-    be compiled, where it can't)."""
-    made: dict[str, Callable[[int], None]] = {}
+    """({mode: steps -> `write`}, warmed up; the reason if it can't be compiled,
+    else None)."""
+    writers_of_mode: dict[str, Callable[[int], None]] = {}
     for name, (compiled, _) in WAYS.items():
       try:
         cache = self.read_prompt(config, tokens_BP[:, :-1], compiled)
         write = functools.partial(self.write, config, tokens_BP[:, -1:], cache)
         write(1)
-      except Exception as error:  # Whatever a compiler may raise.
+      except Exception as error:  # Compilers can raise anything.
         if not compiled:
           raise
-        return made, f'{type(error).__name__}: {error}'.splitlines()[0]
-      made[name] = write
-    return made, None
+        return writers_of_mode, f'{type(error).__name__}: {error}'.splitlines()[
+          0
+        ]
+      writers_of_mode[name] = write
+    return writers_of_mode, None
 
   def learn(self, config: Config, batch: dict[str, np.ndarray]) -> float:
-    """A step of training with our losses, on the first canvas of each row;
+    """A training step with our losses, on the first canvas of each row; returns
     the loss.
 
-    Its cache forgets what local layers don't need, so that the text before the
-    canvas is read once more.
+    Its cache drops tokens that local layers don't need, so the text before the
+    canvas is read a second time.
     """
     torch, train, C = self.torch, config.train, config.diffusion.canvas_length
     if self.optimizer is None:
@@ -145,11 +147,11 @@ class Transformers:
     logits_MV = torch.tanh(logits_MV / cap) * cap
     loss_ar = cross_entropy(logits_MV, tokens_BS[:, 1:][mask_BS])
     cache = encoder(input_ids=tokens_BS[:, :start]).cache
-    given = {'decoder_input_ids': canvas_BC, 'cache': cache}
+    inputs = {'decoder_input_ids': canvas_BC, 'cache': cache}
     with torch.no_grad():
-      first_BCV = self.model(**given).logits
+      first_BCV = self.model(**inputs).logits
     logits_BCV = self.model(
-      **given,
+      **inputs,
       self_conditioning_logits=first_BCV,
       self_conditioning_mask=torch.rand(rows)
       < train.self_conditioning_probability,

@@ -1,15 +1,15 @@
-"""Compiles a config for devices that are not there; says what it would take.
+"""Compiles a config for devices that are not attached; estimates its costs.
 
   plan(config, 'v5p:4x4x4')                     the training step
   plan(config, 'h100', program='sample')        one denoising step and its loop
 
 Memory and collectives are those of the program that XLA compiles for the
-topology. FLOPs are counted in the program that was traced, before it is
-divided: every product, loops as often as they run. Times are a roofline:
+topology. FLOPs are counted in the traced program, before it is partitioned: all
+products, in loops times the number of iterations. Times are a roofline:
 
   t >= max(FLOPs / peak, bytes / bandwidth, bytes sent / link)     per device
 
-an estimate that nothing real has yet been compared with.
+an estimate that has not yet been compared with measurements.
 """
 
 from collections.abc import Callable
@@ -50,22 +50,22 @@ from diffusiongemma.training import step as steps
 
 
 class PlanError(Error, ValueError):
-  """A topology that can't be planned for; the message says what is missing."""
+  """A topology that can't be compiled for; the message says what is missing."""
 
 
 class TooLarge(PlanError):
-  """A program that the compiler itself found not to fit; its words are in the
-  message."""
+  """A program that does not fit according to the compiler, whose message is
+  included."""
 
 
 class Chip(NamedTuple):
-  """One device of a kind, as its vendor describes it.
+  """Specifications of a device, from its vendor.
 
   Attributes:
     memory: bytes.
     flops: peak of bfloat16 products, in FLOP/s.
     bandwidth: of the memory, in bytes/s.
-    link: to all neighbours together, in bytes/s each way.
+    link: to all neighbours together, in bytes/s per direction.
   """
 
   memory: float
@@ -88,23 +88,24 @@ GPUS_PER_HOST = 8
 
 
 class Plan(NamedTuple):
-  """What a program takes, on each device unless it says otherwise.
+  """Costs of a program, per device unless stated otherwise.
 
   Attributes:
-    topology: as it was asked for.
+    topology: the requested topology.
     program: 'train' or 'sample'.
     mesh: sizes of its axes.
-    devices: how many.
+    devices: number of devices.
     need: bytes of memory.
-    limit: bytes that a device has, None where unknown.
+    limit: bytes that a device has, None if unknown.
     flops: of a step, all devices together.
-    bytes_accessed: of memory, in a step; what stands in inner loops once.
+    bytes_accessed: of memory, in a step; inner loops count once.
     collectives: by kind.
-    kernels: how many a GPU starts in a step, of inner loops once; else None.
+    kernels: number that a GPU launches in a step, inner loops counted once;
+      None on other devices.
     compile_seconds: of this compilation, on this machine.
-    seconds: of a step, a roofline estimate; None where the chip is unknown.
-    bound_by: what the estimate is: FLOPs, memory or links.
-    tokens: of a step of training, or of the canvases that are sampled.
+    seconds: of a step, a roofline estimate; None if the chip is unknown.
+    bound_by: the limit in the estimate: FLOPs, memory or links.
+    tokens: of a training step, or of the sampled canvases.
   """
 
   topology: str
@@ -124,13 +125,13 @@ class Plan(NamedTuple):
 
   @property
   def fits(self) -> bool | None:
-    """Whether the memory is enough; None where nobody knows."""
+    """Whether the program fits in memory; None if unknown."""
     return None if self.limit is None else self.need.peak <= self.limit
 
   @property
   def tokens_per_second(self) -> float | None:
-    """By the estimate; of sampling with `sampler.TYPICAL_STEPS` a canvas,
-    without what reads the prompt and the finished canvas."""
+    """Estimated tokens per second; for sampling with `sampler.TYPICAL_STEPS`
+    steps per canvas, without prefill and commit."""
     if self.seconds is None:
       return None
     passes = sampler.TYPICAL_STEPS if self.program == 'sample' else 1
@@ -151,15 +152,15 @@ def plan(
     config: network, mesh, and for training data and optimiser.
     topology: 'v5e:4x4', 'v5p:4x4x4', 'v6e:8x8', 'tpu7x:4x4x4', 'h100', 'h200',
       'h100x8' (one host), 'h100x16' (two), or 'local'.
-    program: 'train' is a step of training; 'sample' the loop that writes a
-      canvas, of which a step is a denoising pass.
-    batch_size: of sampling; of training it is in the config.
-    context: tokens that sampling has room for.
+    program: 'train' is a training step; 'sample' is the loop that writes a
+      canvas, where a step is a denoising pass.
+    batch_size: for sampling; for training it is in the config.
+    context: context length for sampling.
 
   Raises:
     PlanError: the plugin for the topology is missing.
-    ConfigError: there is no such topology.
-    ConfigError: the mesh does not suit the devices or the network.
+    ConfigError: there is no such topology, or the mesh does not match the
+      devices or the network.
   """
   kind, devices = _devices(topology)
   mesh = sharding.make_mesh(config.mesh, devices)
@@ -170,14 +171,14 @@ def plan(
     lower = functools.partial(_lower_training, config, mesh)
     tokens = config.data.batch_size * config.data.sequence_length
   else:
-    given = (config, batch_size, context)
-    trace = functools.partial(_lower_sampling, *given, None)
-    lower = functools.partial(_lower_sampling, *given, mesh)
+    arguments = (config, batch_size, context)
+    trace = functools.partial(_lower_sampling, *arguments, None)
+    lower = functools.partial(_lower_sampling, *arguments, mesh)
     tokens = batch_size * config.diffusion.canvas_length
   flops = count_flops(trace())
   start = time.perf_counter()
   with lowering_for(mesh):
-    lowered, parts = lower()
+    lowered, inputs = lower()
     try:
       compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -185,11 +186,11 @@ def plan(
         raise TooLarge(_too_large(error, topology)) from error
       raise PlanError(_why_not(error, topology)) from error
   seconds = time.perf_counter() - start
-  need = memory.need_of(compiled, parts)
+  need = memory.need_of(compiled, inputs)
   chip = CHIPS.get(kind)
   limit = int(chip.memory) if chip else memory.available(devices[0])
   text = compiled.as_text()
-  found = hlo.collectives(text)
+  collectives = hlo.collectives(text)
   on_gpu = devices[0].platform in ('gpu', 'cuda')
   costs = compiled.cost_analysis() or {}
   accessed = max(costs.get('bytes accessed', 0.0), sum(need.arrays.values()))
@@ -198,7 +199,7 @@ def plan(
     times = {
       'FLOPs': flops / len(devices) / chip.flops,
       'memory': accessed / chip.bandwidth,
-      'links': sum(kind.bytes for kind in found.values()) / chip.link,
+      'links': sum(kind.bytes for kind in collectives.values()) / chip.link,
     }
     bound_by = max(times, key=times.__getitem__)
     estimate = times[bound_by]
@@ -211,7 +212,7 @@ def plan(
     limit,
     flops,
     accessed,
-    found,
+    collectives,
     hlo.count_kernels(text) if on_gpu else None,
     seconds,
     estimate,
@@ -222,7 +223,7 @@ def plan(
 
 @contextlib.contextmanager
 def lowering_for(mesh: Mesh) -> Iterator[None]:
-  """What is traced here is for the devices of a mesh, which need not exist."""
+  """Traces in the block are for the devices of a mesh, which need not exist."""
   platform = mesh.devices.flat[0].platform
   with (
     jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
@@ -258,7 +259,7 @@ def _devices(topology: str) -> tuple[str, list[Any]]:
       )
     elif kind in CHIPS and re.fullmatch(r'\d+(x\d+)+', shape):
       _check_libtpu()
-      # There is no TPU here that could be asked about itself.
+      # There is no TPU here whose metadata could be queried.
       os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
       description = topologies.get_topology_desc(
         platform='tpu', topology_name=topology
@@ -270,13 +271,13 @@ def _devices(topology: str) -> tuple[str, list[Any]]:
       )
   except (configs.ConfigError, PlanError):
     raise
-  except Exception as error:  # Whatever a plugin that is not there may raise.
+  except Exception as error:  # A missing plugin can raise anything.
     raise PlanError(_why_not(error, topology)) from error
   return kind, list(description.devices)
 
 
 def _why_not(error: Exception, topology: str) -> str:
-  """What may be missing when a topology can't be compiled for."""
+  """The message for a topology that can't be compiled for."""
   extra = 'cuda13' if topology.startswith(('h100', 'h200')) else 'tpu'
   reason = (str(error).splitlines() or [type(error).__name__])[0]
   return (
@@ -286,8 +287,8 @@ def _why_not(error: Exception, topology: str) -> str:
 
 
 def _check_libtpu() -> None:
-  """Raises `PlanError` for a libtpu that is none of the versions that this jax
-  is made for: a newer one fails, or never ends, inside of the compiler."""
+  """Raises `PlanError` for a version of libtpu that this jax does not support:
+  a newer one fails or hangs inside of the compiler."""
   try:
     installed = importlib.metadata.version('libtpu')
   except importlib.metadata.PackageNotFoundError:
@@ -303,7 +304,7 @@ def _check_libtpu() -> None:
   if all(installed in requirement.specifier for requirement in wanted):
     return
   raise PlanError(
-    f'libtpu {installed} is installed, and jax {jax.__version__} is made for '
+    f'libtpu {installed} is installed, but jax {jax.__version__} supports '
     f'libtpu{wanted[0].specifier}: '
     f"pip install 'jax[tpu]=={jax.__version__}'."
   )
@@ -312,21 +313,21 @@ def _check_libtpu() -> None:
 def _too_large(error: Exception, topology: str) -> str:
   """The compiler's reason, without its list of buffers."""
   lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-  return f'{topology}: does not fit, says the compiler. ' + ' '.join(lines[:3])
+  return f'{topology}: does not fit. The compiler: ' + ' '.join(lines[:3])
 
 
 def _lower_training(config: Config, mesh: Mesh) -> Any:
-  """The training step lowered for a mesh, with its parts."""
+  """(the training step lowered for a mesh, its inputs by group)."""
   return steps.lower_step(config, steps.abstract_state(config, mesh), mesh)
 
 
 def _lower_sampling(
   config: Config, batch_size: int, context: int, mesh: Mesh | None
 ) -> Any:
-  """The loop that writes a canvas, the same way; without a mesh its jaxpr."""
+  """The same for the loop that writes a canvas; without a mesh, its jaxpr."""
   model = config.model
 
-  def given():
+  def inputs():
     params = denoiser.fresh_params(config)
     if model.vision is not None:
       params = {k: v for k, v in params.items() if k != 'vision'}
@@ -334,7 +335,7 @@ def _lower_sampling(
     keys_B = sampler.row_keys(jax.random.key(0), batch_size)
     return params, cache, keys_B, jnp.zeros((batch_size,), jnp.bool_)
 
-  params, cache, keys_B, done_B = jax.eval_shape(given)
+  params, cache, keys_B, done_B = jax.eval_shape(inputs)
   dtype = jnp.dtype(model.dtype)
   params = jax.tree.map(lambda x: x.update(dtype=dtype), params)
   params = parameters.abstract_quantized(config.quantization, params)
@@ -354,10 +355,10 @@ def _lower_sampling(
 def count_flops(closed: Any) -> float:
   """FLOPs of all products in a jaxpr: 2 for each multiplication and addition.
 
-  A scan counts as often as it runs, a while loop once; of a branch, the
-  longest, of ways for different devices the plain one. The products of experts
-  count their padded rows. What nothing uses, such as gradients of what is
-  frozen, is left out, as by XLA.
+  A scan counts times its length, a while loop once; a `cond` counts its most
+  expensive branch, a choice by platform the plain implementation. Products of
+  experts include padding rows. Unused results, such as gradients of frozen
+  parameters, are removed, as by XLA.
   """
   jaxpr = getattr(closed, 'jaxpr', closed)
   jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
@@ -372,7 +373,7 @@ def count_flops(closed: Any) -> float:
       total += params['length'] * count_flops(params['jaxpr'])
     elif name == 'cond':
       branches = params['branches']
-      # Ways for devices name them; the last is for all that have no own.
+      # A choice by platform names platforms; the last branch is the default.
       if params.get('branches_platforms'):
         branches = branches[-1:]
       total += max(map(count_flops, branches))
@@ -391,7 +392,7 @@ def _flops_of_dot(eqn) -> float:
   return 2.0 * math.prod(out.shape) * summed
 
 
-# Products of tiles, by the name of the function that has them.
+# FLOPs of products of tiles, by the name of the jitted function.
 FLOPS_OF: dict[str, Callable[..., float]] = {
   ops.experts.MULTIPLY: lambda x, w, *_: (
     2.0 * x.shape[0] * w.shape[1] * w.shape[2]
@@ -401,7 +402,7 @@ FLOPS_OF: dict[str, Callable[..., float]] = {
 
 
 def smaller(config: Config, program: str) -> list[tuple[str, Config]]:
-  """Changes that need less memory, the nearest first: (what, the config)."""
+  """Changes that need less memory, the smallest first: (what, the config)."""
   changes: list[tuple[str, Config]] = []
   if program == 'sample':
     return changes
@@ -423,8 +424,8 @@ def smaller(config: Config, program: str) -> list[tuple[str, Config]]:
 
 
 def nearest_fit(config: Config, topology: str, program: str) -> str | None:
-  """The first change of `smaller` with which the program fits, by compiling
-  it; None if none of them is enough."""
+  """The first change of `smaller` with which the program fits, found by
+  compiling; None if none is enough."""
   for what, changed in smaller(config, program):
     try:
       if plan(changed, topology, program).fits:
@@ -449,8 +450,8 @@ def to_json(made: Plan) -> dict[str, Any]:
     'flops': made.flops,
     'bytes_accessed': made.bytes_accessed,
     'collectives': {
-      kind: dataclasses.asdict(found)
-      for kind, found in made.collectives.items()
+      kind: dataclasses.asdict(collective)
+      for kind, collective in made.collectives.items()
     },
     'kernels': made.kernels,
     'compile_seconds': round(made.compile_seconds, 1),
@@ -462,7 +463,7 @@ def to_json(made: Plan) -> dict[str, Any]:
 
 
 def to_text(made: Plan) -> str:
-  """The plan in lines, for a person."""
+  """The plan as text for the terminal."""
   shape = ' x '.join(f'{axis} {size}' for axis, size in made.mesh.items())
   verdict = {True: 'fits', False: 'does not fit', None: 'unknown'}
   step = 'step of training' if made.program == 'train' else 'denoising step'
@@ -478,17 +479,17 @@ def to_text(made: Plan) -> str:
     f'  FLOPs, all devices       {made.flops / 1e12:10.3f} T',
     f'  bytes from memory, each  {made.bytes_accessed / 1e9:10.3f} GB',
   ]
-  for kind, found in made.collectives.items():
+  for kind, collective in made.collectives.items():
     lines.append(
-      f'  {kind:<18} {found.count:5d} {found.bytes / 1e9:10.3f} GB, '
-      f'the largest {found.largest / 1e9:.3f} GB'
+      f'  {kind:<18} {collective.count:5d} {collective.bytes / 1e9:10.3f} GB, '
+      f'the largest {collective.largest / 1e9:.3f} GB'
     )
   if made.kernels is not None:
     lines.append(f'  kernels                  {made.kernels:10d}')
   if made.seconds:
     at = ''
     if made.program == 'sample':
-      at = f' at {sampler.TYPICAL_STEPS} steps a canvas'
+      at = f' at {sampler.TYPICAL_STEPS} steps per canvas'
     lines.append(
       f'  estimate, not measured: {1e3 * made.seconds:.2f} ms, bound by '
       f'{made.bound_by}; {made.tokens_per_second:,.0f} tokens/s{at}'

@@ -1,1 +1,1 @@
-"""Ways to compute that are faster on CPUs, in plain JAX."""
+"""Implementations that are faster on CPUs, in plain JAX."""

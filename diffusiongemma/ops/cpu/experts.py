@@ -1,10 +1,10 @@
-"""The experts on CPUs, where there is no gradient: both products at once.
+"""The experts on CPUs, without a gradient: both products at once.
 
   y_r = GeGLU(x_r gate_up_e^T) down_e^T   for each routed row r, e its expert
 
-The windows of `routing` are fetched once, go through both products and
-come back once; the portable twin writes the rows of all tiles in between. What
-is in no window goes tile by tile.
+The windows of `routing` are fetched once, go through both products and are
+written once; the plain version writes the rows of all tiles in between. Rows
+outside of the windows are processed tile by tile.
 """
 
 import jax
@@ -16,7 +16,7 @@ from diffusiongemma.ops.weights import Transposed
 
 
 def supports(*weights: object) -> bool:
-  """Whether they can be multiplied by `apply`."""
+  """Whether `apply` supports these weights."""
   return all(isinstance(w, jax.Array | Transposed) for w in weights)
 
 
@@ -27,21 +27,21 @@ def apply(
   groups: routing.Groups,
   k: int,
 ) -> jax.Array:
-  """Each row of M*k, the k choices of each token, after its expert: [R, D];
-  zero where it was left out.
+  """Each of the M*k routed rows (k choices per token) after its expert: [R, D];
+  zero for rows that were left out.
 
   Args:
     x_MD: tokens.
     gate_up_EFD: matrices [2F, D], the gate first.
     down_EDF: matrices [D, F].
     groups: the layout of the rows.
-    k: how many experts a token has.
+    k: number of experts of a token.
   """
   R, T, D = len(groups.slot_R), len(groups.row_T), x_MD.shape[1]
   window, rank_T = groups.window, groups.rank_T
 
   def mlp(row, gate_up, down):
-    """Of these routed rows with their matrices; anything for R or more."""
+    """The MLP of these routed rows; arbitrary for rows of R or more."""
     x = jnp.take(x_MD, row // k, axis=0, mode='clip')
     gate, up = jnp.split(_multiply(x, gate_up), 2, axis=-1)
     return _multiply(activation.geglu(gate, up), down)
@@ -52,8 +52,10 @@ def apply(
     slot_R = jnp.minimum(groups.slot_R, T - 1)
     expert_R = groups.expert_of_tile[slot_R // groups.tile]
     is_in_R = (groups.slot_R < T) & (rank_T[slot_R] < window)
-    place_R = jnp.where(is_in_R, expert_R * window + rank_T[slot_R], 0)
-    y_RD = jnp.where(is_in_R[:, None], y_EwD.reshape(-1, D)[place_R], 0)
+    row_in_windows_R = jnp.where(is_in_R, expert_R * window + rank_T[slot_R], 0)
+    y_RD = jnp.where(
+      is_in_R[:, None], y_EwD.reshape(-1, D)[row_in_windows_R], 0
+    )
   else:
     y_RD = jnp.zeros((R, D), x_MD.dtype)
 

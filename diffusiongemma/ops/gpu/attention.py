@@ -1,12 +1,12 @@
-"""Attention on GPUs, in Triton: twins of what is in `ops.attention`.
+"""Attention on GPUs, in Triton: the kernel of `ops.attention`.
 
-attend: a program has some queries of the heads that share a key, walks over
-blocks of keys, of one part after the other, and rescales what it has summed as
-the maximum grows, so that scores exist in registers alone. Where there are too
-few queries to keep a GPU busy, programs share the keys of a query, and what
-they found is put together. Slots of a cache that hold nothing yet are no keys.
+attend: a program has some queries of the heads that share a key, loops over
+blocks of keys, part after part, and rescales its sums as the maximum grows, so
+that scores exist only in registers. If there are too few queries to keep a GPU
+busy, programs share the keys of a query, and their results are combined. Empty
+slots of a cache are skipped.
 
-Sizes of blocks, warps and stages are the fastest that were measured on an H200
+Sizes of blocks, warps and stages are the fastest measured on an H200
 (`experiments/benchmarks/NOTES.md`).
 """
 
@@ -26,22 +26,22 @@ from diffusiongemma.ops import dispatch
 from diffusiongemma.ops.gpu import matmul as products
 
 LONGEST_HEAD = 512
-# Scores, 32 MB of float32, up to which XLA takes heads of 512. It was faster
-# with 5 million; more were not measured.
+# Number of scores (32 MB of float32) up to which XLA is used for heads of 512.
+# It was faster with 5 million; more were not measured.
 _FEW_SCORES = 2**23
 _MOST_SPLITS = 4
-_PROGRAMS = 256  # About as many keep a GPU busy.
-_PUT_TOGETHER = 4  # Heads of a query that a program puts together.
+_PROGRAMS = 256  # About enough to keep a GPU busy.
+_PUT_TOGETHER = 4  # Heads of a query that a program of `_put_together` has.
 
 
 class _Blocks(NamedTuple):
-  """How the work is divided for heads of some length.
+  """Block sizes for heads of some length.
 
   Attributes:
     rows: queries of a program of `attend`, times the heads that share a key.
-    keys: that it looks at together.
+    keys: keys of a block.
     head_rows: rows of a program of `project`.
-    head_warps: its warps.
+    head_warps: warps of a program of `project`.
   """
 
   rows: int
@@ -51,19 +51,19 @@ class _Blocks(NamedTuple):
 
 
 def blocks_of(head_dim: int) -> _Blocks:
-  """Of longer heads fewer queries fit into registers."""
+  """The block sizes; fewer queries of longer heads fit into registers."""
   return _Blocks(64, 32, 64, 4) if head_dim <= 256 else _Blocks(32, 64, 64, 8)
 
 
 def supports(
   q_BLNH: jax.Array, parts: Sequence[tuple[jax.Array, jax.Array]]
 ) -> bool:
-  """Whether the kernel can be used."""
+  """Whether the kernel supports these operands."""
   _, L, N, H = q_BLNH.shape
   group = N // parts[0][0].shape[2]
   lengths = [k_BSKH.shape[1] for k_BSKH, _ in parts if k_BSKH.shape[1]]
   scores = math.prod(q_BLNH.shape[:3]) * sum(lengths)
-  is_wide = q_BLNH.dtype.itemsize > 2  # Two such blocks find no room.
+  is_wide = q_BLNH.dtype.itemsize > 2  # Two such blocks do not fit.
   return (
     pl.next_power_of_2(H) == H <= LONGEST_HEAD
     and not (H == LONGEST_HEAD and (scores <= _FEW_SCORES or is_wide))
@@ -73,7 +73,7 @@ def supports(
 
 
 def _queries(length: int, head_dim: int, group: int) -> int:
-  """How many a program has, where as many heads share a key."""
+  """Queries of a program, if `group` heads share a key."""
   return math.gcd(length, max(1, blocks_of(head_dim).rows // group))
 
 
@@ -84,7 +84,7 @@ def attend(
   filled_B: jax.Array | None = None,
   interpret: bool = False,
 ) -> jax.Array:
-  """See `attention.attend`; with `interpret` on any device, slowly."""
+  """See `attention.attend`; with `interpret`, on any device, slowly."""
   B, L, N, H = q_BLNH.shape
   K = parts[0][0].shape[2]
   is_part = [k_BSKH.shape[1] > 0 for k_BSKH, _ in parts]
@@ -101,7 +101,7 @@ def attend(
   kernel = functools.partial(
     _attend, queries=queries, group=N // K, keys=keys, splits=splits
   )
-  # Of the longest heads two stages find room on Hopper alone.
+  # For the longest heads, two stages fit only on Hopper.
   num_stages = 2 if H < LONGEST_HEAD or dispatch.has_hopper() else 1
   array = jax.ShapeDtypeStruct
   out_SBLNH, top_SBLN, total_SBLN = pl.pallas_call(
@@ -129,7 +129,7 @@ def attend(
 
 
 def _put_together(out_ref, top_ref, total_ref, made_ref, *, heads):
-  """What programs found that shared the keys of a query."""
+  """Combines the results of programs that share the keys of a query."""
   row, query = pl.program_id(0), pl.program_id(1)
   where = (row, query, pl.ds(pl.program_id(2) * heads, heads))
   splits = range(out_ref.shape[0])
@@ -177,7 +177,7 @@ def _attend(
     if filled is not None:
       S = jnp.minimum(S, filled[row])
     counts.append((S + size - 1) // size)
-  # Blocks of all parts are numbered; these are this program's.
+  # The range of this program among the blocks of all parts.
   mine = [(split + i) * sum(counts) // splits for i in (0, 1)]
   start = before = 0
   for (k_ref, v_ref), size, count in zip(parts_ref, keys, counts, strict=True):
@@ -185,7 +185,7 @@ def _attend(
 
     def step(i, state, k_ref=k_ref, v_ref=v_ref, S=S, size=size, start=start):
       top, total, out = state
-      # The last block may begin within the one before, and says so.
+      # The last block may overlap the one before; the overlap is masked below.
       begin = jnp.minimum(i * size, S - size)
       here = pl.ds(begin, size)
       scores = jnp.dot(
@@ -214,7 +214,7 @@ def _attend(
     state = jax.lax.fori_loop(begin, end, step, state)
     start, before = start + S, before + count
   top, total, out = state
-  # A program may have had no block.
+  # A program may have no block.
   mean = out / jnp.where(total > 0, total, 1.0)[:, None]
   out = mean.astype(out_ref.dtype)
   out_ref[split, *where, :] = out.reshape(queries, group, H)

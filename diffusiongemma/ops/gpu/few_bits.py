@@ -1,13 +1,13 @@
-"""Few bits become bfloat16 in the registers of a GPU.
+"""Converts quantised values to bfloat16 in the registers of a GPU.
 
-The compiler's own conversion takes about six instructions a weight, more than
-all else in a product of few rows; these take one and a half. A byte in the last
-bits of 0x4300 is 128 more than its value: bfloat16 has seven bits there, and
-the last of them counts one. What is too much is subtracted, which is exact.
+The compiler's own conversion takes about six instructions per weight, more than
+everything else in a product of few rows; this one takes one and a half. A byte
+in the mantissa bits of 0x4300 is the value 128 + byte: bfloat16 has seven bits
+there, and the last of them counts one. The excess is subtracted, exactly.
 
-Four bytes in a register become four values in two. A byte of int4 has two
-neighbours, the first in its low bits, so that rows come in pairs of neighbours
-too.
+Four bytes in a register become four values in two registers. A byte of int4 has
+two adjacent values, the first in its low bits, so rows are read in pairs of
+adjacent values, too.
 """
 
 import jax
@@ -16,8 +16,8 @@ import jax.numpy as jnp
 
 from diffusiongemma.ops import dispatch
 
-# Seven bits and the sign apart: 128 + bits, and -128 or -256. (0x3F80 is one:
-# before the H100 GPUs had no addition of pairs without a product.)
+# Seven bits and the sign separately: 128 + bits, and -128 or -256. (0x3F80 is
+# one: GPUs before the H100 can add pairs only with a product.)
 FROM_INT8 = """{
 .reg .b32 bits, sign, one, more0, more1, less0, less1;
 mov.b32 one, 0x3F803F80;
@@ -30,8 +30,7 @@ prmt.b32 less1, sign, 0xC3C3C3C3, 0x4342;
 fma.rn.bf16x2 $0, more0, one, less0;
 fma.rn.bf16x2 $1, more1, one, less1;
 }"""
-# With its sign bit flipped, a value of 4 bits is 8 more: 128 + 8 + value, and
-# -136.
+# With its sign bit flipped, a 4-bit value is 8 more: 128 + 8 + value, and -136.
 _FROM_INT4 = """{
 .reg .b32 bits, one, more0, more1, less;
 mov.b32 one, 0x3F803F80;
@@ -45,29 +44,29 @@ fma.rn.bf16x2 $0, more0, one, less;
 fma.rn.bf16x2 $1, more1, one, less;
 }"""
 FROM_INT4 = tuple(_FROM_INT4.replace('SHIFT', shift) for shift in '04')
-# The first values, and the second ones, of two pairs of 16 bits.
+# The first values, and the second values, of two pairs of 16 bits.
 FROM_PAIRS = tuple(
   f'prmt.b32 $0, $1, $2, {which};' for which in ('0x5410', '0x7632')
 )
 
 
 def supports(dtype: jnp.dtype) -> bool:
-  """Whether kernels on the GPUs here can dequantise such values."""
+  """Whether kernels on the GPUs here can dequantise values of this type."""
   if dtype == jnp.float8_e4m3fn:
     return dispatch.has_float8()
   return dtype in (jnp.int8, jnp.int4)
 
 
 def in_pairs(x: jax.Array) -> jax.Array:
-  """[..., D] as [..., D / 2] of twice the bits, as it lies in memory: int4 as
-  uint8, bfloat16 as uint32. The first of a pair has the low bits."""
+  """[..., D] bitcast to [..., D / 2] of twice the bits: int4 to uint8, bfloat16
+  to uint32. The first of a pair has the low bits."""
   wide = {'int4': jnp.uint8, 'bfloat16': jnp.uint32}[x.dtype.name]
   pairs = x.reshape(*x.shape[:-1], -1, 2)
   return jax.lax.bitcast_convert_type(pairs, wide)
 
 
 def rows(block: jax.Array, interpret: bool) -> list[jax.Array]:
-  """A block of rows; of pairs, the first and the second of each."""
+  """A block of rows; for pairs, two blocks, of the first and second values."""
   if block.dtype != jnp.uint32:
     return [block]
   if interpret:
@@ -79,8 +78,8 @@ def rows(block: jax.Array, interpret: bool) -> list[jax.Array]:
 def weights(
   block: jax.Array, dtype: jnp.dtype, interpret: bool
 ) -> list[jax.Array]:
-  """What a block of weights stands for, in `dtype`; of pairs, the first and the
-  second of each, in bfloat16."""
+  """A block of weights in `dtype`, without scales; for pairs, two blocks in
+  bfloat16, of the first and second values."""
   if block.dtype == jnp.uint8:
     if interpret:
       signed = jax.lax.bitcast_convert_type(block, jnp.int8)
@@ -92,30 +91,30 @@ def weights(
 
 
 def _run(text: str, block: jax.Array, constraints: str, pack: int):
-  """Instructions on as many values at a time as `pack`: bfloat16."""
-  (made,) = plgpu.elementwise_inline_asm(
+  """Runs instructions on `pack` values at a time; the result is bfloat16."""
+  (result,) = plgpu.elementwise_inline_asm(
     text,
     args=[block],
     constraints=constraints,
     pack=pack,
     result_shape_dtypes=[jax.ShapeDtypeStruct(block.shape, jnp.bfloat16)],
   )
-  return made
+  return result
 
 
 def add_product(
   total: jax.Array, product: jax.Array, factor: jax.Array, interpret: bool
 ) -> jax.Array:
   """total + product * factor, in float32, rounded once; the compiler would not
-  put the two together."""
+  fuse the two."""
   factor = jnp.broadcast_to(factor, product.shape)
   if interpret:
     return total + product * factor
-  (made,) = plgpu.elementwise_inline_asm(
+  (result,) = plgpu.elementwise_inline_asm(
     'fma.rn.f32 $0, $1, $2, $3;',
     args=[product, factor, total],
     constraints='=f,f,f,f',
     pack=1,
     result_shape_dtypes=[jax.ShapeDtypeStruct(total.shape, jnp.float32)],
   )
-  return made
+  return result

@@ -1,8 +1,8 @@
-"""Heads on GPUs, in Triton: twins of what is in `ops.heads`.
+"""Heads on GPUs, in Triton: the kernels of `ops.heads`.
 
-project: a program has some rows of one head of q, k or v, which it multiplies
-with quantised weights, norms and rotates before it writes them.
-norm_and_rotate: the same of heads that are there.
+project: a program computes some rows of one head of q, k or v: the product with
+quantised weights, the norm and the rotation.
+norm_and_rotate: only the norm and the rotation, of given heads.
 """
 
 from collections.abc import Container
@@ -25,7 +25,7 @@ _NORMED = 16  # Rows of a head that a program of `norm_and_rotate` has.
 
 
 def supports(x_TD: jax.Array, weights: Sequence[Any]) -> bool:
-  """Whether `project` can multiply with these quantised weights [D, N, H]."""
+  """Whether `project` supports these quantised weights [D, N, H]."""
   D, _, H = weights[0].shape
   groups = {w.scales.shape[0] for w in weights}
   inputs = products.block(D // max(groups))
@@ -52,17 +52,17 @@ def project(
 
   Args:
     x_TD: rows.
-    weights: quantised matrices [D, N, H] of q, k and v; without v, what k's
-      gives is v too.
+    weights: quantised matrices [D, N, H] of q, k and v; if 'v' is absent, v is
+      the unnormalised k.
     norms: scales [H] of the norms of q and k; v has none.
     cos_sin_TF: cosines and sines of the angles, [T, H / 2].
     epsilon: of the norms.
-    interpret: runs on any device, slowly.
+    interpret: whether to run on any device, slowly.
   """
   (T, D), H = x_TD.shape, weights['q'].shape[2]
   *_, head_rows, warps = blocks_of(H)
   rows = math.gcd(T, head_rows)
-  matrices, made, heads = [], [], 0
+  matrices, out_shapes, heads = [], [], 0
   names: list[str] = []
   for name, w in weights.items():
     count = w.shape[1]
@@ -70,10 +70,10 @@ def project(
     targets = _targets(name, weights)
     matrices.append((parts, [norms.get(target) for target in targets]))
     shape = jax.ShapeDtypeStruct((T, count, H), x_TD.dtype)
-    made.append([shape] * len(targets))
+    out_shapes.append([shape] * len(targets))
     names += targets
     heads += count
-  found = pl.pallas_call(
+  outputs = pl.pallas_call(
     functools.partial(
       _project,
       rows=rows,
@@ -82,16 +82,16 @@ def project(
       interpret=interpret,
     ),
     grid=(heads, T // rows),
-    out_shape=made,
+    out_shape=out_shapes,
     compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=3),
     interpret=interpret,
     name='heads',
   )(x_TD, matrices, cos_sin_TF)
-  return dict(zip(names, jax.tree.leaves(found), strict=True))
+  return dict(zip(names, jax.tree.leaves(outputs), strict=True))
 
 
 def _targets(name: str, names: Container[str]) -> tuple[str, ...]:
-  """What this product gives, where there are those of some names."""
+  """The heads computed from product `name`, if there are products `names`."""
   return ('k', 'v') if name == 'k' and 'v' not in names else (name,)
 
 
@@ -127,8 +127,8 @@ def _project(
 
 
 def _finish(halves, which, head, norms, outs, cos_sin_ref, epsilon):
-  """Writes rows of a head, given as the halves of its axis, in float32, normed;
-  and rotated where there is a scale for the norm."""
+  """Norms rows of a head, given as the float32 halves of its axis, rotates them
+  if the norm has a scale, and writes them."""
   H = outs[0].shape[2]
   low, high = pl.ds(0, H // 2), pl.ds(H // 2, H // 2)
   squares = sum(jnp.sum(half * half, axis=1) for half in halves)
@@ -144,7 +144,7 @@ def _finish(halves, which, head, norms, outs, cos_sin_ref, epsilon):
 
 
 def supports_norm_and_rotate(q_TNH: jax.Array) -> bool:
-  """Whether `norm_and_rotate` can take heads of this shape."""
+  """Whether `norm_and_rotate` supports heads of this shape."""
   T, _, H = q_TNH.shape
   return (
     pl.next_power_of_2(H) == H
@@ -164,33 +164,35 @@ def norm_and_rotate(
   """Heads of q, k and v, normed, q and k rotated: each [T, N, H].
 
   Args:
-    heads: products of q and k, and of v unless these are k's.
-    norms: see `project`, as for all below.
+    heads: products of q and k, and of v unless they are those of k.
+    norms: see `project`, also for the arguments below.
     cos_sin_TF: see there.
     epsilon: see there.
     interpret: see there.
   """
   T, _, H = heads['q'].shape
-  # In the order in which XLA makes one product of theirs.
+  # In the order in which XLA merges their products.
   heads = {name: heads[name] for name in ('q', 'k', 'v') if name in heads}
-  scales, made = [], []
+  scales, out_shapes = [], []
   names: list[str] = []
   for name, x_TNH in heads.items():
     targets = _targets(name, heads)
     names += targets
     scales.append([norms.get(target) for target in targets])
-    made.append([jax.ShapeDtypeStruct(x_TNH.shape, x_TNH.dtype)] * len(targets))
+    out_shapes.append(
+      [jax.ShapeDtypeStruct(x_TNH.shape, x_TNH.dtype)] * len(targets)
+    )
   x_TNH = jnp.concatenate([x.reshape(T, -1) for x in heads.values()], axis=1)
   x_TNH = x_TNH.reshape(T, -1, H)
-  found = pl.pallas_call(
+  outputs = pl.pallas_call(
     functools.partial(_norm_and_rotate_rows, epsilon=epsilon),
     grid=(x_TNH.shape[1], T // _NORMED),
-    out_shape=made,
+    out_shape=out_shapes,
     compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
     interpret=interpret,
     name='norm_and_rotate',
   )(x_TNH, scales, cos_sin_TF)
-  return dict(zip(names, jax.tree.leaves(found), strict=True))
+  return dict(zip(names, jax.tree.leaves(outputs), strict=True))
 
 
 def _norm_and_rotate_rows(x_ref, scales_ref, cos_sin_ref, *made_refs, epsilon):

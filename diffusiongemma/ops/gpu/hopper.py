@@ -1,25 +1,26 @@
 """Products with quantised experts on Hopper GPUs (H100, H200), for few rows
-an expert: faster twins of `grouped_matmul_gpu`.
+per expert: faster than the kernels of `ops.gpu.matmul`.
 
 One warp group of a program copies blocks of weights, scales and rows into
-shared memory, as far ahead as there is room. Others, the workers, turn weights
-into bf16 in their registers and multiply on the left, W x^T: a matrix unit
-takes 64 outputs at a time, but as few as 8 rows, so that all rows of an expert,
-up to 32, meet each weight once. Workers have other outputs, the gate or the up,
-or other inputs; what they found is put together in shared memory. While the
-matrix unit has weights of a worker, the worker makes the next ones. Programs,
-one for each multiprocessor, take blocks of outputs in turn until none is left.
+shared memory, as far ahead as there is room. The others, the workers, convert
+weights to bf16 in their registers and multiply on the left, W x^T: a matrix
+unit takes 64 outputs at a time, but as few as 8 rows, so that each weight is
+used once for all rows of an expert, up to 32. Workers differ in their outputs
+(gate or up) or in their inputs; their results are combined in shared memory.
+While the matrix unit multiplies, the worker converts the next weights.
+Programs, one per multiprocessor, take blocks of outputs in turn until all are
+done.
 
-A matrix unit wants two neighbouring inputs in a register, and a register of
-int4 has eight, of which a mask gives the first and the fifth, the second and
-the sixth, and so on. So they are taken for neighbours where rows are fetched
-anyhow, for gate and up, and come in that order (`in_order_of_int4`); rows that
-lie there already would have to be written anew.
+A matrix unit needs two adjacent inputs in a register. A register of int4 has
+eight values, of which a mask yields the first and the fifth, the second and the
+sixth, and so on. These are treated as adjacent where rows are copied anyway,
+for gate and up: the rows are copied in that order (`in_order_of_int4`). Rows
+that are in place already would have to be rewritten.
 
-Sizes are the fastest that were measured on an H200
-(`experiments/benchmarks/NOTES.md`), but for two: how many products follow each
-other without a loop is what there are registers for, and int8's way down has a
-stage more than was the fastest, as each is held longer since.
+Sizes are the fastest measured on an H200 (`experiments/benchmarks/NOTES.md`),
+except for two: the number of products without a loop is limited by registers,
+and the down projection of int8 has one stage more than was the fastest, because
+stages are held longer now.
 """
 
 import functools
@@ -42,22 +43,22 @@ from diffusiongemma.ops import activation
 from diffusiongemma.ops.weights import Quantized
 
 _BLOCK = 64  # Outputs, and inputs, that a worker multiplies at a time.
-_ROWS = 32  # Of an expert, that are multiplied at a time.
-_PROGRAMS = 132  # An H100 (SXM) and an H200 have as many multiprocessors.
+_ROWS = 32  # Rows of an expert that are multiplied at a time.
+_PROGRAMS = 132  # Multiprocessors of an H100 (SXM) and an H200.
 _WORKERS = 4
 _WORKER_REGISTERS, _LOADER_REGISTERS = 104, 40
 _ROW = plgpu.Layout.WGMMA.reduce(1)
 
 
 class _Plan(NamedTuple):
-  """How the work is divided.
+  """The partition of the work.
 
   Attributes:
     columns: blocks of outputs that a program has at a time.
-    splits: how many workers share the inputs of a block of outputs.
+    splits: number of workers that share the inputs of a block of outputs.
     depth: blocks of inputs that a worker has at a time.
-    stages: how many of these there is room for.
-    at_once: how many of these a worker multiplies without a loop.
+    stages: number of these in shared memory.
+    at_once: number of these that a worker multiplies without a loop.
   """
 
   columns: int
@@ -77,15 +78,15 @@ def _plan(dtype: jnp.dtype, inputs: int, is_gated: bool) -> _Plan:
   if not is_gated:
     return _Plan(4, 1, 1, 8 if few else 5, at_once=4)
   if few and inputs % (4 * _BLOCK) == 0:
-    return _Plan(2, 2, 2, 4, at_once=1)  # More need too many registers.
+    return _Plan(2, 2, 2, 4, at_once=1)  # More would need too many registers.
   return _Plan(2, 2, 1, 6, at_once=2 if few else 4)
 
 
 def supports(
   weights_EFD: Any, tile: int, dtype: jnp.dtype, parts: int = 1
 ) -> bool:
-  """Whether the kernels can multiply rows of this type with these weights,
-  whose outputs are of so many parts."""
+  """Whether the kernels support rows of this type and these weights, whose
+  outputs have `parts` parts."""
   if not isinstance(weights_EFD, Quantized):
     return False
   _, F, D = weights_EFD.shape
@@ -110,8 +111,8 @@ def multiply_tiles(
   groups: Any,
   interpret: bool = False,
 ) -> jax.Array:
-  """See `grouped_matmul_gpu.multiply_tiles`; with `interpret` on any device,
-  very slowly."""
+  """See `ops.gpu.matmul.multiply_tiles`; with `interpret`, on any device, very
+  slowly."""
   return _call(x_TD, weights_EFD, groups, False, interpret, 'grouped_matmul')
 
 
@@ -122,15 +123,15 @@ def gate_tiles(
   k: int,
   interpret: bool = False,
 ) -> jax.Array:
-  """See `grouped_matmul_gpu.gate_tiles`."""
+  """See `ops.gpu.matmul.gate_tiles`."""
   is_int4 = gate_up_EFD.values.dtype == jnp.int4
   x_TD = _fetch(x_MD, groups, k, is_int4, interpret)
   return _call(x_TD, gate_up_EFD, groups, True, interpret, 'grouped_gate')
 
 
 def _fetch(x_MD, groups, k, is_int4, interpret):
-  """Tokens as they lie in tiles, [T, D], in the order of int4 if it meets them;
-  tiles that are not used hold anything."""
+  """Tokens in the tiled layout, [T, D], in the input order of int4 if the
+  weights are int4; unused tiles are arbitrary."""
   (_, D), T = x_MD.shape, len(groups.row_T)
   width = math.gcd(D, 256)
   return pl.pallas_call(
@@ -156,8 +157,8 @@ def _fetch_block(x_ref, row_ref, end_ref, out_ref, *, width, k, is_int4):
 
 
 def in_order_of_int4(x: jax.Array) -> jax.Array:
-  """Inputs [..., D] as int4 meets them: those 0, 4, 8, ... of 32 first, then 1,
-  5, 9, ..."""
+  """Inputs [..., D] in the order of `_from_int4`: 0, 4, 8, ... of 32 first,
+  then 1, 5, 9, ..."""
   x_split = x.reshape(*x.shape[:-1], -1, 8, 4)
   return jnp.swapaxes(x_split, -1, -2).reshape(x.shape)
 
@@ -169,10 +170,10 @@ def in_order_of_int4(x: jax.Array) -> jax.Array:
   ),
 )
 def _from_int4(_, w: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
-  """A block of int4, outputs first, as bf16 whose inputs have another order.
+  """Converts a block of int4, outputs first, to bf16 with permuted inputs.
 
-  A register has eight neighbours. Four bits in the last of 0x4300 are 128 more
-  than their value, and with the sign bit flipped, 8 more than that.
+  A register has eight adjacent values. Four bits in the last bits of 0x4300 are
+  128 more than their value, and with the sign bit flipped, 8 more than that.
   """
   i32 = ir.IntegerType.get_signless(32)
   pair = ir.VectorType.get((2,), ir.BF16Type.get())
@@ -199,13 +200,13 @@ def _from_int4(_, w: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
 
 
 def _are_neighbours(num_groups: int, inputs: int) -> bool:
-  """Whether the scales of the blocks of inputs lie side by side: one for each,
-  or one for all."""
+  """Whether the scales of consecutive blocks of inputs are contiguous: one for
+  each block, or one for all."""
   return num_groups in (1, inputs // _BLOCK)
 
 
 def _call(x_TD, weights_EFD, groups, is_gated, interpret, name):
-  """Each tile times its expert's matrix transposed, or GeGLU of its halves."""
+  """Each tile times its expert's matrix transposed, or GeGLU of the halves."""
   values, scales = weights_EFD.values, weights_EFD.scales
   (T, D), F = x_TD.shape, values.shape[1]
   outputs = F // 2 if is_gated else F
@@ -236,7 +237,7 @@ def _call(x_TD, weights_EFD, groups, is_gated, interpret, name):
     )
     scratch['parts_made'] = plgpu.Barrier(num_arrivals=_WORKERS - 1)
     scratch['parts_used'] = plgpu.Barrier()
-  if interpret:  # It multiplies nothing that is in registers.
+  if interpret:  # The interpreter can't multiply operands in registers.
     scratch['plain_smem'] = plgpu.SMEM((_WORKERS, _BLOCK, _BLOCK), jnp.bfloat16)
   return plgpu.kernel(
     functools.partial(_multiply, plan=plan, is_gated=is_gated),
@@ -257,13 +258,13 @@ def _call(x_TD, weights_EFD, groups, is_gated, interpret, name):
 
 
 def _num_programs() -> int:
-  """One for each multiprocessor of the smallest GPU here."""
+  """The number of multiprocessors of the smallest GPU here."""
   gpus = (d for d in jax.local_devices() if d.platform == 'gpu')
   return min((d.core_count for d in gpus), default=_PROGRAMS)
 
 
 def _tiled(shape, dtype, swizzle: int):
-  """Shared memory as matrix units read it."""
+  """Shared memory in the layout of matrix units."""
   of = jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo
   tiling = plgpu.TilingTransform((8, 8 * swizzle // of(dtype).bits))
   transforms = (tiling, plgpu.SwizzleTransform(swizzle))
@@ -304,18 +305,18 @@ def _multiply(
   at_a_time = _BLOCK if is_gated else columns * _BLOCK
 
   def own(column):
-    """Where a worker's outputs lie: which run, and which of it."""
+    """Position of a worker's outputs: (index of the part, slice of it)."""
     if is_gated:
       return column, pl.ds(0, _BLOCK)
     return 0, pl.ds(column * _BLOCK, _BLOCK)
 
   def for_each_piece(body):
-    """Calls body(expert, first output, first row, how many were before) for all
-    that is this program's, the same for loader and workers."""
+    """Calls body(expert, first output, first row, number of pieces before) for
+    all pieces of this program, in the same order for loader and workers."""
     of_tile = outputs // at_a_time
 
     def one(i, _):
-      # Not of `jnp`, whose functions are no part of a program of one warp.
+      # Not `jnp` functions, which a program of one warp can't use.
       place = program + i * programs
       tile = jax.lax.div(place, of_tile)
       first = jax.lax.rem(place, of_tile) * at_a_time
@@ -362,10 +363,10 @@ def _multiply(
   )
 
   def weights(stage, column, block):
-    """A block of them in bf16, in registers."""
+    """A block of weights in bf16, in registers."""
     where = (stage, *own(column), pl.ds(block * _BLOCK, _BLOCK))
     w = plgpu.layout_cast(w_smem[where], few_bits)
-    in_order = is_int4 and is_gated  # As the rows are.
+    in_order = is_int4 and is_gated  # The order of the rows.
     if plain_smem is not None:
       plain = w.astype(jnp.bfloat16)
       return in_order_of_int4(plain) if in_order else plain
@@ -374,7 +375,7 @@ def _multiply(
     return plgpu.layout_cast(w, plgpu.Layout.WGMMA).astype(jnp.bfloat16)
 
   def multiply(total_ref, w, stage, block):
-    """Starts to add a product, and does not wait for it."""
+    """Starts an accumulating product without waiting for it."""
     if plain_smem is not None:
       plain_smem[worker] = w
       w = plain_smem.at[worker]
@@ -382,9 +383,9 @@ def _multiply(
     plgpu.wgmma(total_ref, w, rows.T)
 
   def over_inputs(start, settle, total, split, count):
-    """`total = settle(total, start(stage, block))` for blocks of inputs, of
-    which each is settled when the product of the next has been started. A loop
-    ends with none under way: with one, the compiler would wait for each."""
+    """`total = settle(total, start(stage, block))` over blocks of inputs; each
+    is settled after the product of the next has been started. A loop ends with
+    no product in flight: otherwise the compiler would wait for each."""
 
     def burst(first, number, total):
       started = None
@@ -461,7 +462,7 @@ def _multiply(
     plgpu.copy_smem_to_gmem(out_smem.at[place], out_ref.at[where])
 
   def put_together(total, first, row, count):
-    """The first worker adds up what all have, and does GeGLU."""
+    """The first worker sums the results of all and applies GeGLU."""
 
     @pl.when(worker > 0)
     def _():

@@ -1,13 +1,13 @@
-"""Matrix products on GPUs: twins of the loops in `grouped_matmul`, and products
+"""Matrix products on GPUs: the loops of `experts.grouped_matmul`, and products
 with one quantised matrix.
 
-A program of the kernel has one tile of rows and one block of outputs, walks
-over the inputs and multiplies with what it reads of the expert's matrix, bf16
-or quantised, which becomes bf16 in registers (`few_bits`); the scale of a
-group is applied to the group's partial sum. For the gradient of the matrices a
-program has a block of one of them and walks over the expert's tiles.
+A program of the kernel has one tile of rows and one block of outputs, loops
+over the inputs and multiplies with blocks of the expert's matrix, bf16 or
+quantised, which are converted to bf16 in registers (`few_bits`); the scale of a
+group is applied to the group's partial sum. For the gradient of the matrices, a
+program has a block of one of them and loops over the expert's tiles.
 
-Sizes of blocks, warps and stages are the fastest that were measured on an H200
+Sizes of blocks, warps and stages are the fastest measured on an H200
 (`experiments/benchmarks/NOTES.md`).
 """
 
@@ -28,12 +28,12 @@ from diffusiongemma.ops.weights import values_and_scales
 SMALLEST = 16  # Triton multiplies no smaller blocks.
 BLOCK = 64
 _MOST_INPUTS = 128
-FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)  # Of arrays, as they are.
+FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)  # Of unquantised weights.
 
 
 def supports(weights_EFD: Any, tile: int, parts: int = 1) -> bool:
-  """Whether the kernels can multiply with these weights, whose outputs are of
-  so many parts."""
+  """Whether the kernels support these weights, whose outputs have `parts`
+  parts."""
   _, F, D = weights_EFD.shape
   inputs, smallest = D, SMALLEST
   if isinstance(weights_EFD, Quantized):
@@ -43,7 +43,7 @@ def supports(weights_EFD: Any, tile: int, parts: int = 1) -> bool:
       return False
     inputs = D // weights_EFD.num_groups
     if weights_EFD.values.dtype == jnp.int4:
-      smallest *= 2  # The halves of its pairs are multiplied apart.
+      smallest *= 2  # The halves of its pairs are multiplied separately.
   elif weights_EFD.dtype not in FLOATS:
     return False
   return min(tile, block(F // parts)) >= SMALLEST and block(inputs) >= smallest
@@ -56,10 +56,11 @@ def multiply_tiles(
   transposed: bool = False,
   interpret: bool = False,
 ) -> jax.Array:
-  """Each tile times its expert's matrix [F, D] transposed, or as it is: [T, F].
+  """Each tile times its expert's matrix [F, D] transposed: [T, F]; with
+  `transposed`, the matrix is not transposed.
 
-  Rows of tiles that are not used hold anything. With `interpret` it runs on
-  any device, slowly.
+  Rows of unused tiles are arbitrary. With `interpret` it runs on any device,
+  slowly.
   """
   return _call(
     *(x_TD, [values_and_scales(weights_EFD)]),
@@ -77,12 +78,12 @@ def gate_tiles(
   k: int,
   interpret: bool = False,
 ) -> jax.Array:
-  """The hidden layer of the experts: [T, F], where the matrices [2F, D] have
-  the gate first. Tokens x are fetched where they lie, k of whose choices follow
-  each other in `groups`."""
-  parts, F = values_and_scales(gate_up_EFD), gate_up_EFD.shape[1] // 2
+  """The hidden layer of the experts: [T, F]; the matrices [2F, D] have the gate
+  first. The kernel gathers the tokens x itself; the routed rows of `groups` are
+  the k choices of each token."""
+  matrix, F = values_and_scales(gate_up_EFD), gate_up_EFD.shape[1] // 2
   return _call(
-    *(x_MD, [parts, parts], groups.expert_of_tile, groups.end_E),
+    *(x_MD, [matrix, matrix], groups.expert_of_tile, groups.end_E),
     row_T=groups.row_T,
     rows_per_token=k,
     offsets=(0, F),
@@ -127,14 +128,14 @@ def gate(
 def supports_one(
   x_TD: jax.Array, values_DF: jax.Array, num_groups: int
 ) -> bool:
-  """Whether `multiply` and `gate` can."""
+  """Whether `multiply` and `gate` support these operands."""
   D, F = values_DF.shape
   blocks = (_tile(len(x_TD)), block(F), block(D // num_groups))
   return min(blocks) >= SMALLEST and few_bits.supports(values_DF.dtype)
 
 
 def _one_group(x_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The expert of each tile, and the end of its tiles, if there is but one."""
+  """(expert_of_tile, end_E) for a single matrix."""
   tiles = len(x_TD) // _tile(len(x_TD))
   return jnp.zeros((tiles,), jnp.int32), jnp.full((1,), tiles, jnp.int32)
 
@@ -159,14 +160,14 @@ def _call(
     matrices: one or two of (values [E, outputs, inputs], scales [E, groups,
       outputs] or None).
     expert_of_tile: int32 [T / tile].
-    end_E: int32, where each expert's tiles end.
-    row_T: int32, which of all choices of all tokens, `rows_per_token` each,
-      stands in each row of a tile; too large in those that are padding.
+    end_E: int32, end of each expert's tiles.
+    row_T: int32, the routed row in each row of the tiles, with `rows_per_token`
+      routed rows per token; too large for padding.
     rows_per_token: see above.
-    offsets: where the outputs of the two begin that are made; they may be
-      parts of the same matrix.
-    transposed: values are [E, inputs, outputs].
-    interpret: runs on any device.
+    offsets: first output of each of the two products; they may be parts of the
+      same matrix.
+    transposed: whether values are [E, inputs, outputs].
+    interpret: whether to run on any device.
     name: of the kernel.
   """
   values, scales = matrices[0]
@@ -190,7 +191,7 @@ def _call(
     interpret=interpret,
   )
   out_shape = jax.ShapeDtypeStruct((T, outputs), x.dtype)
-  # More stages of float32 find no room.
+  # More stages of float32 do not fit.
   num_stages = 3 if x.dtype.itemsize < 4 else 1
   if is_paired:
     x = few_bits.in_pairs(x)
@@ -261,28 +262,28 @@ def block_products(
   transposed: bool = False,
   interpret: bool,
 ) -> list[jax.Array]:
-  """Some rows times some outputs of one or more matrices, in float32. For
-  kernels.
+  """Some rows times some outputs of one or more matrices, in float32. For use
+  inside of kernels.
 
   Args:
     x_ref: [T, inputs], or pairs of them.
-    rows: which of T.
+    rows: indices of T.
     expert: index of the matrix.
     parts: for each product, a reference to the values [E, outputs, inputs], or
-      pairs of these, one to the scales [E, groups, outputs] or None, and which
-      outputs. All have as many groups.
-    shape: how many rows and outputs there are.
+      pairs of these, one to the scales [E, groups, outputs] or None, and the
+      indices of outputs. All have the same number of groups.
+    shape: (number of rows, number of outputs).
     block_in: inputs that are multiplied at a time, of one group.
-    dtype: of what is multiplied.
-    transposed: matrices are [E, inputs, outputs].
-    interpret: whether it runs on any device.
+    dtype: of the operands of the products.
+    transposed: whether matrices are [E, inputs, outputs].
+    interpret: whether to run on any device.
   """
   width = block_in if x_ref.dtype == dtype else block_in // 2
   steps = x_ref.shape[1] // width
   groups = 1 if parts[0][1] is None else parts[0][1].shape[1]
 
   def scales(i):
-    """Those of a block of inputs, for each product."""
+    """Scales of a block of inputs, for each product."""
     group = jnp.minimum(i, steps - 1) * groups // steps
     return [
       scales_ref[expert, group, outputs] for _, scales_ref, outputs in parts
@@ -310,7 +311,7 @@ def block_products(
         found.append(few_bits.add_product(total, product, factor, interpret))
       else:
         found.append(total + product)
-    # Read a step ahead: the compiler fetches only what is multiplied early.
+    # Read a step ahead: the compiler prefetches only operands of products.
     return found, scales(i + 1) if groups > 1 else []
 
   zeros = [jnp.zeros(shape, jnp.float32) for _ in parts]
@@ -358,7 +359,7 @@ def _add(end_ref, d_ref, x_ref, out_ref, *, tile, block_F, block_D):
 
 
 def _tile(rows: int) -> int:
-  """Rows of a tile where all meet the same matrix."""
+  """Rows of a tile, if all use the same matrix."""
   return math.gcd(rows, 2 * BLOCK)
 
 
@@ -368,5 +369,5 @@ def block(size: int) -> int:
 
 
 def block_of_inputs(inputs: int, groups: int) -> int:
-  """How many are multiplied at a time."""
+  """Number of inputs that are multiplied at a time."""
   return math.gcd(inputs // groups, _MOST_INPUTS)

@@ -1,7 +1,7 @@
-"""Norms on GPUs: the twin of `layers.add_and_norm`.
+"""Norms on GPUs: the kernel of `ops.norms.add_and_norm`.
 
-A program has one row, which stays in registers until all that is made of it is
-written. Rows are filled up to a power of two.
+A program has one row, which stays in registers until all its results are
+written. Rows are padded to a power of two.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def add_and_norm(
   epsilon: float,
   interpret: bool = False,
 ) -> tuple[jax.Array, list[jax.Array]]:
-  """See `layers.add_and_norm`; with `interpret` on any device, slowly."""
+  """See `norms.add_and_norm`; with `interpret`, on any device, slowly."""
   T, D = x_TD.shape
   h_TD, *normed = pl.pallas_call(
     functools.partial(

@@ -1,10 +1,9 @@
-"""What is between router and experts on GPUs: twins of `moe.choose` and
-`routing.make_groups`.
+"""Routing on GPUs: the kernels of `routing.choose` and `routing.make_groups`.
 
-Few numbers and many small steps, which here are few kernels. The layout takes
-two: programs can't wait for each other, and where a row lies depends on how
-many rows of each expert all of them have. Counts are products with zeros and
-ones, which matrix units do exactly.
+Many small steps on few numbers, fused into few kernels. The layout takes two:
+programs can't wait for each other, and the slot of a row depends on the counts
+of all programs. Counts are products with zeros and ones, which are exact on
+matrix units.
 """
 
 import functools
@@ -16,11 +15,11 @@ from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
 _ROWS = 16
-_COUNTED = 128  # Rows that a program of the layout has.
+_COUNTED = 128  # Rows of a program of the layout.
 
 
 def supports(logits_TE: jax.Array) -> bool:
-  """Whether the kernel can be used."""
+  """Whether the kernel supports these operands."""
   T, E = logits_TE.shape
   return pl.next_power_of_2(E) == E and math.gcd(T, _ROWS) == _ROWS
 
@@ -31,7 +30,7 @@ def choose(
   k: int,
   interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-  """See `moe.choose`; with `interpret` on any device, slowly."""
+  """See `routing.choose`; with `interpret`, on any device, slowly."""
   T, _ = logits_TE.shape
   return pl.pallas_call(
     functools.partial(_choose, k=k),
@@ -53,13 +52,13 @@ def _choose(logits_ref, scale_ref, weights_ref, experts_ref, *, k):
   tops, chosen = [], []
   for _ in range(k):
     top = jnp.max(left, axis=1)
-    # Of several, the first.
+    # Ties by index.
     here = jnp.where(left == top[:, None], expert, left.shape[1])
     best = jnp.min(here, axis=1)
     left = jnp.where(expert == best[:, None], -jnp.inf, left)
     tops.append(top)
     chosen.append(best)
-  # What all experts have in common cancels out.
+  # Only the differences between logits matter.
   parts = [jnp.exp(top - tops[0]) for top in tops]
   total = sum(parts)
   for index, (part, best) in enumerate(zip(parts, chosen, strict=True)):
@@ -69,12 +68,13 @@ def _choose(logits_ref, scale_ref, weights_ref, experts_ref, *, k):
 
 
 def supports_layout(num_rows: int, num_experts: int) -> bool:
-  """Whether `lay_out` can be used. A program sees the counts of all others."""
+  """Whether `lay_out` supports these sizes; each program reads the counts of
+  all others."""
   is_power = pl.next_power_of_2(num_experts) == num_experts
   num_blocks = num_rows // _COUNTED
   return (
     is_power
-    and num_experts >= 16  # What is multiplied is no smaller.
+    and num_experts >= 16  # The smallest block of a product.
     and num_rows % _COUNTED == 0
     and pl.next_power_of_2(num_blocks) == num_blocks <= _COUNTED
   )
@@ -115,8 +115,8 @@ def lay_out(
 
 
 def _count(expert_ref, rank_ref, count_ref, row_ref):
-  """How many rows of a block each expert has, and how many before each row; and
-  tiles that have no rows yet."""
+  """Counts the rows of each expert in a block, and those before each row; fills
+  the tiles with padding."""
   (num_blocks, E), (T,) = count_ref.shape, row_ref.shape
   program = pl.program_id(0)
 
@@ -167,7 +167,7 @@ def _lay_out(
   start_E = (end_E - tiles_E) * tile + before_E
   is_mine_mE = expert_m[:, None] == _iota(E)[None, :]
   start_m = jnp.sum(jnp.where(is_mine_mE, start_E[None, :], 0), axis=1)
-  # The rows of no expert go nowhere.
+  # Rows of experts elsewhere get no slot.
   slot_m = jnp.where(expert_m < E, start_m + rank_ref[mine], T)
   slot_ref[mine] = slot_m
   row_m = program * _COUNTED + _iota(_COUNTED)
@@ -181,7 +181,7 @@ def _lay_out(
       index_t = i * _COUNTED + _iota(_COUNTED)
       is_past_tE = index_t[:, None] >= end_E[None, :]
       expert_t = jnp.sum(is_past_tE.astype(jnp.int32), axis=1)
-      # Tiles past the last group are padding; they may meet any expert.
+      # Tiles past the last group are padding, with an arbitrary expert.
       plgpu.store(
         expert_of_tile_ref.at[pl.ds(i * _COUNTED, _COUNTED)],
         jnp.minimum(expert_t, E - 1),

@@ -1,14 +1,14 @@
-"""The pass over the vocabulary on GPUs: the twin of `vocabulary.look_at`.
+"""The pass over the vocabulary on GPUs: the kernels of `vocabulary.look_at`.
 
 A program of the first kernel multiplies a block of rows with a block of the
-table and, while the logits are in registers, takes softcap, temperature,
-maximum, exponentials and sums. It writes the exponentials in the type of the
-rows; logits in float32 are never written. Programs don't wait for each other,
-so that each block of columns has a maximum of its own. Between the kernels all
-are brought to the maximum of their row; the second multiplies them with the
-same part of the table.
+table and, while the logits are in registers, applies softcap and temperature
+and computes maximum, exponentials and sums. It writes the exponentials in the
+type of the rows; logits in float32 are never written. Programs don't wait for
+each other, so each block of columns has its own maximum. Between the kernels
+all are rescaled to the maximum of their row; the second kernel multiplies them
+with the same part of the table.
 
-Sizes of blocks, warps and stages are the fastest that were measured on an H200
+Sizes of blocks, warps and stages are the fastest measured on an H200
 (`experiments/benchmarks/NOTES.md`).
 """
 
@@ -26,15 +26,15 @@ from diffusiongemma.ops.gpu import matmul as products
 from diffusiongemma.ops.weights import Quantized
 from diffusiongemma.ops.weights import values_and_scales
 
-# Exponentials that exist at a time, 128 MB of bfloat16. What the cache could
-# hold would spare reading the table twice, but be walked in a hundred launches.
+# Exponentials of a chunk, 128 MB of bfloat16. Chunks that fit the cache would
+# save a second read of the table, but need a hundred launches.
 CHUNK_ELEMENTS = 2**26
 _ROWS = _COLUMNS = _WIDTH = 128
-_SPLITS = 8  # Of the columns that are summed over, to have enough programs.
+_SPLITS = 8  # Splits of the summed columns, to have enough programs.
 
 
 def supports(h_RD: jax.Array, table_VD: Any, size: int, bin_size: int) -> bool:
-  """Whether the kernels can look at `size` rows of the table at a time."""
+  """Whether the kernels support chunks of `size` rows of the table."""
   D = table_VD.shape[1]
   groups = 1
   if isinstance(table_VD, Quantized):
@@ -61,7 +61,7 @@ def look_at(
   bin_size: int,
   interpret: bool = False,
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, jax.Array]]:
-  """See `vocabulary.look_at`; with `interpret` on any device, slowly."""
+  """See `vocabulary.look_at`; with `interpret`, on any device, slowly."""
   max_R, weighted_R, argmax_R, mean_RD = carry
   p_Rc, max_Rb, weighted_Rb, argmax_Rb, bins_RbX = _statistics(
     *(h_RD, table_VD, temperature_R, start),
@@ -88,7 +88,7 @@ def _statistics(
   h_RD, table_VD, temperature_R, start, *, size, softcap, bin_size, interpret
 ):
   """(exp(x - max) [R, size], and for each block of columns: max, the sum of
-  x exp(x - max), the place of the maximum, sums of bins [R, b, bins])."""
+  x exp(x - max), the argmax, sums of bins [R, b, bins])."""
   R, columns = len(h_RD), math.gcd(size, _COLUMNS)
   rows, blocks = math.gcd(R, _ROWS), size // columns
   values, scales_V = _parts(table_VD)
@@ -105,7 +105,7 @@ def _statistics(
   )
   return pl.pallas_call(
     kernel,
-    # Programs side by side read the same part of the table.
+    # Consecutive programs read the same part of the table.
     grid=(R // rows, blocks),
     out_shape=(
       jax.ShapeDtypeStruct((R, size), h_RD.dtype),
@@ -195,7 +195,7 @@ def _mean(p_Rc, shrink_Rb, table_VD, start, *, interpret) -> jax.Array:
 
 
 def _compiler_params(dtype: jnp.dtype) -> plgpu.CompilerParams:
-  # More stages of float32 find no room.
+  # More stages of float32 do not fit.
   num_stages = 4 if dtype.itemsize < 4 else 2
   return plgpu.CompilerParams(num_warps=8, num_stages=num_stages)
 

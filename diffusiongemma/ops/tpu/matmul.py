@@ -1,14 +1,14 @@
-"""Matrix products on TPUs: twins of the loops in `grouped_matmul`, and products
+"""Matrix products on TPUs: the loops of `experts.grouped_matmul`, and products
 with one quantised matrix.
 
-A step of the grid has one tile of rows and, of its expert's matrix, all inputs
-of a block of outputs. Which block that is stands in scalar memory before the
-kernel begins, so that the next one is on its way while this one is worked
-with; tiles of one expert follow each other and share it, and tiles that are not
-used name the last one again, for which nothing is moved. Few bits become the
-type of the rows in fast memory; a scale for all inputs is applied to the
-product, and those of groups are spread over their inputs by a product with
-zeros and ones, which is exact.
+A step of the grid has one tile of rows and a block of outputs, with all their
+inputs, of its expert's matrix. The index of the block is prefetched to scalar
+memory, so that the next block is copied while this one is multiplied. Tiles of
+an expert are consecutive and share its block; unused tiles have the index of
+the last used one, so that nothing is copied for them. Quantised values are
+converted to the type of the rows in fast memory; a scale for all inputs is
+applied to the product, and scales of groups are spread over their inputs by a
+product with zeros and ones, which is exact.
 """
 
 import functools
@@ -25,10 +25,10 @@ from diffusiongemma.ops.weights import Quantized
 from diffusiongemma.ops.weights import values_and_scales
 
 LANES = 128
-SMALLEST_TILE = 16  # Rows that bfloat16 comes in.
-LARGEST_BLOCK = 12 * 2**20  # Bytes of a matrix held at once, twice.
-ONE_BLOCK = 2 * 2**20  # The same of an only matrix, whose blocks follow.
-MOST_ROWS = 256  # Of a tile where all meet the same matrix.
+SMALLEST_TILE = 16  # Rows of a bfloat16 register.
+LARGEST_BLOCK = 12 * 2**20  # Bytes of a block of a matrix; two are held.
+ONE_BLOCK = 2 * 2**20  # The same if all rows use one matrix.
+MOST_ROWS = 256  # Of a tile, if all use the same matrix.
 FAST_MEMORY = 48 * 2**20  # Bytes; 64 MB is the least that TPUs have.
 CHUNK = 512  # Inputs multiplied at once.
 _FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -38,8 +38,8 @@ _QUANTIZED = (jnp.int8, jnp.int4, jnp.float8_e4m3fn)
 def supports(
   weights_EFD: Any, tile: int, parts: int = 1, transposed: bool = False
 ) -> bool:
-  """Whether the kernels can multiply with these weights, whose outputs are of
-  so many parts."""
+  """Whether the kernels support these weights, whose outputs have `parts`
+  parts."""
   is_quantized = isinstance(weights_EFD, Quantized)
   if tile % SMALLEST_TILE:
     return False
@@ -55,7 +55,7 @@ def supports(
 
 
 def supports_one(x_TD: jax.Array, values_DF: jax.Array) -> bool:
-  """Whether `multiply` can."""
+  """Whether `multiply` supports these operands."""
   D, F = values_DF.shape
   block_out = _block_out(F, D * values_DF.dtype.itemsize, ONE_BLOCK)
   return (
@@ -72,10 +72,11 @@ def multiply_tiles(
   transposed: bool = False,
   interpret: bool = False,
 ) -> jax.Array:
-  """Each tile times its expert's matrix [F, D] transposed, or as it is: [T, F].
+  """Each tile times its expert's matrix [F, D] transposed: [T, F]; with
+  `transposed`, the matrix is not transposed.
 
-  Rows of tiles that are not used hold anything. With `interpret` it runs on
-  any device, slowly.
+  Rows of unused tiles are arbitrary. With `interpret` it runs on any device,
+  slowly.
   """
   return _call_grouped(
     *(x_TD, weights_EFD, groups),
@@ -92,8 +93,8 @@ def gate_tiles(
   groups: Any,
   interpret: bool = False,
 ) -> jax.Array:
-  """The hidden layer of the experts: GeGLU of each tile, [T, F], where the
-  matrices [2F, D] have the gate first."""
+  """The hidden layer of the experts: GeGLU of each tile, [T, F]; the matrices
+  [2F, D] have the gate first."""
   return _call_grouped(
     *(x_TD, gate_up_EFD, groups),
     parts=2,
@@ -122,7 +123,7 @@ def multiply(
 
 
 def _tile(rows: int) -> int:
-  """Rows of a tile where all meet the same matrix."""
+  """Rows of a tile, if all use the same matrix."""
   return math.gcd(rows, MOST_ROWS)
 
 
@@ -161,15 +162,15 @@ def _call(
     values: [E, parts, outputs, inputs], with one or two parts.
     scales: [E, parts, groups, outputs], or None.
     expert_of_tile: int32 [T / tile].
-    end_E: int32, where each expert's tiles end.
-    inputs_first: values are [E, parts, inputs, outputs].
-    largest_block: bytes of a matrix that are held at once.
-    interpret: runs on any device.
+    end_E: int32, end of each expert's tiles.
+    inputs_first: whether values are [E, parts, inputs, outputs].
+    largest_block: most bytes of a block of a matrix.
+    interpret: whether to run on any device.
     name: of the kernel.
   """
   rows, columns = values.shape[2:]
   if columns % LANES and not rows % LANES:
-    # So they lie in memory, and turning them costs nothing.
+    # This is their layout in memory, so that the transposition is free.
     values, inputs_first = jnp.swapaxes(values, 2, 3), not inputs_first
   parts = values.shape[1]
   outputs, inputs = values.shape[2:][:: -1 if inputs_first else 1]
@@ -195,11 +196,11 @@ def _call(
     matrix = pl.BlockSpec((1, parts, inputs, block_out), columns_at)
   else:
     matrix = pl.BlockSpec((1, parts, block_out, inputs), matrix_at)
-  given = [x, values]
+  operands = [x, values]
   in_specs = [pl.BlockSpec((tile, inputs), rows_at), matrix]
   if scales is not None:
     shape = (1, parts, scales.shape[2], block_out)
-    given.append(scales)
+    operands.append(scales)
     in_specs.append(pl.BlockSpec(shape, columns_at))
   return pl.pallas_call(
     functools.partial(_multiply, inputs_first=inputs_first),
@@ -216,11 +217,11 @@ def _call(
     ),
     interpret=interpret,
     name=name,
-  )(expert_of_tile, end_E, *given)
+  )(expert_of_tile, end_E, *operands)
 
 
 def _used(index, end_ref):
-  """The tile itself where it is used, else the last one that is."""
+  """The tile itself if it is used, else the last used one."""
   return jnp.minimum(index, jnp.maximum(end_ref[end_ref.shape[0] - 1] - 1, 0))
 
 
@@ -262,8 +263,8 @@ def _multiply(expert_ref, end_ref, x_ref, values_ref, *refs, inputs_first):
 
 
 def _spread(scales_GO, first, count, inputs, inputs_first):
-  """The scales of `count` of the inputs from `first` on, in float32, from those
-  of their groups: [O, count], or [count, O]."""
+  """Scales of `count` inputs from `first`, in float32, from those of their
+  groups: [O, count], or [count, O]."""
   shape = (len(scales_GO), count)
   group_size = inputs // len(scales_GO)
   input_of = first + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
@@ -336,8 +337,8 @@ def _add(expert_ref, end_ref, d_ref, x_ref, out_ref):
 
 
 def _block_out(outputs: int, row: int, largest_block: int) -> int | None:
-  """How many outputs, of so many bytes each, are held at once, in blocks of
-  about one size; None where even the fewest are too many."""
+  """Outputs of a block, at `row` bytes each, in blocks of about equal size;
+  None if even the smallest block is too large."""
   if outputs * row <= largest_block:
     return outputs
   most = largest_block // row // LANES * LANES
@@ -347,7 +348,7 @@ def _block_out(outputs: int, row: int, largest_block: int) -> int | None:
 
 
 def _divisor(size: int, limit: int) -> int | None:
-  """The largest divisor up to `limit` that is whole registers wide."""
+  """The largest divisor up to `limit` that is a multiple of `LANES`."""
   most = min(size, limit) // LANES
   fitting = [n for n in range(1, most + 1) if size % (n * LANES) == 0]
   return fitting[-1] * LANES if fitting else None
