@@ -42,8 +42,8 @@ def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
 
 
 def keep_compilations() -> None:
-  """Keeps compiled programs on disk, unless JAX's own variable or setting says
-  where, or that it is nowhere."""
+  """Enables JAX's persistent compilation cache, unless its own environment
+  variable or setting is set."""
   is_chosen = 'JAX_COMPILATION_CACHE_DIR' in os.environ
   if not (is_chosen or jax.config.jax_compilation_cache_dir):
     cache = os.environ.get('XDG_CACHE_HOME', os.path.expanduser('~/.cache'))
