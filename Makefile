@@ -3,6 +3,7 @@
 #   make demo     from nothing to text: installs, trains ~5 minutes, writes
 #   make test     installs what the tests need and runs them
 #   make lint     ruff and mypy
+#   make docs     the documentation site, in docs/_build/html
 #
 # PYTHON chooses the interpreter: make demo PYTHON=python3.12
 # PIP_TORCH chooses where the tests' torch comes from: BUILD.md.
@@ -15,7 +16,7 @@ DEMO_WORKDIR ?= runs/tiny
 # So that type checkers find the package, too.
 EDITABLE := --config-settings editable_mode=compat --editable
 
-.PHONY: demo install test lint clean
+.PHONY: demo install test lint docs clean
 
 demo: install
 	$(RUN) --config=configs/tiny.py --workdir=$(DEMO_WORKDIR)
@@ -45,5 +46,9 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet $(EDITABLE) '.[docs]'
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+
 clean:
-	rm -rf $(VENV) .cache build *.egg-info
+	rm -rf $(VENV) .cache build docs/_build docs/pages *.egg-info
