@@ -194,7 +194,7 @@ def test_config_file_without_get_config(tmp_path):
   'name, message',
   [
     ('configs/none.py', "No config file at 'configs/none.py'.*tiny"),
-    ('tini', "there are 26b_a4b, .*, tiny. Did you mean 'tiny'"),
+    ('tini', "ones are 26b_a4b, .*, tiny. Did you mean 'tiny'"),
     ('conf/tiny.py', "Did you mean 'tiny'"),
     ('', 'No config file at'),
   ],

@@ -347,7 +347,7 @@ def test_few_bits(workdir, tmp_path):
       '--config.quantization.linears=int8',
       'already stored as its config says',
     ),
-    ('quantize', '--config.train.steps=3', 'takes --config.quantization'),
+    ('quantize', '--config.train.steps=3', 'takes only --config.quantization'),
   ):
     given = arguments if mode == 'quantize' else (f'--workdir={few}',)
     code, _, errors = run(f'--mode={mode}', *given, more)

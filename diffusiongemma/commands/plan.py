@@ -1,4 +1,4 @@
-"""Compiles for devices that are not attached, and estimates memory and time."""
+"""Compiles for devices that are not attached; estimates costs."""
 
 import json
 

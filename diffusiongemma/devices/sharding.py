@@ -17,7 +17,8 @@ inside the network name theirs, and the mesh around a call,
 
 The batch is sharded along three axes, so that none of them is idle outside of
 the experts. The table of the vocabulary is never gathered: look-ups and
-products are sums over its shards."""
+products are sums over its shards.
+"""
 
 from collections.abc import Callable
 from collections.abc import Sequence

@@ -80,7 +80,7 @@ class Experts(nn.Module):
     )
 
   def __call__(self, x_BLD: jax.Array, routing: Routing) -> jax.Array:
-    """[B, L, D]; each token meets only the experts it was routed to."""
+    """[B, L, D]; each token uses only the experts it was routed to."""
     weights = (self.gate_up, self.down)
     chosen = (routing.weights_BLk, routing.experts_BLk)
     if not ops.parallel.is_active():

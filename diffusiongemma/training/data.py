@@ -165,10 +165,10 @@ def make_dataset(
   length = data.sequence_length
   parts_of_examples = []
   for index, example in enumerate(examples):
-    size, parts = len(example.tokens), 1
+    size, num_parts = len(example.tokens), 1
     if example.prompt_length is None:
-      parts = -(-size // (length - 1))
-    bounds = [size * part // parts for part in range(parts + 1)]
+      num_parts = -(-size // (length - 1))
+    bounds = [size * part // num_parts for part in range(num_parts + 1)]
     parts_of_examples += [(index, part) for part in itertools.pairwise(bounds)]
   pieces = shuffle_for_ever(parts_of_examples, data.seed).random_map(
     _Pieces(examples, length, canvas_length, tokenizer.bos_id)

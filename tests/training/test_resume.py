@@ -145,4 +145,4 @@ def test_a_run_of_checkpoints_that_describe_no_text_goes_on(
   assert 'Going on from step 2' in told and 'do not say' not in told
   moved = text.rename(tmp_path / 'b.jsonl')
   told = quickly(train__steps=6, data__path=moved)
-  assert 'do not say what examples they have learnt from' in told
+  assert 'do not say which examples they have learnt from' in told

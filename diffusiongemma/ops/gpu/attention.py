@@ -138,10 +138,12 @@ def _put_together(out_ref, top_ref, total_ref, made_ref, *, heads):
   weights = [
     total_ref[split, *where] * jnp.exp(tops[split] - most) for split in splits
   ]
-  made = sum(
+  combined = sum(
     out_ref[split, *where, :] * weights[split][:, None] for split in splits
   )
-  made_ref[*where, :] = (made / sum(weights)[:, None]).astype(made_ref.dtype)
+  made_ref[*where, :] = (combined / sum(weights)[:, None]).astype(
+    made_ref.dtype
+  )
 
 
 def _attend(
@@ -198,8 +200,8 @@ def _attend(
         seen = jnp.broadcast_to(seen, (queries, group, size))
       scores = jnp.where(seen.reshape(rows, size), scores, lowest)
       if S % size:
-        place = begin + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-        scores = jnp.where(place >= i * size, scores, -jnp.inf)
+        position = begin + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+        scores = jnp.where(position >= i * size, scores, -jnp.inf)
       new_top = jnp.maximum(top, jnp.max(scores, axis=1))
       shrink = jnp.exp(top - new_top)
       weights = jnp.exp(scores - new_top[:, None])

@@ -50,21 +50,21 @@ def _add_and_norm(
   x_ref, y_ref, scale_ref, scales_ref, h_ref, *normed_refs, width, epsilon
 ):
   row, D = pl.program_id(0), x_ref.shape[1]
-  place = jax.lax.broadcasted_iota(jnp.int32, (width,), 0)
+  position = jax.lax.broadcasted_iota(jnp.int32, (width,), 0)
 
   def read(ref):
-    return plgpu.load(ref, mask=place < D, other=0)
+    return plgpu.load(ref, mask=position < D, other=0)
 
   def unit(x):
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.sum(x * x) / D + epsilon)
 
-  x, y = (read(ref.at[row, place]) for ref in (x_ref, y_ref))
-  y = unit(y) * read(scale_ref.at[place]).astype(jnp.float32)
+  x, y = (read(ref.at[row, position]) for ref in (x_ref, y_ref))
+  y = unit(y) * read(scale_ref.at[position]).astype(jnp.float32)
   h = x + y.astype(x.dtype)
-  plgpu.store(h_ref.at[row, place], h, mask=place < D)
+  plgpu.store(h_ref.at[row, position], h, mask=position < D)
   h = unit(h)
   for scale_ref, normed_ref in zip(scales_ref, normed_refs, strict=True):
-    normed = h * read(scale_ref.at[place]).astype(jnp.float32)
+    normed = h * read(scale_ref.at[position]).astype(jnp.float32)
     normed = normed.astype(normed_ref.dtype)
-    plgpu.store(normed_ref.at[row, place], normed, mask=place < D)
+    plgpu.store(normed_ref.at[row, position], normed, mask=position < D)

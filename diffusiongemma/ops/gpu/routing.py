@@ -59,11 +59,13 @@ def _choose(logits_ref, scale_ref, weights_ref, experts_ref, *, k):
     tops.append(top)
     chosen.append(best)
   # Only the differences between logits matter.
-  parts = [jnp.exp(top - tops[0]) for top in tops]
-  total = sum(parts)
-  for index, (part, best) in enumerate(zip(parts, chosen, strict=True)):
+  exponentials = [jnp.exp(top - tops[0]) for top in tops]
+  total = sum(exponentials)
+  for index, (exponential, best) in enumerate(
+    zip(exponentials, chosen, strict=True)
+  ):
     scale = scale_ref[best].astype(jnp.float32)
-    weights_ref[rows, index] = part / total * scale
+    weights_ref[rows, index] = exponential / total * scale
     experts_ref[rows, index] = best
 
 

@@ -157,12 +157,12 @@ def _look(
   x = x / temperature_ref[which][:, None]
   most = jnp.max(x, axis=1)
   p = jnp.exp(x - most[:, None])
-  place = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-  place = jnp.min(jnp.where(x == most[:, None], place, columns), axis=1)
+  index = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+  index = jnp.min(jnp.where(x == most[:, None], index, columns), axis=1)
   p_ref[which, pl.ds(first, columns)] = p.astype(p_ref.dtype)
   max_ref[which, block] = most
   weighted_ref[which, block] = jnp.sum(p * x, axis=1)
-  argmax_ref[which, block] = first + place
+  argmax_ref[which, block] = first + index
   bins = p.reshape(rows, columns // bin_size, bin_size)
   bins_ref[which, block, :] = jnp.sum(bins, axis=2)
 
