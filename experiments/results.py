@@ -79,9 +79,15 @@ def shakespeare(content: dict) -> list[list[str]]:
     'bzip2_9_bits_per_byte': '`bzip2 -9`, bits per byte',
     'xz_9e_bits_per_byte': '`xz -9e`, bits per byte',
     'gzip_9_bits_per_byte': '`gzip -9`, bits per byte',
-    'denoise_loss_t0.1_corrupted_bits': 'denoising loss, t = 0.1, bits per token',
-    'denoise_loss_t0.5_corrupted_bits': 'denoising loss, t = 0.5, bits per token',
-    'denoise_loss_t0.9_corrupted_bits': 'denoising loss, t = 0.9, bits per token',
+    'denoise_loss_t0.1_corrupted_bits': (
+      'denoising loss, t = 0.1, bits per token'
+    ),
+    'denoise_loss_t0.5_corrupted_bits': (
+      'denoising loss, t = 0.5, bits per token'
+    ),
+    'denoise_loss_t0.9_corrupted_bits': (
+      'denoising loss, t = 0.9, bits per token'
+    ),
     'unigram_bits_per_token': 'unigram entropy, bits per token',
   }
   runs = [content[name]['numbers'] for name in ('demo', 'hour')]

@@ -13,6 +13,13 @@ _TOPOLOGY = flags.DEFINE_string(
   'v5e:4x4, v5p:4x4x4, v6e:8x8, tpu7x:4x4x4, h100, h200, h100x8, h100x16 or '
   'local.',
 )
+_MACHINE = flags.DEFINE_string(
+  'machine',
+  None,
+  'What the released model can do on h100, h200, a100-40, a100-80, l4, '
+  'rtx3090, rtx4090, rtx5090, v5e-8, v6e-1 and so on. By arithmetic: nothing '
+  'is compiled.',
+)
 _PROGRAM = flags.DEFINE_enum(
   'program', 'train', ['train', 'sample'], 'What to compile.'
 )
@@ -26,6 +33,8 @@ _CONTEXT = flags.DEFINE_integer(
 
 def run(overrides: dict[str, str]) -> int:
   """Prints the plan; returns the exit code."""
+  if _MACHINE.value:
+    return _show_machine(overrides)
   from diffusiongemma.tools import plan
 
   config = shared.load_config(overrides)
@@ -54,4 +63,20 @@ def run(overrides: dict[str, str]) -> int:
     print(f'  It would fit with {change}.')
   elif not fits:
     print('  No small change makes it fit.')
+  return 0
+
+
+def _show_machine(overrides: dict[str, str]) -> int:
+  from diffusiongemma.config import load_config
+  from diffusiongemma.runs import overrides as overrides_lib
+  from diffusiongemma.tools import machines
+
+  config = load_config(shared.CONFIG.value or '26b_a4b')
+  config = overrides_lib.apply(overrides, config)
+  machine = machines.find(_MACHINE.value)
+  tokens = 4 * 1024  # Of a small batch.
+  if shared.FORMAT.value == 'json':
+    print(json.dumps(machines.to_json(config, machine, tokens)))
+  else:
+    print(machines.to_text(config, machine, tokens))
   return 0

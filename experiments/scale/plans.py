@@ -54,11 +54,6 @@ PLANS = {
     *INT4_EXPERTS,
   ),
   'h100-26b-lora': (*LORA, '--topology=h100'),
-  'h200-26b-lora-experts': (
-    *LORA,
-    '--topology=h200',
-    '--config.lora.targets=*/attention/*,*/experts/*',
-  ),
   'h200-26b-sample': (BIG, '--topology=h200', '--program=sample'),
   'v5p-26b-finetune': (
     *TRAIN,

@@ -1,0 +1,370 @@
+"""What one machine can do with a network, by arithmetic: nothing is compiled.
+
+  memory  = weights in their types + KV cache + temporaries
+  a pass >= max(FLOPs / peak, bytes of the weights / bandwidth)
+  tokens/s = canvas / ((passes + 1) * a pass), one pass for the commit
+
+Sizes are exact: they are those of the arrays. Temporaries and times are
+estimates; what was measured stands beside them. `plan` compiles the programs
+themselves.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import functools
+import math
+import re
+from typing import Any
+from typing import NamedTuple
+
+from flax import traverse_util
+import jax
+
+from diffusiongemma.config import Config
+from diffusiongemma.config import ConfigError
+from diffusiongemma.config import LoraConfig
+from diffusiongemma.config import ModelConfig
+from diffusiongemma.config import QuantizationConfig
+from diffusiongemma.devices import memory
+from diffusiongemma.diffusion import sampler
+from diffusiongemma.model import cache as kv_cache
+from diffusiongemma.model import denoiser
+from diffusiongemma.model import lora
+from diffusiongemma.model import parameters
+from diffusiongemma.ops.weights import Params
+from diffusiongemma.tools import plan
+from diffusiongemma.tools.plan import Chip
+
+# Beside those of `plan.CHIPS`; bfloat16 products that add in float32, without
+# sparsity. From nvidia.com.
+CHIPS = {
+  **plan.CHIPS,
+  'a100-40': Chip(40e9, 312e12, 1555e9, 300e9),
+  'a100-80': Chip(80e9, 312e12, 2039e9, 300e9),
+  'l4': Chip(24e9, 121e12, 300e9, 32e9),
+  'rtx3090': Chip(24e9, 71e12, 936e9, 32e9),
+  'rtx4090': Chip(24e9, 165e12, 1008e9, 32e9),
+  'rtx5090': Chip(32e9, 209e12, 1792e9, 64e9),
+}
+WEIGHTS = {
+  'bf16': QuantizationConfig(),
+  'int8': QuantizationConfig(experts='int8', linears='int8', embedding='int8'),
+  'int4': QuantizationConfig(experts='int4', linears='int8'),
+  'int4, embedding int8': QuantizationConfig(
+    experts='int4', linears='int8', embedding='int8'
+  ),
+}
+# Of a plan that was compiled for an H100, int4, batch 1.
+SAMPLING_TEMPORARIES = 0.3e9
+LORA = LoraConfig(rank=16)
+# Activations of training with remat = full: those of the plan h100-26b-lora, of
+# 4 rows of 1,024 tokens, and as much for each token more.
+TRAINING_TEMPORARIES = 4.2e9
+PLANNED_TOKENS = 4096
+USABLE = 0.95  # Of the memory; XLA and the driver have the rest.
+DOWNLOAD = 100e6  # Bytes/s: about 1 Gbit/s.
+CONTEXTS = (1024, 4096, 8192, 32768, 131072, 262144)
+# tokens/s that were measured: RESULTS.md has the conditions.
+MEASURED = {('h200', 'int4'): 1157, ('h200', 'int8'): 988}
+HUB = 'google/diffusiongemma-26B-A4B-it'
+
+
+class Machine(NamedTuple):
+  """Devices of one kind.
+
+  Attributes:
+    name: as it was asked for.
+    kind: of `CHIPS`.
+    devices: how many.
+    chip: one of them.
+  """
+
+  name: str
+  kind: str
+  devices: int
+  chip: Chip
+
+  @property
+  def is_tpu(self) -> bool:
+    """Whether it takes the extra `tpu`, and not `cuda13`."""
+    return self.kind in ('v5e', 'v5p', 'v6e', 'tpu7x')
+
+  @property
+  def usable(self) -> float:
+    """Bytes of one device that a program can have."""
+    return USABLE * self.chip.memory
+
+
+class Sampling(NamedTuple):
+  """Sampling with weights of one precision.
+
+  Attributes:
+    name: of `WEIGHTS`.
+    quantization: what the name stands for.
+    weights: bytes on each device, the image encoder's included.
+    context: the longest that fits, 0 if none does.
+    seconds: of a pass, by the roofline.
+    tokens_per_second: by the roofline.
+    measured: tokens/s, where it was measured on such a device.
+  """
+
+  name: str
+  quantization: QuantizationConfig
+  weights: float
+  context: int
+  seconds: float
+  tokens_per_second: float
+  measured: int | None
+
+
+def find(name: str) -> Machine:
+  """The machine of a name: 'h100', 'v5e-8', 'rtx4090-2'.
+
+  Raises:
+    ConfigError: there is none.
+  """
+  kind, devices = name.lower(), 1
+  if kind not in CHIPS and (match := re.fullmatch(r'(.+)-(\d{1,4})', kind)):
+    kind, devices = match[1], int(match[2])
+  if kind not in CHIPS or not devices:
+    raise ConfigError(
+      f'There is no machine {name!r}; there are {", ".join(CHIPS)}, and '
+      'several of them as h100-8.'
+    )
+  return Machine(name, kind, devices, CHIPS[kind])
+
+
+def sampling(config: Config, machine: Machine) -> Iterator[Sampling]:
+  """Sampling with each precision of `WEIGHTS`, one text at a time."""
+  model = config.model
+  for name, quantization in WEIGHTS.items():
+    stored = _stored(model, quantization)
+    weights = memory.bytes_on_a_device(stored) / machine.devices
+    free = machine.usable - weights - SAMPLING_TEMPORARIES
+    fits = [
+      length
+      for length in (c for c in CONTEXTS if c <= model.context_length)
+      if cache_bytes(config, length) / machine.devices <= free
+    ]
+    seconds = pass_seconds(config, machine, stored)
+    passes = sampler.TYPICAL_STEPS + 1
+    yield Sampling(
+      name,
+      quantization,
+      weights,
+      max(fits, default=0),
+      seconds,
+      config.diffusion.canvas_length / (passes * seconds),
+      MEASURED.get((machine.kind, name)) if machine.devices == 1 else None,
+    )
+
+
+@functools.cache
+def _stored(model: ModelConfig, quantization: QuantizationConfig) -> Params:
+  """Shapes of the parameters, bfloat16 where they are not quantised."""
+  flat = traverse_util.flatten_dict(denoiser.abstract_params(model))
+  whole = traverse_util.unflatten_dict(
+    {path: x.update(dtype='bfloat16') for path, x in flat.items()}
+  )
+  return parameters.abstract_quantized(quantization, whole)
+
+
+@functools.cache
+def cache_bytes(config: Config, context: int) -> int:
+  """Of the keys and values of one text."""
+  return memory.bytes_on_a_device(
+    jax.eval_shape(lambda: kv_cache.init_cache(config.model, 1, context))
+  )
+
+
+def pass_seconds(config: Config, machine: Machine, params: Any) -> float:
+  """At least so long takes a denoising pass over one canvas.
+
+  All experts are read, and the embedding twice: for the logits, and for the
+  self-conditioning.
+  """
+  model, C = config.model, config.diffusion.canvas_length
+  parts = parameters.by_part(
+    {name: tree for name, tree in params.items() if name != 'vision'}
+  )
+  size = {part: memory.bytes_on_a_device(tree) for part, tree in parts.items()}
+  read = sum(size.values()) + size['parameters: embedding']
+  count = {
+    part: sum(math.prod(w.shape) for w in tree.values())
+    for part, tree in parts.items()
+  }
+  share = model.experts_per_token / model.num_experts
+  active = (
+    count['parameters: linears']
+    + share * count['parameters: experts']
+    + 2 * count['parameters: embedding']
+  )
+  chip, devices = machine.chip, machine.devices
+  return max(
+    2 * active * C / (devices * chip.flops), read / (devices * chip.bandwidth)
+  )
+
+
+class Training(NamedTuple):
+  """Fine-tuning with one kind of parameters that are learnt.
+
+  Attributes:
+    name: 'LoRA', 'QLoRA, int4' or 'all weights'.
+    arrays: bytes of weights, gradients and optimiser on each device.
+    temporaries: bytes of activations on each device, estimated.
+    learnt: parameters that are learnt.
+    is_supported: whether this package can train so.
+    fits: whether a device has the memory.
+  """
+
+  name: str
+  arrays: float
+  temporaries: float
+  learnt: int
+  is_supported: bool
+  fits: bool
+
+  @property
+  def need(self) -> float:
+    """Bytes on each device."""
+    return self.arrays + self.temporaries
+
+
+def training(
+  config: Config, machine: Machine, tokens: int
+) -> Iterator[Training]:
+  """Fine-tuning with `remat = full` on batches of so many tokens."""
+  whole = _stored(config.model, WEIGHTS['bf16'])
+  adapters = lora.abstract_adapters(LORA, whole)
+  few = _stored(config.model, WEIGHTS['int4'])
+  own = 16 * _count(adapters)  # float32: weight, gradient, two moments.
+  temporaries = TRAINING_TEMPORARIES * max(1, tokens / PLANNED_TOKENS)
+  for name, arrays, learnt, is_supported in (
+    ('LoRA', memory.bytes_on_a_device(whole) + own, _count(adapters), True),
+    (
+      'QLoRA, int4',
+      memory.bytes_on_a_device(few) + own,
+      _count(adapters),
+      False,
+    ),
+    ('all weights', 16 * _count(whole), _count(whole), True),
+  ):
+    shard = arrays / machine.devices
+    fits = shard + temporaries / machine.devices <= machine.usable
+    yield Training(
+      *(name, shard, temporaries / machine.devices, learnt),
+      *(is_supported, fits),
+    )
+
+
+def _count(tree: Any) -> int:
+  return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+def commands(
+  config: Config, machine: Machine, chosen: Sampling | None, tune: bool
+) -> list[str]:
+  """What to type, in order, to write with the network and to fine-tune it."""
+  extra = 'tpu' if machine.is_tpu else 'cuda13'
+  main = 'python -m diffusiongemma.main'
+  lines = [f"pip install '.[{extra}]' huggingface_hub"]
+  lines.append(f'hf download {HUB} --local-dir=IN')
+  mesh = ''
+  if machine.devices > 1:
+    mesh = f' --config.mesh.expert={machine.devices}'
+  if chosen is not None:
+    source = '--hf_dir=IN'
+    if fields := _fields(chosen.quantization):
+      lines.append(f'{main} --mode=quantize --source=IN --workdir=FEW {fields}')
+      source = '--workdir=FEW'
+    lines.append(f'{main} --mode=sample {source}{mesh} --prompt="Hello"')
+  if tune:
+    lines += [
+      f'{main} --config=lora --config.train.init_from=IN '
+      f'--config.data.path=chats.jsonl --workdir=TUNED{mesh}',
+      f'{main} --mode=sample --workdir=TUNED{mesh} --prompt="Hello"',
+      f'{main} --mode=export --workdir=TUNED --hf_dir=OUT',
+    ]
+  return lines
+
+
+def _fields(quantization: QuantizationConfig) -> str:
+  """The flags that set it."""
+  plain = QuantizationConfig()
+  return ' '.join(
+    f'--config.quantization.{name}={getattr(quantization, name)}'
+    for name in ('experts', 'linears', 'embedding')
+    if getattr(quantization, name) != getattr(plain, name)
+  )
+
+
+def to_json(config: Config, machine: Machine, tokens: int) -> dict[str, Any]:
+  """All of it as plain values; sizes in bytes, times in seconds."""
+  samplings = list(sampling(config, machine))
+  trainings = list(training(config, machine, tokens))
+  chosen = best(samplings)
+  return {
+    'machine': machine.name,
+    'devices': machine.devices,
+    'memory_bytes': machine.chip.memory,
+    'download_bytes': _download_bytes(config),
+    'sampling': [
+      {**s._asdict(), 'quantization': dataclasses.asdict(s.quantization)}
+      for s in samplings
+    ],
+    'training': [{**t._asdict(), 'need': t.need} for t in trainings],
+    'training_tokens': tokens,
+    'commands': commands(config, machine, chosen, trainings[0].fits),
+  }
+
+
+def best(samplings: list[Sampling]) -> Sampling | None:
+  """The most exact weights with which 8,192 tokens fit; else those with the
+  longest context, if any."""
+  able = [s for s in samplings if s.context >= 8192]
+  able = able or sorted(samplings, key=lambda s: -s.context)[:1]
+  return able[0] if able and able[0].context else None
+
+
+def _download_bytes(config: Config) -> int:
+  return memory.bytes_on_a_device(_stored(config.model, WEIGHTS['bf16']))
+
+
+def to_text(config: Config, machine: Machine, tokens: int) -> str:
+  """The same in lines, for a person."""
+  values = to_json(config, machine, tokens)
+  size = values['download_bytes']
+  count = 'one device' if machine.devices == 1 else f'{machine.devices} devices'
+  lines = [
+    f'{machine.name}: {count} of {machine.chip.memory / 1e9:.0f} GB. By '
+    'arithmetic; nothing was run or compiled.',
+    '',
+    f'Download  {size / 1e9:.1f} GB, {size / DOWNLOAD / 60:.0f} minutes at '
+    f'{DOWNLOAD / 1e6:.0f} MB/s; a copy with few bits takes its own size',
+    '',
+    'Sampling, one text at a time',
+    '  weights                  a device    context    tokens/s',
+  ]
+  for s in values['sampling']:
+    context = f'{s["context"]:,}' if s['context'] else 'no room'
+    speed = f'{s["tokens_per_second"]:>8,.0f} at most' if s['context'] else ''
+    if s['measured']:
+      speed += f'; measured {s["measured"]:,} (with bfloat16 linears)'
+    lines.append(
+      f'  {s["name"]:<22} {s["weights"] / 1e9:8.1f} GB {context:>10}  {speed}'
+    )
+  lines += [
+    '',
+    f'Fine-tuning, {tokens:,} tokens a step, remat = full',
+    '  learnt                   a device',
+  ]
+  for t in values['training']:
+    verdict = 'fits' if t['fits'] else 'no room'
+    if not t['is_supported']:
+      verdict += '; not supported yet'
+    lines.append(
+      f'  {t["name"]:<22} {t["need"] / 1e9:8.1f} GB  {verdict} '
+      f'({t["learnt"] / 1e6:,.0f} M parameters)'
+    )
+  lines += ['', 'Commands', *(f'  {line}' for line in values['commands'])]
+  return '\n'.join(lines)
