@@ -677,7 +677,7 @@ def main() -> None:
     default='stories.model',
     help='its name, beside the stories; empty: none is trained',
   )
-  parser.add_argument('--pieces', type=int, default=1536)
+  parser.add_argument('--pieces', type=int, default=2048)
   given = parser.parse_args()
   stories = make_stories(given.count, given.seed)
   rng = random.Random(f'prompts {given.seed}')
