@@ -6,8 +6,11 @@ Command:  python experiments/stories/make.py --out=runs/story_text/train.jsonl
               --tokenizer= --out=runs/story_text/heldout.jsonl
           python -m diffusiongemma.main --config=configs/stories.py
           python -m diffusiongemma.main --mode=quantize \
-              --workdir=runs/stories
-Expected: stories of 60 to 130 words in correct English.
+              --source=runs/stories --workdir=runs/stories_int8 \
+              --config.quantization.experts=int8 \
+              --config.quantization.linears=int8 \
+              --config.quantization.embedding=int8
+Expected: not trained yet. One epoch of 60,000 stories.
 """
 
 from diffusiongemma import config
@@ -47,7 +50,7 @@ def get_config() -> config.Config:
       path=f'{FOLDER}/train.jsonl',
       heldout_path=f'{FOLDER}/heldout.jsonl',
       tokenizer=f'{FOLDER}/stories.model',
-      # The longest story is 190 tokens, in three canvases.
+      # Of 3,000 stories the longest is 180 tokens, three canvases.
       sequence_length=224,
       batch_size=16,
     ),
@@ -59,7 +62,7 @@ def get_config() -> config.Config:
       weight_decay=0.0,
     ),
     train=config.TrainConfig(
-      steps=8000,
+      steps=4000,
       canvases='all',
       ema_decay=0.998,
       log_every=20,
@@ -67,6 +70,6 @@ def get_config() -> config.Config:
       evaluate_batches=4,
       sample_every=500,
       sample_prompt='Once upon a time',
-      checkpoint_every=250,
+      checkpoint_every=100,
     ),
   )
