@@ -125,7 +125,9 @@ def watching(
     if canvas.is_terminal and not request.as_json:
       watchers.append(stack.enter_context(canvas))
     if request.trace:
-      record = trace.Trace(run.tokenizer, shown, steps)
+      record = trace.Trace(
+        run.tokenizer, shown, steps, _settings(run, request)
+      )
       watchers.append(record)
 
     def on_step(step, state):
@@ -139,6 +141,18 @@ def watching(
     yield {'on_step': on_step, 'on_canvas': on_canvas} if watchers else {}
   if request.trace:
     trace.write(record, request.trace)
+
+
+def _settings(run: Run, request: Request) -> tuple[str, ...]:
+  """What else than the prompt a text depends on, for its trace."""
+  diffusion = run.config.diffusion
+  return (
+    f'seed {request.seed}',
+    diffusion.strategy,
+    f'temperature {diffusion.t_max:g} to {diffusion.t_min:g}',
+    f'canvas {diffusion.canvas_length}',
+    f'after {run.step:,} steps of training',
+  )
 
 
 def console() -> rich_console.Console:

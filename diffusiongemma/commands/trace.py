@@ -77,6 +77,7 @@ class Trace:
   tokenizer: tokenizers.Tokenizer
   prompt: str
   max_denoising_steps: int
+  settings: tuple[str, ...] = ()  # Shown as they are: 'seed 0'.
   canvases: list[Canvas] = dataclasses.field(default_factory=list)
 
   def on_step(self, step: int, state: sampler.SamplerState) -> None:
@@ -167,6 +168,7 @@ def as_json(trace: Trace) -> dict[str, Any]:
   return {
     'prompt': trace.prompt,
     'max_denoising_steps': trace.max_denoising_steps,
+    'settings': list(trace.settings),
     'ids': ids.tolist(),
     'pieces': trace.tokenizer.pieces(ids.tolist()),
     'canvases': [

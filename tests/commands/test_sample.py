@@ -191,7 +191,9 @@ def test_a_trace_of_what_was_written(write, tmp_path, request_):
   options = {'prompt': 'what', **request_}
   quiet = write(**options)
   assert write(trace=str(path), **options) == quiet
-  assert path.read_text().startswith('<!doctype html>')
+  page = path.read_text()
+  assert page.startswith('<!doctype html>')
+  assert '"seed 0","entropy_bound","temperature 0.8 to 0.4"' in page
 
 
 @pytest.mark.parametrize('option', [{'thinking': True}, {'max_new_tokens': 8}])
