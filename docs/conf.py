@@ -25,6 +25,9 @@ myst_heading_anchors = 3
 autodoc_typehints = 'signature'
 autodoc_member_order = 'bysource'
 napoleon_use_ivar = True
+# Docstrings have code in single backticks.
+default_role = 'code'
+smartquotes = False
 
 
 def _to_page(match: re.Match[str]) -> str:
