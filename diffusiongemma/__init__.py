@@ -8,7 +8,8 @@ Every array's name ends in its axes:
   k experts of a token   C canvas length   U uniforms of a draw
 
 With a run: `load` (a trained run or a Hugging Face folder), `generate`,
-`stream`, `chat`, `log_likelihood`. Pure functions for research code: `Denoiser`
+`stream`, `show` (live), `chat`, `log_likelihood`. Pure functions for research
+code: `Denoiser`
 and `init_params` (the network), `init_cache`, `prefill`, `read_prompt` (long
 prompts), `encode_images` and `SoftTokens` (images in a prompt),
 `make_denoise_fn` (a network that has read a text, as the sampler sees it),
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
   from diffusiongemma.api import generate as generate
   from diffusiongemma.api import log_likelihood as log_likelihood
   from diffusiongemma.api import loss as loss
+  from diffusiongemma.api import show as show
   from diffusiongemma.api import stream as stream
   from diffusiongemma.config import Config as Config
   from diffusiongemma.config import DiffusionConfig as DiffusionConfig
@@ -75,6 +77,7 @@ _HOME = {
   'generate': 'diffusiongemma.api',
   'log_likelihood': 'diffusiongemma.api',
   'loss': 'diffusiongemma.api',
+  'show': 'diffusiongemma.api',
   'stream': 'diffusiongemma.api',
   'Config': 'diffusiongemma.config',
   'DiffusionConfig': 'diffusiongemma.config',

@@ -198,6 +198,44 @@ def stream(
   return _pieces(run, canvases)
 
 
+def show(
+  run: Run,
+  prompt: Prompt,
+  *,
+  max_new_tokens: int | None = None,
+  key: Seed = 0,
+  sampling: Sampling = AS_CONFIGURED,
+  pinned: Mapping[int, int] | None = None,
+  pictures: Sequence[Any] | None = None,
+  **fields: Any,
+) -> Written:
+  """`generate` of one prompt, shown while it is denoised: live on a terminal,
+  in a notebook as one output that is replaced. Arguments and errors are those
+  of `generate`."""
+  from diffusiongemma.generation import live  # With rich, which is slow.
+
+  _check_run(run)
+  prompts, is_one = _token_ids(run, prompt)
+  if not is_one:
+    raise prompt_lib.PromptError('show takes one prompt; generate takes more.')
+  text = prompt if isinstance(prompt, str) else run.tokenizer.decode(prompts[0])
+  steps = run.config.diffusion.max_denoising_steps
+  with live.LiveCanvas(run.tokenizer, text, steps) as canvas:
+    written = generation.generate_tokens(
+      *(run.config, weights.arrange(run.params), prompts, _key(key)),
+      _count(run, max_new_tokens),
+      _with_fields(sampling, fields),
+      pinned=_rows(pinned, True),
+      pictures=_rows(pictures, True),
+      on_step=canvas.on_step if canvas.is_seen else None,
+      on_canvas=lambda kept: canvas.on_canvas(kept[0]),
+    )
+  row = _written(run, written.rows[0])
+  if not canvas.in_notebook:
+    print(live.printable(text + row.text))
+  return row
+
+
 def chat(
   run: Run,
   messages: Sequence[dict[str, Any]],

@@ -9,11 +9,11 @@ from typing import Any
 import jax
 
 from diffusiongemma.commands import request as requests
-from diffusiongemma.commands import terminal
 from diffusiongemma.commands.request import Request
 from diffusiongemma.errors import Error
 from diffusiongemma.generation import chat
 from diffusiongemma.generation import images
+from diffusiongemma.generation import live
 from diffusiongemma.generation import prompt as prompt_lib
 from diffusiongemma.runs.load import Run
 from diffusiongemma.text import template as templates
@@ -173,16 +173,16 @@ class _Chat:
 def show_reply(reply: chat.Reply) -> None:
   """Prints a reply, with its thinking separated."""
   if reply.thinking:
-    requests.print_text('[thinking]', terminal.STATUS)
-    requests.print_text(reply.thinking, terminal.NOISE)
+    requests.print_text('[thinking]', live.STATUS)
+    requests.print_text(reply.thinking, live.NOISE)
     if reply.text or reply.tool_calls:
-      requests.print_text('[answer]', terminal.STATUS)
+      requests.print_text('[answer]', live.STATUS)
   if reply.text:
     requests.print_text(reply.text)
   for call in reply.tool_calls:
     requests.print_text(_spell(call), 'magenta')
   if reply.problem:
-    print(f'({terminal.printable(reply.problem)})', file=sys.stderr)
+    print(f'({live.printable(reply.problem)})', file=sys.stderr)
   requests.print_statistics(reply.written)
   sys.stdout.flush()
 
@@ -193,4 +193,4 @@ def _spell(call: dict[str, Any]) -> str:
     f'{key}={json.dumps(value, ensure_ascii=False)}'
     for key, value in call['arguments'].items()
   )
-  return terminal.printable(f'{call["name"]}({arguments})')
+  return live.printable(f'{call["name"]}({arguments})')

@@ -9,10 +9,10 @@ from typing import NamedTuple
 from rich import console as rich_console
 from rich import text as rich_text
 
-from diffusiongemma.commands import terminal
 from diffusiongemma.commands import trace
 from diffusiongemma.errors import Error
 from diffusiongemma.generation import generate
+from diffusiongemma.generation import live
 from diffusiongemma.runs.load import Run
 from diffusiongemma.text import template as templates
 
@@ -121,13 +121,11 @@ def watching(
   steps = run.config.diffusion.max_denoising_steps
   watchers = []
   with contextlib.ExitStack() as stack:
-    canvas = terminal.LiveCanvas(run.tokenizer, shown, steps)
-    if canvas.is_terminal and not request.as_json:
+    canvas = live.LiveCanvas(run.tokenizer, shown, steps)
+    if canvas.is_seen and not request.as_json:
       watchers.append(stack.enter_context(canvas))
     if request.trace:
-      record = trace.Trace(
-        run.tokenizer, shown, steps, _settings(run, request)
-      )
+      record = trace.Trace(run.tokenizer, shown, steps, _settings(run, request))
       watchers.append(record)
 
     def on_step(step, state):
@@ -162,7 +160,7 @@ def console() -> rich_console.Console:
 
 def print_text(text: str, style: str = '') -> None:
   """Prints text of a network, without control characters."""
-  console().print(rich_text.Text(terminal.printable(text), style))
+  console().print(rich_text.Text(live.printable(text), style))
 
 
 def print_statistics(written: generate.Generation) -> None:
@@ -172,5 +170,5 @@ def print_statistics(written: generate.Generation) -> None:
     print_text(
       f'{len(written.tokens)} tokens in {written.steps} steps '
       f'({written.tokens_per_forward:.1f} per step), stopped by {reason}',
-      terminal.STATUS,
+      live.STATUS,
     )

@@ -12,10 +12,10 @@ from rich import text as rich_text
 
 from diffusiongemma.commands import chats
 from diffusiongemma.commands import request as requests
-from diffusiongemma.commands import terminal
 from diffusiongemma.commands.request import Request
 from diffusiongemma.generation import chat
 from diffusiongemma.generation import generate
+from diffusiongemma.generation import live
 from diffusiongemma.generation import prompt as prompt_lib
 from diffusiongemma.runs.load import Run
 from diffusiongemma.text import template as templates
@@ -50,10 +50,8 @@ def go_on(run: Run, request: Request) -> int:
   if request.as_json:
     print(json.dumps({'text': text, **written._asdict()}))
     return 0
-  whole = rich_text.Text().append(terminal.printable(prompt), terminal.PROMPT)
-  requests.console().print(
-    whole.append(terminal.printable(text), terminal.ACCEPTED)
-  )
+  whole = rich_text.Text().append(live.printable(prompt), live.PROMPT)
+  requests.console().print(whole.append(live.printable(text), live.ACCEPTED))
   requests.print_statistics(written)
   return 0
 
@@ -95,11 +93,11 @@ def infill(run: Run, request: Request) -> int:
   whole, start = rich_text.Text(), 0
   for (a, b), filling in zip(holes, fillings, strict=True):
     before = run.tokenizer.decode(tokens[start:a])
-    whole.append(terminal.printable(before))
-    whole.append(terminal.printable(filling), 'bold green')
+    whole.append(live.printable(before))
+    whole.append(live.printable(filling), 'bold green')
     start = b
   rest = run.tokenizer.decode(tokens[start:])
-  requests.console().print(whole.append(terminal.printable(rest)))
+  requests.console().print(whole.append(live.printable(rest)))
   return 0
 
 

@@ -30,9 +30,9 @@ import warnings
 
 import numpy as np
 
-from diffusiongemma.commands import terminal
 from diffusiongemma.diffusion import sampler
 from diffusiongemma.errors import Error
+from diffusiongemma.generation import live
 from diffusiongemma.text import tokenizer as tokenizers
 
 TEMPLATE = tokenizers.ASSETS / 'trace.html'
@@ -245,7 +245,7 @@ def picture(trace: Trace) -> bytes:
     markerscale=4 / dot,
     frameon=False,
   )
-  title = terminal.printable(' '.join(trace.prompt.split()))
+  title = live.printable(' '.join(trace.prompt.split()))
   title = title if len(title) <= 60 else title[:59] + '…'
   # A `$` in a prompt is no formula; glyphs that the font lacks become boxes.
   figure.suptitle(f'“{title}”', x=0.01, ha='left', parse_math=False)

@@ -16,7 +16,7 @@ from rich import console as rich_console
 from rich import text as rich_text
 
 import diffusiongemma
-from diffusiongemma.commands import terminal
+from diffusiongemma.generation import live
 
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/tiny', 'A trained run.')
 _PROMPT = flags.DEFINE_string('prompt', 'ROMEO.\n', 'What to go on from.')
@@ -46,9 +46,9 @@ def main(argv: list[str]) -> None:
     state, last = states[step], step == max(states)
     tokens_L = np.asarray(state.draft_BL[0] if last else state.canvas_BL[0])
     accepted_L = np.asarray(state.accepted_BL[0]) | last
-    console.print(rich_text.Text(f'step {step}', terminal.STATUS))
-    text = terminal.canvas_text(run.tokenizer, tokens_L, accepted_L)
-    prompt = rich_text.Text().append(_PROMPT.value, terminal.PROMPT)
+    console.print(rich_text.Text(f'step {step}', live.STATUS))
+    text = live.canvas_text(run.tokenizer, tokens_L, accepted_L)
+    prompt = rich_text.Text().append(_PROMPT.value, live.PROMPT)
     console.print(prompt + text)
     console.print()
   title = f'a canvas of {run.config.diffusion.canvas_length} tokens'

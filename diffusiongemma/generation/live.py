@@ -1,9 +1,13 @@
-"""The live canvas: shows the denoising of a text step by step.
+"""The live canvas: the denoising of a text step by step, on a terminal or in a
+notebook.
 
 Accepted tokens are in full colour, noise is dimmed; the prompt and finished
 canvases stay above.
 """
 
+from collections.abc import Callable
+from collections.abc import Iterator
+import html
 import sys
 import unicodedata
 
@@ -55,14 +59,18 @@ class LiveCanvas:
   """Shows a generation live; `on_step` and `on_canvas` are callbacks of
   `generate`.
 
-  A context manager, which leaves nothing on the screen.
+  A context manager. On a terminal it leaves nothing on the screen; in a
+  notebook, which has one output that is replaced, the text without noise.
   """
 
   def __init__(self, tokenizer: Tokenizer, prompt: str, max_steps: int):
     self._tokenizer = tokenizer
     self._max_steps = max_steps
     self._written = rich_text.Text().append(printable(prompt), PROMPT)
-    self._console = rich_console.Console(file=sys.stdout, highlight=False)
+    self._notebook = _display_of_notebook()
+    self._console = rich_console.Console(
+      file=sys.stdout, highlight=False, force_jupyter=False
+    )
     self._live = rich_live.Live(
       console=self._console,
       auto_refresh=False,
@@ -71,16 +79,25 @@ class LiveCanvas:
     )
 
   @property
-  def is_terminal(self) -> bool:
-    """Whether the output is a terminal."""
-    return self._console.is_terminal
+  def is_seen(self) -> bool:
+    """Whether the output is a terminal or a notebook."""
+    return self.in_notebook or self._console.is_terminal
+
+  @property
+  def in_notebook(self) -> bool:
+    """Whether the output is that of a notebook's cell."""
+    return self._notebook is not None
 
   def __enter__(self):
-    self._live.start()
+    if self._notebook is None:
+      self._live.start()
     return self
 
   def __exit__(self, *unused):
-    self._live.stop()
+    if self._notebook is None:
+      self._live.stop()
+    else:
+      self._notebook(self._written)
 
   def on_step(self, step: int, state: sampler.SamplerState) -> None:
     """Redraws the canvas after a denoising step."""
@@ -95,7 +112,10 @@ class LiveCanvas:
       f'{accepted_L.sum()} of {accepted_L.size} accepted',
       STATUS,
     )
-    self._live.update(self._fit(self._written + shown, status), refresh=True)
+    if self._notebook is None:
+      self._live.update(self._fit(self._written + shown, status), refresh=True)
+    else:
+      self._notebook(self._written + shown + status)
 
   def on_canvas(self, tokens: list[int]) -> None:
     """Appends the text of a finished canvas."""
@@ -106,3 +126,43 @@ class LiveCanvas:
     lines = body.wrap(self._console, self._console.width)
     room = max(1, self._console.height - 4)
     return rich_text.Text('\n').join(lines[-room:]) + status
+
+
+def _display_of_notebook() -> Callable[[rich_text.Text], None] | None:
+  """Replaces the output of this cell by a text; None outside of notebooks."""
+  if 'ipykernel' not in sys.modules:
+    return None
+  from IPython import display
+
+  output = display.display(display.HTML(''), display_id=True)
+  return lambda text: output.update(display.HTML(to_html(text)))
+
+
+def to_html(text: rich_text.Text) -> str:
+  """A text as HTML whose colours suit light and dark pages."""
+  pieces = []
+  for start, end, style in _runs(text):
+    css = _STYLES.get(style, '')
+    pieces.append(
+      f'<span style="{css}">{html.escape(text.plain[start:end])}</span>'
+    )
+  return f'<pre style="white-space: pre-wrap">{"".join(pieces)}</pre>'
+
+
+_STYLES = {
+  PROMPT: 'font-weight: bold',
+  NOISE: 'opacity: 0.45',
+  STATUS: 'color: #0891b2',
+}
+
+
+def _runs(text: rich_text.Text) -> Iterator[tuple[int, int, str]]:
+  """(start, end, style) of pieces of one style; '' without one."""
+  end = 0
+  for span in sorted(text.spans):
+    if span.start > end:
+      yield end, span.start, ''
+    yield span.start, span.end, str(span.style)
+    end = span.end
+  if end < len(text.plain):
+    yield end, len(text.plain), ''
