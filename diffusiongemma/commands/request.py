@@ -92,13 +92,13 @@ def check(run: Run, request: Request) -> Request:
       raise SampleError(
         f'--{flag} is not for --infill, which writes only into its holes.'
       )
-  for flag, value in (
+  for flag, other in (
     ('prompt', request.prompt),
     ('infill', request.infill),
     ('image', request.images),
     ('trace', request.trace),
   ):
-    if value and request.prompts:
+    if other and request.prompts:
       raise SampleError(f'--{flag} is not for --prompts, a file of prompts.')
   return request._replace(chat=is_chat)
 

@@ -45,7 +45,7 @@ def keep_compilations() -> None:
   """Enables JAX's persistent compilation cache, unless its own environment
   variable or setting is set."""
   is_chosen = 'JAX_COMPILATION_CACHE_DIR' in os.environ
-  if not (is_chosen or jax.config.jax_compilation_cache_dir):
+  if not (is_chosen or jax.config.values['jax_compilation_cache_dir']):
     cache = os.environ.get('XDG_CACHE_HOME', os.path.expanduser('~/.cache'))
     jax.config.update(
       'jax_compilation_cache_dir', os.path.join(cache, 'diffusiongemma')
