@@ -23,8 +23,9 @@ of held-out stories are printed by
 
 Needs Debian's link-grammar, link-grammar-dictionaries-en and wamerican. The
 parser accepts much that is wrong, and refuses some of what is right; so read
-some stories as well. Expected: of stories by make.py it links 97 % of the
-sentences, of the same with their words shuffled 15 %.
+some stories as well. Expected: of 300 stories by make.py it links 97 % of the
+sentences and all of 68 % of the stories; the others that were looked at are
+grammatical. With their words shuffled: not measured yet.
 """
 
 import argparse
