@@ -65,7 +65,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     sys.exit(_fail(str(error), 2))
   if flags.FLAGS['verbosity'].using_default_value:
     # At INFO, Orbax logs every file.
-    flags.FLAGS['verbosity'].value = logging.WARNING
+    flags.FLAGS.verbosity = logging.WARNING  # type: ignore[assignment]
   return rest
 
 

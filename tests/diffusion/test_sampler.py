@@ -331,30 +331,29 @@ def test_rows_that_are_done_are_left_alone():
 
 
 def test_temperature_and_strategy_can_be_functions():
-  temperatures = []
-  note = lambda temperature_B1: temperatures.append(temperature_B1.tolist())
-
   def network(tokens_BL, sc_BLD, temperature, uniforms_BLU, step):
-    jax.debug.callback(note, temperature, ordered=True)
-    return oracle(tokens_BL, sc_BLD, temperature, uniforms_BLU, step)
+    prediction = oracle(tokens_BL, sc_BLD, temperature, uniforms_BLU, step)
+    shown_BLD = jnp.broadcast_to(temperature[:, :, None], sc_BLD.shape)
+    return prediction.replace(sc_BLD=shown_BLD)
 
   def all_at_once(config, canvas_BL, prediction, time, drawn):
     del config, canvas_BL, time
     return strategies.renoise(jnp.ones((B, L), bool), prediction, drawn)
 
-  state, _ = sample(
+  state, states = sample(
     denoise_fn=network,
     config=dataclasses.replace(CONFIG, confidence_threshold=0.0),
     sampling=Sampling(
       strategy=all_at_once,
       temperature=lambda config, time: 0.1 * time.left_B1 + 0 * config.t_min,
     ),
+    trajectory=True,
   )
-  jax.effects_barrier()
   expected_N = 0.1 * np.arange(16, 0, -1)
   for row in range(B):
-    found = [temperature[row][0] for temperature in temperatures]
-    np.testing.assert_allclose(found, expected_N, rtol=1e-6)
+    np.testing.assert_allclose(
+      states.sc_BLD[:, row, 0, 0], expected_N, rtol=1e-6
+    )
   assert state.accepted_BL.all()
 
 
