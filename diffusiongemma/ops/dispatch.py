@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
+import functools
 import re
 from typing import Any
 from typing import Literal
+from typing import TypeVar
 
 import jax
 
@@ -15,6 +17,8 @@ from diffusiongemma.errors import Error
 # A100, H100 and newer data-centre GPUs have as many.
 SHARED_MEMORY = 160 * 1024
 Implementation = Literal['plain', 'kernel'] | None
+T = TypeVar('T')
+
 _switched_off = False
 _target: str | None = None
 
@@ -69,6 +73,18 @@ def run(
     lambda *operands: jax.vjp(plain, *operands), lambda pullback, d: pullback(d)
   )
   return anywhere(*operands)
+
+
+def in_32_bits(kernel: Callable[..., T]) -> Callable[..., T]:
+  """The kernel as it is traced where JAX has no 64-bit types: kernels count in
+  int32, also with JAX_ENABLE_X64."""
+
+  @functools.wraps(kernel)
+  def traced(*operands, **options):
+    with jax.enable_x64(False):
+      return kernel(*operands, **options)
+
+  return traced
 
 
 def _platform() -> str:

@@ -21,7 +21,8 @@ interpreted = pytest.mark.skipif(
 
 
 def make(outputs, inputs, kind, group_size=None):
-  w = jax.random.normal(jax.random.key(3), (E, outputs, inputs)) * D**-0.5
+  shape = (E, outputs, inputs)
+  w = jax.random.normal(jax.random.key(3), shape, jnp.float32) * D**-0.5
   return ops.weights.quantize(w, kind, -1, group_size, scales_transposed=True)
 
 

@@ -15,10 +15,11 @@ T, E = 32, 16
 @pytest.mark.parametrize('scale', [1.0, 50.0])
 def test_the_same_choice(k, scale):
   """Sharp ones too, where most probabilities are zero; the first of equals."""
-  logits_TE = scale * jax.random.normal(jax.random.key(0), (T, E))
+  logits_TE = scale * jax.random.normal(jax.random.key(0), (T, E), jnp.float32)
   logits_TE = logits_TE.at[:, 5].set(logits_TE[:, 2]).at[0].set(0.0)
-  scale_E = jnp.linspace(0.5, 2.0, E)
+  scale_E = jnp.linspace(0.5, 2.0, E, dtype=jnp.float32)
   assert gpu.supports(logits_TE)
+  assert not gpu.supports(logits_TE.astype(jnp.float16))
   weights_Tk, experts_Tk = gpu.choose(logits_TE, scale_E, k, interpret=True)
   weights, experts = ops.routing.choose(logits_TE[None], scale_E, k)
   # What has no probability left is chosen in any order.
@@ -40,8 +41,8 @@ def test_the_same_layout(tile, most):
 
 
 def test_where_there_is_a_kernel_there_are_gradients():
-  logits_TE = jax.random.normal(jax.random.key(0), (T, E))
-  scale_E = jnp.linspace(0.5, 2.0, E)
+  logits_TE = jax.random.normal(jax.random.key(0), (T, E), jnp.float32)
+  scale_E = jnp.linspace(0.5, 2.0, E, dtype=jnp.float32)
 
   def total(logits_TE, scale_E):
     weights_BLk, _ = ops.routing.choose(logits_TE[None], scale_E, 3)

@@ -16,12 +16,12 @@ R, D, V, SIZE = 48, 32, 384, 128
 def given(kind=None, scale=1.0):
   """(h, table, temperatures), some rows of the table twice."""
   keys = jax.random.split(jax.random.key(0), 2)
-  table_VD = jax.random.normal(keys[0], (V, D))
+  table_VD = jax.random.normal(keys[0], (V, D), jnp.float32)
   table_VD = table_VD.at[200:300].set(table_VD[100:200])
   if kind:
     table_VD = ops.weights.quantize(table_VD, kind, -1)
-  h_RD = scale * jax.random.normal(keys[1], (R, D))
-  return h_RD, table_VD, jnp.linspace(0.5, 0.9, R)
+  h_RD = scale * jax.random.normal(keys[1], (R, D), jnp.float32)
+  return h_RD, table_VD, jnp.linspace(0.5, 0.9, R, dtype=jnp.float32)
 
 
 def carry():

@@ -77,6 +77,7 @@ def _queries(length: int, head_dim: int, group: int) -> int:
   return math.gcd(length, max(1, blocks_of(head_dim).rows // group))
 
 
+@dispatch.in_32_bits
 def attend(
   q_BLNH: jax.Array,
   parts: Sequence[tuple[jax.Array, jax.Array]],

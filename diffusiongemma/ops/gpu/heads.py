@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
+from diffusiongemma.ops import dispatch
 from diffusiongemma.ops.gpu import few_bits
 from diffusiongemma.ops.gpu import matmul as products
 from diffusiongemma.ops.gpu.attention import LONGEST_HEAD
@@ -39,6 +40,7 @@ def supports(x_TD: jax.Array, weights: Sequence[Any]) -> bool:
   )
 
 
+@dispatch.in_32_bits
 def project(
   x_TD: jax.Array,
   weights: dict[str, Any],
@@ -153,6 +155,7 @@ def supports_norm_and_rotate(q_TNH: jax.Array) -> bool:
   )
 
 
+@dispatch.in_32_bits
 def norm_and_rotate(
   heads: dict[str, jax.Array],
   norms: dict[str, jax.Array],

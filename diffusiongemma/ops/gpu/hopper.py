@@ -40,6 +40,7 @@ from jaxlib.mlir.dialects import llvm
 import numpy as np
 
 from diffusiongemma.ops import activation
+from diffusiongemma.ops import dispatch
 from diffusiongemma.ops.weights import Quantized
 
 _BLOCK = 64  # Outputs, and inputs, that a worker multiplies at a time.
@@ -205,6 +206,7 @@ def _are_neighbours(num_groups: int, inputs: int) -> bool:
   return num_groups in (1, inputs // _BLOCK)
 
 
+@dispatch.in_32_bits
 def _call(x_TD, weights_EFD, groups, is_gated, interpret, name):
   """Each tile times its expert's matrix transposed, or GeGLU of the halves."""
   values, scales = weights_EFD.values, weights_EFD.scales

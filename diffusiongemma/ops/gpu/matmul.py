@@ -21,6 +21,7 @@ from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
 from diffusiongemma.ops import activation
+from diffusiongemma.ops import dispatch
 from diffusiongemma.ops.gpu import few_bits
 from diffusiongemma.ops.weights import Quantized
 from diffusiongemma.ops.weights import values_and_scales
@@ -49,6 +50,7 @@ def supports(weights_EFD: Any, tile: int, parts: int = 1) -> bool:
   return min(tile, block(F // parts)) >= SMALLEST and block(inputs) >= smallest
 
 
+@dispatch.in_32_bits
 def multiply_tiles(
   x_TD: jax.Array,
   weights_EFD: jax.Array | Quantized,
@@ -71,6 +73,7 @@ def multiply_tiles(
   )
 
 
+@dispatch.in_32_bits
 def gate_tiles(
   x_MD: jax.Array,
   gate_up_EFD: jax.Array | Quantized,
@@ -92,6 +95,7 @@ def gate_tiles(
   )
 
 
+@dispatch.in_32_bits
 def multiply(
   x_TD: jax.Array,
   values_DF: jax.Array,
@@ -107,6 +111,7 @@ def multiply(
   )
 
 
+@dispatch.in_32_bits
 def gate(
   x_TD: jax.Array,
   gate_DF: tuple[jax.Array, jax.Array],
@@ -325,6 +330,7 @@ def block_products(
   ]
 
 
+@dispatch.in_32_bits
 def add_tiles(
   d_TF: jax.Array, x_TD: jax.Array, groups: Any, interpret: bool = False
 ) -> jax.Array:

@@ -12,6 +12,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
+from diffusiongemma.ops import dispatch
+
 _LONGEST = 2**14
 
 
@@ -20,6 +22,7 @@ def supports(x: jax.Array) -> bool:
   return 32 <= x.shape[-1] <= _LONGEST
 
 
+@dispatch.in_32_bits
 def add_and_norm(
   x_TD: jax.Array,
   y_TD: jax.Array,

@@ -14,6 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
+from diffusiongemma.ops import dispatch
+
 _ROWS = 16
 _COUNTED = 128  # Rows of a program of the layout.
 
@@ -21,9 +23,12 @@ _COUNTED = 128  # Rows of a program of the layout.
 def supports(logits_TE: jax.Array) -> bool:
   """Whether the kernel supports these operands."""
   T, E = logits_TE.shape
-  return pl.next_power_of_2(E) == E and math.gcd(T, _ROWS) == _ROWS
+  is_known = logits_TE.dtype in (jnp.float32, jnp.bfloat16)
+  is_power = pl.next_power_of_2(E) == E
+  return is_known and is_power and math.gcd(T, _ROWS) == _ROWS
 
 
+@dispatch.in_32_bits
 def choose(
   logits_TE: jax.Array,
   scale_E: jax.Array,
@@ -82,6 +87,7 @@ def supports_layout(num_rows: int, num_experts: int) -> bool:
   )
 
 
+@dispatch.in_32_bits
 def lay_out(
   expert_R: jax.Array, num_experts: int, tile: int, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
+from diffusiongemma.ops import dispatch
 from diffusiongemma.ops.gpu import few_bits
 from diffusiongemma.ops.gpu import matmul as products
 from diffusiongemma.ops.weights import Quantized
@@ -49,6 +50,7 @@ def supports(h_RD: jax.Array, table_VD: Any, size: int, bin_size: int) -> bool:
   return is_large and columns % bin_size == 0 and groups == 1
 
 
+@dispatch.in_32_bits
 def look_at(
   carry: tuple[jax.Array, ...],
   h_RD: jax.Array,

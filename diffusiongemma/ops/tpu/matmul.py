@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 from diffusiongemma.ops import activation
+from diffusiongemma.ops import dispatch
 from diffusiongemma.ops.weights import Quantized
 from diffusiongemma.ops.weights import values_and_scales
 
@@ -65,6 +66,7 @@ def supports_one(x_TD: jax.Array, values_DF: jax.Array) -> bool:
   )
 
 
+@dispatch.in_32_bits
 def multiply_tiles(
   x_TD: jax.Array,
   weights_EFD: jax.Array | Quantized,
@@ -87,6 +89,7 @@ def multiply_tiles(
   )
 
 
+@dispatch.in_32_bits
 def gate_tiles(
   x_TD: jax.Array,
   gate_up_EFD: jax.Array | Quantized,
@@ -104,6 +107,7 @@ def gate_tiles(
   )
 
 
+@dispatch.in_32_bits
 def multiply(
   x_TD: jax.Array,
   values_DF: jax.Array,
@@ -285,6 +289,7 @@ def _dot(x, w, x_axis, w_axis):
   )
 
 
+@dispatch.in_32_bits
 def add_tiles(
   d_TF: jax.Array, x_TD: jax.Array, groups: Any, interpret: bool = False
 ) -> jax.Array:
