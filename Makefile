@@ -13,8 +13,6 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m diffusiongemma.main
 DEMO_WORKDIR ?= runs/tiny
-# So that type checkers find the package, too.
-EDITABLE := --config-settings editable_mode=compat --editable
 
 .PHONY: demo install test lint docs clean
 
@@ -30,12 +28,12 @@ $(VENV)/installed: setup.cfg pyproject.toml
 	  "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(EDITABLE) .
+	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet $(PIP_TORCH) torch==2.13.0
-	$(BIN)/python -m pip install --quiet $(EDITABLE) '.[test]'
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
 
 test: lint
@@ -47,7 +45,7 @@ lint: $(VENV)/installed-test
 	$(BIN)/mypy
 
 docs: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet $(EDITABLE) '.[docs]'
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 
 clean:
