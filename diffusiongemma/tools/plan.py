@@ -248,7 +248,8 @@ def _devices(topology: str) -> tuple[str, list[Any]]:
           f'{GPUS_PER_HOST}.'
         )
       kind = gpu[1]
-      # Without a driver, cuPTI from 13.5 on has no version to compare.
+      # Without a driver, cuPTI can't say its version, and the plugin refuses
+      # to initialise: findings/jax_cuda_plugin_without_driver.sh.
       os.environ.setdefault('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')
       target = importlib.resources.files('diffusiongemma.assets')
       description = topologies.get_topology_desc(

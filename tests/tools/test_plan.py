@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -337,3 +338,19 @@ def test_another_libtpu_is_named(monkeypatch):
   plan._check_libtpu()
   versions.clear()
   plan._check_libtpu()
+
+
+def test_the_plugin_for_gpus_initialises_without_a_driver(monkeypatch):
+  """See findings/jax_cuda_plugin_without_driver.sh."""
+  name, seen = 'JAX_SKIP_CUDA_CONSTRAINTS_CHECK', []
+  monkeypatch.delenv(name, raising=False)
+
+  def describe(*unused, **also_unused):
+    seen.append(os.environ.get(name))
+    raise RuntimeError('no plugin here')
+
+  monkeypatch.setattr(plan.topologies, 'get_topology_desc', describe)
+  with pytest.raises(plan.PlanError, match='no plugin here'):
+    plan._devices('h100')
+  assert seen == ['1']
+  os.environ.pop(name)
