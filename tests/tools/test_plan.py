@@ -205,9 +205,9 @@ def test_collectives_are_found_by_kind_and_size():
     %i = bf16[16]{0} all-gather(%z), attributes={chain_id="7"}
   """
   assert hlo.collectives(text) == {
-    'all-gather': (3, 96, 32),
-    'all-reduce': (2, 148, 128),
-    'collective-permute': (1, 20, 20),
+    'all-gather': hlo.Collective(3, 96, 32),
+    'all-reduce': hlo.Collective(2, 148, 128),
+    'collective-permute': hlo.Collective(1, 20, 20),
   }
 
 
