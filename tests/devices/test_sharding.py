@@ -279,7 +279,7 @@ def shares_of(mesh_config, processes, monkeypatch):
   shares = []
   for process in sorted(set(processes)):
     monkeypatch.setattr(jax, 'process_index', lambda process=process: process)
-    shares.append(tuple(sharding.share_of_batch(mesh)))
+    shares.append(dataclasses.astuple(sharding.share_of_batch(mesh)))
   return shares
 
 

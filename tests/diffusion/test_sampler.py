@@ -333,8 +333,8 @@ def test_rows_that_are_done_are_left_alone():
 def test_temperature_and_strategy_can_be_functions():
   def network(tokens_BL, sc_BLD, temperature, uniforms_BLU, step):
     prediction = oracle(tokens_BL, sc_BLD, temperature, uniforms_BLU, step)
-    shown_BLD = jnp.broadcast_to(temperature[:, :, None], sc_BLD.shape)
-    return prediction.replace(sc_BLD=shown_BLD)
+    shown_BL = jnp.broadcast_to(temperature, tokens_BL.shape)
+    return prediction.replace(entropy_BL=shown_BL)
 
   def all_at_once(config, canvas_BL, prediction, time, drawn):
     del config, canvas_BL, time
@@ -352,7 +352,7 @@ def test_temperature_and_strategy_can_be_functions():
   expected_N = 0.1 * np.arange(16, 0, -1)
   for row in range(B):
     np.testing.assert_allclose(
-      states.sc_BLD[:, row, 0, 0], expected_N, rtol=1e-6
+      states.entropy_BL[:, row, 0], expected_N, rtol=1e-6
     )
   assert state.accepted_BL.all()
 
