@@ -1,8 +1,8 @@
 r"""Stories for children: a small network that writes simple English.
 
 Hardware: 2 CPU cores.
-Command:  python experiments/stories/make.py --out=runs/story_text/train.jsonl
-          python experiments/stories/make.py --seed=1 --count=1000 \
+Command:  python -m experiments.stories.make --out=runs/story_text/train.jsonl
+          python -m experiments.stories.make --seed=1 --count=1000 \
               --tokenizer= --out=runs/story_text/heldout.jsonl
           python -m diffusiongemma.main --config=configs/stories.py
           python -m diffusiongemma.main --mode=quantize \

@@ -101,7 +101,7 @@ def find_tokenizer(config: Config, folder: str) -> tokenizers.Tokenizer | None:
     for directory in (folder, os.path.join(folder, COMPANIONS_DIR)):
       path = os.path.join(directory, name)
       if os.path.lexists(path):
-        content = bytes(files.read_file(directory, name, MAX_TEXT_BYTES))
+        content = files.read_file(directory, name, MAX_TEXT_BYTES)
         tokenizer = tokenizers.make_tokenizer(content, path)
         _check_tokenizer(config, tokenizer, path)
         return tokenizer

@@ -1,6 +1,6 @@
 """Builds the shipped corpus and its tokenizer (run once; results committed).
 
-  python experiments/shakespeare/build_assets.py --source=FOLDER --pieces=0
+  python -m experiments.shakespeare.build_assets --source=FOLDER --pieces=0
 
 FOLDER holds one UTF-8 text file per work of Shakespeare (public domain, as
 published by Project Gutenberg, without its header), named `hamlet_gut.txt`
@@ -18,7 +18,6 @@ The tokenizer that is committed was trained before lines lost their spaces;
 Takes about twenty seconds on two cores.
 """
 
-import io
 import json
 import lzma
 import pathlib
@@ -26,7 +25,8 @@ import re
 
 from absl import app
 from absl import flags
-import sentencepiece
+
+from experiments import byte_pairs
 
 _SOURCE = flags.DEFINE_string('source', None, 'Folder of *_gut.txt files.')
 _PIECES = flags.DEFINE_integer(
@@ -56,36 +56,6 @@ def read_works(source: pathlib.Path) -> list[dict[str, str]]:
   return records
 
 
-def train_tokenizer(text: str, pieces: int) -> bytes:
-  """A byte-pair model that gives back exactly the text it was given.
-
-  Byte pairs rather than a unigram model: at this size the latter spells rare
-  words with a lone space piece, which then is the commonest token of all.
-  Nothing is normalised and no space is added or removed. Line breaks are
-  pieces of their own, since SentencePiece reads line by line.
-  """
-  model = io.BytesIO()
-  sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(text.splitlines()),
-    model_writer=model,
-    vocab_size=pieces,
-    model_type='bpe',
-    character_coverage=1.0,
-    byte_fallback=True,
-    normalization_rule_name='identity',
-    add_dummy_prefix=False,
-    remove_extra_whitespaces=False,
-    user_defined_symbols=['\n', '\n\n'],
-    pad_id=0,
-    eos_id=1,
-    bos_id=2,
-    unk_id=3,
-    num_threads=1,
-    minloglevel=2,
-  )
-  return model.getvalue()
-
-
 def main(argv: list[str]) -> None:
   del argv
   records = read_works(pathlib.Path(_SOURCE.value))
@@ -95,7 +65,7 @@ def main(argv: list[str]) -> None:
   (ASSETS / 'shakespeare.jsonl.xz').write_bytes(archive)
   if _PIECES.value:
     text = ''.join(r['text'] for r in records if r['split'] == 'train')
-    model = train_tokenizer(text, _PIECES.value)
+    model = byte_pairs.train(text.splitlines(), _PIECES.value)
     (ASSETS / 'shakespeare.model').write_bytes(model)
   print(f'{len(records)} works, {len(archive):,} bytes of corpus archive')
 

@@ -1,8 +1,8 @@
 r"""Short, simple stories for children, written by a grammar of events.
 
-  python experiments/stories/make.py --out=runs/stories/train.jsonl \
+  python -m experiments.stories.make --out=runs/stories/train.jsonl \
       --count=60000 --seed=0
-  python experiments/stories/make.py --out=runs/stories/heldout.jsonl \
+  python -m experiments.stories.make --out=runs/stories/heldout.jsonl \
       --count=1000 --seed=1 --tokenizer=
 
 writes a story a line. Of half of them the first words are the "prompt", the
@@ -18,13 +18,14 @@ name. Expected: 60,000 stories of 60 to 130 words in about a minute.
 """
 
 import argparse
-import io
 import json
 import os
 import pathlib
 import random
 import re
 from typing import NamedTuple
+
+from experiments import byte_pairs
 
 PHRASES = pathlib.Path(__file__).parent / 'events.txt'
 SHORTEST, LONGEST = 60, 130  # Words of a story.
@@ -632,33 +633,6 @@ def to_line(story: str, rng: random.Random) -> str:
   return json.dumps({'prompt': story[:cut], 'response': story[cut:]}) + '\n'
 
 
-def train_tokenizer(stories: list[str], pieces: int) -> bytes:
-  """A byte-pair model that gives back exactly the text it was given."""
-  import sentencepiece
-
-  model = io.BytesIO()
-  lines = (line for story in stories for line in story.splitlines() if line)
-  sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=lines,
-    model_writer=model,
-    vocab_size=pieces,
-    model_type='bpe',
-    character_coverage=1.0,
-    byte_fallback=True,
-    normalization_rule_name='identity',
-    add_dummy_prefix=False,
-    remove_extra_whitespaces=False,
-    user_defined_symbols=['\n', '\n\n'],
-    pad_id=0,
-    eos_id=1,
-    bos_id=2,
-    unk_id=3,
-    num_threads=1,
-    minloglevel=2,
-  )
-  return model.getvalue()
-
-
 def write(path: pathlib.Path, content: bytes) -> None:
   """All of a file or nothing."""
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -686,7 +660,8 @@ def main() -> None:
   words = {w for s in stories for w in re.findall("[a-z']+", s.lower())}
   print(f'{len(stories):,} stories, {len(words):,} different words in {out}')
   if given.tokenizer:
-    model = train_tokenizer(stories[:20_000], given.pieces)
+    lines = (x for story in stories[:20_000] for x in story.splitlines() if x)
+    model = byte_pairs.train(lines, given.pieces)
     write(out.with_name(given.tokenizer), model)
 
 
