@@ -155,14 +155,11 @@ def generate(
   """
   _check_run(run)
   prompts, is_one = _token_ids(run, prompt)
-  written = generation.generate_tokens(
-    *(run.config, weights.arrange(run.params), prompts, _key(key)),
-    _count(run, max_new_tokens),
-    _with_fields(sampling, fields),
+  rows = _generated(
+    *(run, prompts, key, max_new_tokens, _with_fields(sampling, fields)),
     pinned=_rows(pinned, is_one),
     pictures=_rows(pictures, is_one),
   )
-  rows = [_written(run, row) for row in written.rows]
   return rows[0] if is_one else rows
 
 
@@ -221,16 +218,13 @@ def show(
   text = prompt if isinstance(prompt, str) else run.tokenizer.decode(prompts[0])
   steps = run.config.diffusion.max_denoising_steps
   with live.LiveCanvas(run.tokenizer, text, steps) as canvas:
-    written = generation.generate_tokens(
-      *(run.config, weights.arrange(run.params), prompts, _key(key)),
-      _count(run, max_new_tokens),
-      _with_fields(sampling, fields),
-      pinned=_rows(pinned, True),
-      pictures=_rows(pictures, True),
+    (row,) = _generated(
+      *(run, prompts, key, max_new_tokens, _with_fields(sampling, fields)),
+      pinned=_rows(pinned, is_one),
+      pictures=_rows(pictures, is_one),
       on_step=canvas.on_step if canvas.is_seen else None,
       on_canvas=lambda kept: canvas.on_canvas(kept[0]),
     )
-  row = _written(run, written.rows[0])
   if not canvas.in_notebook:
     print(live.printable(text + row.text))
   return row
@@ -408,6 +402,23 @@ def _count(run: Run, max_new_tokens: int | None) -> int:
   if max_new_tokens is None:
     return generation.default_max_new_tokens(run.config)
   return max_new_tokens
+
+
+def _generated(
+  run: Run,
+  prompts: Sequence[Sequence[int]],
+  key: Seed,
+  max_new_tokens: int | None,
+  sampling: Sampling,
+  **options: Any,
+) -> list[Written]:
+  """`generate_tokens` of a run, as texts."""
+  written = generation.generate_tokens(
+    *(run.config, weights.arrange(run.params), prompts, _key(key)),
+    *(_count(run, max_new_tokens), sampling),
+    **options,
+  )
+  return [_written(run, row) for row in written.rows]
 
 
 def _written(run: Run, row: generation.Generation) -> Written:

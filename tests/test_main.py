@@ -5,10 +5,13 @@ import io
 import json
 import pathlib
 import signal
+import subprocess
+import sys
 
 from absl.testing import flagsaver
 import pytest
 
+import diffusiongemma
 from diffusiongemma import main
 from diffusiongemma.devices import memory
 from diffusiongemma.training import evaluate as evaluation
@@ -42,6 +45,19 @@ def workdir(tmp_path_factory):
 
 def sample(workdir, *arguments):
   return run('--mode=sample', f'--workdir={workdir}', *arguments)
+
+
+def test_nothing_but_the_text_is_printed(workdir):
+  """At absl's default verbosity, Orbax tells every file."""
+  arguments = ['--mode=sample', f'--workdir={workdir}', '--prompt=To be or']
+  arguments += ['--max_new_tokens=10']
+  done = subprocess.run(
+    [sys.executable, '-m', 'diffusiongemma.main', *arguments],
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert done.stdout.startswith('To be or') and not done.stderr
 
 
 def test_sample_as_text(workdir):
@@ -157,7 +173,18 @@ MISTAKES = {
     ['--mode=plan', f'--config={MICRO}', '--context=100000'],
     'more than config.model.context_length',
   ),
+  'a machine that is compiled for': (
+    ['--mode=plan', '--machine=h100', '--topology=h100'],
+    '--topology is for a program that is compiled',
+  ),
+  'unknown machine': (['--mode=plan', '--machine='], 'There is no machine'),
 }
+
+
+def test_version():
+  code, output, errors = run('--version')
+  assert code == 0 and not errors
+  assert output.startswith(f'diffusiongemma {diffusiongemma.__version__}, jax ')
 
 
 @pytest.mark.parametrize('name', MISTAKES)

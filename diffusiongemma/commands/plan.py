@@ -33,7 +33,7 @@ _CONTEXT = flags.DEFINE_integer(
 
 def run(overrides: dict[str, str]) -> int:
   """Prints the plan; returns the exit code."""
-  if _MACHINE.value:
+  if _MACHINE.value is not None:
     return _show_machine(overrides)
   from diffusiongemma.tools import plan
 
@@ -47,7 +47,7 @@ def run(overrides: dict[str, str]) -> int:
   what = (config, _TOPOLOGY.value, _PROGRAM.value)
   try:
     planned = plan.plan(
-      *what, batch_size=(shared.BATCH_SIZE.value or 1), context=context
+      *what, batch_size=shared.BATCH_SIZE.value or 1, context=context
     )
     fits, text = planned.fits is not False, plan.to_text(planned)
     record = plan.to_json(planned)
@@ -67,10 +67,18 @@ def run(overrides: dict[str, str]) -> int:
 
 
 def _show_machine(overrides: dict[str, str]) -> int:
+  """Prints what `--machine` can do. Raises `ConfigError` for flags of programs
+  that are compiled."""
   from diffusiongemma.config import load_config
   from diffusiongemma.runs import overrides as overrides_lib
   from diffusiongemma.tools import machines
 
+  for flag in (_TOPOLOGY, _PROGRAM, _CONTEXT, shared.BATCH_SIZE):
+    if flag.present:
+      raise ConfigError(
+        f'--{flag.name} is for a program that is compiled; --machine compiles '
+        'nothing.'
+      )
   config = load_config(shared.CONFIG.value or '26b_a4b')
   config = overrides_lib.apply(overrides, config)
   machine = machines.find(_MACHINE.value or '')

@@ -4,14 +4,14 @@
   {"messages": [{"role": "user", "content": "Hi"}]}     a chat so far
   "ROMEO."                                              the first, for short
 
-A line may have a `seed`, which counts more than the flag; other keys come back
-in its result as they are. A line's noise follows from its seed and its number,
-whatever it is batched with.
+A line may have a `seed`, which counts more than the flag; keys without a
+meaning here, such as `id`, come back in its result. A line's noise follows from
+its seed and its number, whatever it is batched with. Empty lines are skipped.
 """
 
 from collections.abc import Iterator
 import json
-import pathlib
+import os
 import sys
 from typing import Any
 from typing import NamedTuple
@@ -29,9 +29,15 @@ from diffusiongemma.generation import generate
 from diffusiongemma.generation import prompt as prompt_lib
 from diffusiongemma.runs.load import Run
 from diffusiongemma.text import template as templates
+from diffusiongemma.training.messages import parse_json
 
 MAX_BYTES = 1 << 30  # Of the file.
 KEYS = ('prompt', 'messages', 'seed')
+# Keys that would be lost or would mean something: flags, and keys of a result.
+REFUSED = frozenset(
+  (*Request._fields, 'think', 'image', 'temperature', 'stop')
+  + (*generate.Generation._fields, *chat.Reply._fields)
+) - frozenset(KEYS)
 
 
 class Line(NamedTuple):
@@ -90,13 +96,16 @@ def _read(
   run: Run, request: Request, model: chat.Model | None
 ) -> Iterator[Line]:
   name = 'Standard input' if request.prompts == '-' else request.prompts
-  number = 0
+  is_empty = True
   for number, text in enumerate(_texts(request.prompts), 1):
+    if not text.strip():
+      continue
+    is_empty = False
     try:
       yield _line(run, request, model, text, number)
     except (Error, ValueError) as error:
       raise SampleError(f'Line {number} of {name}: {error}') from error
-  if not number:
+  if is_empty:
     raise SampleError(f'{name} has no line.')
 
 
@@ -106,9 +115,10 @@ def _texts(path: str) -> Iterator[str]:
     yield from sys.stdin
     return
   try:
-    if pathlib.Path(path).stat().st_size > MAX_BYTES:
-      raise SampleError(f'{path} has more than {MAX_BYTES:,} bytes; divide it.')
-    yield from pathlib.Path(path).read_text('utf-8').splitlines()
+    with open(path, encoding='utf-8', newline='\n') as stream:
+      if os.fstat(stream.fileno()).st_size > MAX_BYTES:
+        raise SampleError(f'{path} has more than {MAX_BYTES:,} bytes.')
+      yield from stream
   except OSError as error:
     raise SampleError(f'{path} cannot be read: {error.strerror}.') from error
   except UnicodeDecodeError as error:
@@ -119,7 +129,7 @@ def _line(
   run: Run, request: Request, model: chat.Model | None, text: str, number: int
 ) -> Line:
   """Raises `ValueError` or an `Error` that does not say which line it is."""
-  record = json.loads(text)
+  record = parse_json(text)
   if isinstance(record, str):
     record = {'prompt': record}
   if not isinstance(record, dict):
@@ -130,8 +140,15 @@ def _line(
   if type(seed) is not int or not 0 <= seed < 2**63:
     raise ValueError(f'its seed {seed!r} is no whole number from 0 on.')
   key = jax.random.fold_in(jax.random.key(seed), number - 1)
+  if refused := REFUSED.intersection(record):
+    raise ValueError(
+      f'{min(refused)!r} is not read here: give it as a flag, for all lines, '
+      'or call it something else.'
+    )
   others = {name: x for name, x in record.items() if name not in KEYS}
   tokens = _tokens(run, request, model, record)
+  # Pictures can't be given here.
+  prompt_lib.with_pictures(run.config.model, run.params, [tokens], None)
   prompt_lib.check(run.config, tokens, most_tokens(run, request))
   return Line(tokens, key, others)
 
@@ -155,6 +172,8 @@ def _tokens(
       *chats.start(request).messages,
       chat.user_message(str(prompt)),
     ]
+  elif request.system:
+    raise ValueError('it has messages: --system would belong among them.')
   return templates.encode_chat(
     run.tokenizer,
     model.template,

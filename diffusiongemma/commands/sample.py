@@ -5,7 +5,6 @@ import typing
 
 from absl import flags
 
-from diffusiongemma import paths
 from diffusiongemma.commands import shared
 
 if typing.TYPE_CHECKING:
@@ -32,11 +31,13 @@ _TOOLS = shared.path(
 _INFILL = flags.DEFINE_string(
   'infill', None, 'A text with holes, ___, one underscore per token.'
 )
-_PROMPTS = flags.DEFINE_string(
-  'prompts',
-  '',
-  'JSON lines, {"prompt": ...} or {"messages": ...}, or - for standard input; '
-  'prints a JSON line for each.',
+_PROMPTS = shared.path(
+  flags.DEFINE_string(
+    'prompts',
+    '',
+    'JSON lines, {"prompt": ...} or {"messages": ...}, or - for standard '
+    'input; prints a JSON line for each.',
+  )
 )
 _CHAT = flags.DEFINE_bool(
   'chat', None, 'Prompts are messages. Default: if the network knows turns.'
@@ -67,7 +68,7 @@ def run(overrides: dict[str, str]) -> int:
     thinking=_THINK.value,
     tools=_read_tools(),
     infill=_INFILL.value,
-    prompts=paths.local(_PROMPTS.value, '--prompts'),
+    prompts=_PROMPTS.value,
     batch_size=shared.BATCH_SIZE.value or 8,
     chat=_CHAT.value,
     max_new_tokens=_MAX_NEW_TOKENS.value,

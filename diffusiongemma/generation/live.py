@@ -67,7 +67,7 @@ class LiveCanvas:
     self._tokenizer = tokenizer
     self._max_steps = max_steps
     self._written = rich_text.Text().append(printable(prompt), PROMPT)
-    self._notebook = _display_of_notebook()
+    self._notebook: Callable[[rich_text.Text], None] | None = None
     self._console = rich_console.Console(
       file=sys.stdout, highlight=False, force_jupyter=False
     )
@@ -86,10 +86,12 @@ class LiveCanvas:
   @property
   def in_notebook(self) -> bool:
     """Whether the output is that of a notebook's cell."""
-    return self._notebook is not None
+    return 'ipykernel' in sys.modules
 
   def __enter__(self):
-    if self._notebook is None:
+    if self.in_notebook:
+      self._notebook = _output_of_cell()
+    else:
       self._live.start()
     return self
 
@@ -128,10 +130,8 @@ class LiveCanvas:
     return rich_text.Text('\n').join(lines[-room:]) + status
 
 
-def _display_of_notebook() -> Callable[[rich_text.Text], None] | None:
-  """Replaces the output of this cell by a text; None outside of notebooks."""
-  if 'ipykernel' not in sys.modules:
-    return None
+def _output_of_cell() -> Callable[[rich_text.Text], None]:
+  """A function that replaces an output of this notebook cell by a text."""
   from IPython import display
 
   output = display.display(display.HTML(''), display_id=True)
@@ -141,7 +141,7 @@ def _display_of_notebook() -> Callable[[rich_text.Text], None] | None:
 def to_html(text: rich_text.Text) -> str:
   """A text as HTML whose colours suit light and dark pages."""
   pieces = []
-  for start, end, style in _runs(text):
+  for start, end, style in _pieces(text):
     css = _STYLES.get(style, '')
     pieces.append(
       f'<span style="{css}">{html.escape(text.plain[start:end])}</span>'
@@ -156,8 +156,9 @@ _STYLES = {
 }
 
 
-def _runs(text: rich_text.Text) -> Iterator[tuple[int, int, str]]:
-  """(start, end, style) of pieces of one style; '' without one."""
+def _pieces(text: rich_text.Text) -> Iterator[tuple[int, int, str]]:
+  """(start, end, style) of the pieces of a text whose spans do not overlap; ''
+  without a style."""
   end = 0
   for span in sorted(text.spans):
     if span.start > end:

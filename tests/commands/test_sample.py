@@ -236,6 +236,12 @@ def test_many_prompts(write, tmp_path):
   output = write(prompts=str(path), batch_size=3, max_new_tokens=8)[1]
   others = [json.loads(line) for line in output.splitlines()]
   assert [r['tokens'] for r in others] == [r['tokens'] for r in together]
+  with pytest.raises(SampleError, match='Line 2 .*--system would belong'):
+    write(prompts=str(path), system='be brief')
+  # A line separator inside of a text ends no line.
+  path.write_text('\n' + json.dumps('what\u2028is', ensure_ascii=False))
+  assert len(write(prompts=str(path), max_new_tokens=8)[1].splitlines()) == 1
+  path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
   with path.open('a') as stream:
     stream.write('{"prompt": "what", "messages": []}\n')
   with pytest.raises(SampleError, match='Line 4 of .*either "prompt" or'):
@@ -253,6 +259,13 @@ def test_many_prompts(write, tmp_path):
     ('{"prompt": "x", "seed": -1}', 'its seed -1 is no whole number'),
     ('{"messages": [{"role": "me"}]}', "has the role 'me'"),
     ('', 'has no line'),
+    ('\n \n', 'has no line'),
+    ('{"prompt": "x", "prompt": "y"}', "'prompt' occurs twice"),
+    ('[' * 100000, 'nested too deeply'),
+    ('{"prompt": "x", "temperature": 1}', "'temperature' is not read here"),
+    ('{"prompt": "x", "text": "mine"}', "'text' is not read here"),
+    ('{"prompt": "x", "images": []}', "'images' is not read here"),
+    ('\n{"prompt": 3}', 'Line 2 of .*no text'),
   ],
 )
 def test_lines_that_are_no_prompts(write, tmp_path, line, message):

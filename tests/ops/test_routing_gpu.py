@@ -40,6 +40,17 @@ def test_the_same_layout(tile, most):
     np.testing.assert_array_equal(ours, theirs)
 
 
+def test_kernels_count_in_32_bits():
+  """Also where JAX has 64: their buffers are int32."""
+  expert_R = jax.random.randint(jax.random.key(0), (256,), 0, E, jnp.int32)
+  expected = gpu.lay_out(expert_R, E, 16, interpret=True)
+  with jax.enable_x64(True):
+    found = gpu.lay_out(expert_R, E, 16, interpret=True)
+  for ours, theirs in zip(found, expected, strict=True):
+    assert ours.dtype == jnp.int32
+    np.testing.assert_array_equal(ours, theirs)
+
+
 def test_where_there_is_a_kernel_there_are_gradients():
   logits_TE = jax.random.normal(jax.random.key(0), (T, E), jnp.float32)
   scale_E = jnp.linspace(0.5, 2.0, E, dtype=jnp.float32)
