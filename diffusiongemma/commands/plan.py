@@ -82,9 +82,8 @@ def _show_machine(overrides: dict[str, str]) -> int:
   config = load_config(shared.CONFIG.value or '26b_a4b')
   config = overrides_lib.apply(overrides, config)
   machine = machines.find(_MACHINE.value or '')
-  tokens = 4 * 1024  # Of a small batch.
   if shared.FORMAT.value == 'json':
-    print(json.dumps(machines.to_json(config, machine, tokens)))
+    print(json.dumps(machines.to_json(config, machine)))
   else:
-    print(machines.to_text(config, machine, tokens))
+    print(machines.to_text(config, machine))
   return 0

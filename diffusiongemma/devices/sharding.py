@@ -29,6 +29,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
@@ -40,6 +41,8 @@ from diffusiongemma.model import parameters
 from diffusiongemma.ops import parallel
 
 AXES = ('data', 'fsdp', 'tensor', 'expert')
+# Where shapes alone are asked for, devices need not exist.
+AnyMesh = Mesh | AbstractMesh
 
 RULES = {
   'batch': ('data', 'fsdp', 'expert'),
@@ -152,7 +155,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def parameter_sharding(
-  mesh: Mesh,
+  mesh: AnyMesh,
 ) -> Callable[[tuple[str, ...], tuple[int, ...]], NamedSharding]:
   """(path, shape) of a parameter -> its sharding; for `diffusiongemma.load`.
 
@@ -191,7 +194,7 @@ def parameter_sharding(
   return place
 
 
-def _parts(mesh: Mesh, names: str | tuple[str, ...] | None) -> int:
+def _parts(mesh: AnyMesh, names: str | tuple[str, ...] | None) -> int:
   """Number of shards along these axes of the mesh."""
   names = names if isinstance(names, tuple) else (names,) if names else ()
   return math.prod(mesh.shape[name] for name in names)
@@ -234,7 +237,7 @@ def share_of_batch(mesh: Mesh) -> Share:
   return Share(shares.index(own), len(shares))
 
 
-def with_sharding(abstract: Any, mesh: Mesh) -> Any:
+def with_sharding(abstract: Any, mesh: AnyMesh) -> Any:
   """Shapes of a tree of parameters, or of a training state, plus shardings."""
   return placed(abstract, parameter_sharding(mesh))
 
@@ -254,7 +257,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(RULES['batch']))
 
 
-def cache_with_sharding(cache: Any, model: ModelConfig, mesh: Mesh) -> Any:
+def cache_with_sharding(cache: Any, model: ModelConfig, mesh: AnyMesh) -> Any:
   """Shapes of a KV cache with shardings."""
   abstract = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
   with abstract, activate(model, len(cache.length_B)):

@@ -4,9 +4,9 @@
   a pass >= max(FLOPs / peak, bytes of the weights / bandwidth)
   tokens/s = canvas / ((passes + 1) * a pass), one pass for the commit
 
-Sizes are exact: they are those of the arrays. Temporaries and times are
-estimates; what was measured stands beside them. `plan` compiles the programs
-themselves.
+Sizes are exact: they are those of the arrays, or of their shards on the mesh of
+the commands. Temporaries and times are estimates; what was measured stands
+beside them. `plan` compiles the programs themselves.
 """
 
 from collections.abc import Iterator
@@ -23,9 +23,11 @@ import jax
 from diffusiongemma.config import Config
 from diffusiongemma.config import ConfigError
 from diffusiongemma.config import LoraConfig
+from diffusiongemma.config import MeshConfig
 from diffusiongemma.config import ModelConfig
 from diffusiongemma.config import QuantizationConfig
 from diffusiongemma.devices import memory
+from diffusiongemma.devices import sharding
 from diffusiongemma.diffusion import sampler
 from diffusiongemma.model import cache as kv_cache
 from diffusiongemma.model import denoiser
@@ -58,9 +60,9 @@ WEIGHTS = {
 SAMPLING_TEMPORARIES = 0.3e9
 LORA = LoraConfig(rank=16)
 # Activations of training with remat = full: those of the plan h100-26b-lora, of
-# 4 rows of 1,024 tokens, and as much for each token more.
+# 4 rows of 1,024 tokens.
 TRAINING_TEMPORARIES = 4.2e9
-PLANNED_TOKENS = 4096
+ROWS, PLANNED_TOKENS = 4, 4096
 USABLE = 0.95  # Of the memory; XLA and the driver have the rest.
 DOWNLOAD = 100e6  # Bytes/s: about 1 Gbit/s.
 CONTEXTS = (1024, 4096, 8192, 32768, 131072, 262144)
@@ -93,6 +95,19 @@ class Machine(NamedTuple):
   def usable(self) -> float:
     """Bytes of one device that a program can have."""
     return USABLE * self.chip.memory
+
+  @property
+  def mesh_config(self) -> MeshConfig:
+    """Up to eight devices along `tensor`, which divides the most; the others
+    along `expert`."""
+    tensor = math.gcd(self.devices, 8)
+    return MeshConfig(data=1, tensor=tensor, expert=self.devices // tensor)
+
+  @property
+  def mesh(self) -> jax.sharding.AbstractMesh:
+    """The mesh of these devices, which need not exist."""
+    sizes = sharding.mesh_shape(self.mesh_config, self.devices)
+    return jax.sharding.AbstractMesh(sizes, sharding.AXES)
 
 
 class Sampling(NamedTuple):
@@ -135,16 +150,22 @@ def find(name: str) -> Machine:
 
 
 def sampling(config: Config, machine: Machine) -> Iterator[Sampling]:
-  """Sampling with each precision of `WEIGHTS`, one text at a time."""
-  model = config.model
+  """Sampling with each precision of `WEIGHTS`, one text at a time.
+
+  Raises:
+    ConfigError: so many devices can't divide the network.
+  """
+  model, mesh = config.model, machine.mesh
+  sharding.validate(config, tuple(mesh.shape.values()), batch=False)
   for name, quantization in WEIGHTS.items():
-    stored = _stored(model, quantization)
-    weights = memory.bytes_on_a_device(stored) / machine.devices
+    stored = sharding.with_sharding(_stored(model, quantization), mesh)
+    weights = memory.bytes_on_a_device(stored)
     free = machine.usable - weights - SAMPLING_TEMPORARIES
     fits = [
       length
-      for length in (c for c in CONTEXTS if c <= model.context_length)
-      if cache_bytes(config, length) / machine.devices <= free
+      for length in CONTEXTS
+      if length <= model.context_length
+      and cache_bytes(model, length, mesh) <= free
     ]
     seconds = pass_seconds(config, machine, stored)
     passes = sampler.TYPICAL_STEPS + 1
@@ -170,14 +191,17 @@ def _stored(model: ModelConfig, quantization: QuantizationConfig) -> Params:
 
 
 @functools.cache
-def cache_bytes(config: Config, context: int) -> int:
-  """Of the keys and values of one text."""
+def cache_bytes(
+  model: ModelConfig, context: int, mesh: jax.sharding.AbstractMesh
+) -> int:
+  """Of the keys and values of one text, on each device."""
+  cache = jax.eval_shape(lambda: kv_cache.init_cache(model, 1, context))
   return memory.bytes_on_a_device(
-    jax.eval_shape(lambda: kv_cache.init_cache(config.model, 1, context))
+    sharding.cache_with_sharding(cache, model, mesh)
   )
 
 
-def pass_seconds(config: Config, machine: Machine, params: Any) -> float:
+def pass_seconds(config: Config, machine: Machine, params: Params) -> float:
   """At least so long takes a denoising pass over one canvas.
 
   All experts are read, and the embedding twice: for the logits, and for the
@@ -199,9 +223,9 @@ def pass_seconds(config: Config, machine: Machine, params: Any) -> float:
     + share * count['parameters: experts']
     + 2 * count['parameters: embedding']
   )
-  chip, devices = machine.chip, machine.devices
+  chip = machine.chip
   return max(
-    2 * active * C / (devices * chip.flops), read / (devices * chip.bandwidth)
+    2 * active * C / (machine.devices * chip.flops), read / chip.bandwidth
   )
 
 
@@ -230,30 +254,26 @@ class Training(NamedTuple):
     return self.arrays + self.temporaries
 
 
-def training(
-  config: Config, machine: Machine, tokens: int
-) -> Iterator[Training]:
-  """Fine-tuning with `remat = full` on batches of so many tokens."""
-  whole = _stored(config.model, WEIGHTS['bf16'])
+def training(config: Config, machine: Machine) -> Iterator[Training]:
+  """Fine-tuning with `remat = full` on batches of `PLANNED_TOKENS`."""
+  mesh, model = machine.mesh, config.model
+  whole, few = (
+    sharding.with_sharding(_stored(model, WEIGHTS[name]), mesh)
+    for name in ('bf16', 'int4')
+  )
   adapters = lora.abstract_adapters(LORA, whole)
-  few = _stored(config.model, WEIGHTS['int4'])
-  own = 16 * _count(adapters)  # float32: weight, gradient, two moments.
-  temporaries = TRAINING_TEMPORARIES * max(1, tokens / PLANNED_TOKENS)
+  # float32: the weight, its gradient and two moments.
+  own, every = 16 * _count(adapters), 8 * memory.bytes_on_a_device(whole)
+  # Rows are divided along `expert` alone.
+  temporaries = TRAINING_TEMPORARIES / mesh.shape['expert']
   for name, arrays, learnt, is_supported in (
-    ('LoRA', memory.bytes_on_a_device(whole) + own, _count(adapters), True),
-    (
-      'QLoRA, int4',
-      memory.bytes_on_a_device(few) + own,
-      _count(adapters),
-      False,
-    ),
-    ('all weights', 16 * _count(whole), _count(whole), True),
+    ('LoRA', memory.bytes_on_a_device(whole) + own, adapters, True),
+    ('QLoRA, int4', memory.bytes_on_a_device(few) + own, adapters, False),
+    ('all weights', every, whole, True),
   ):
-    shard = arrays / machine.devices
-    fits = shard + temporaries / machine.devices <= machine.usable
+    fits = arrays + temporaries <= machine.usable
     yield Training(
-      *(name, shard, temporaries / machine.devices, learnt),
-      *(is_supported, fits),
+      name, arrays, temporaries, _count(learnt), is_supported, fits
     )
 
 
@@ -262,16 +282,18 @@ def _count(tree: Any) -> int:
 
 
 def commands(
-  config: Config, machine: Machine, chosen: Sampling | None, tune: bool
+  machine: Machine, chosen: Sampling | None, tune: bool
 ) -> list[str]:
   """What to type, in order, to write with the network and to fine-tune it."""
   extra = 'tpu' if machine.is_tpu else 'cuda13'
   main = 'python -m diffusiongemma.main'
   lines = [f"pip install '.[{extra}]' huggingface_hub"]
   lines.append(f'hf download {HUB} --local-dir=IN')
-  mesh = ''
-  if machine.devices > 1:
-    mesh = f' --config.mesh.expert={machine.devices}'
+  mesh = ''.join(
+    f' --config.mesh.{axis}={size}'
+    for axis, size in machine.mesh.shape.items()
+    if size > 1
+  )
   if chosen is not None:
     source = '--hf_dir=IN'
     if fields := _fields(chosen.quantization):
@@ -281,7 +303,8 @@ def commands(
   if tune:
     lines += [
       f'{main} --config=lora --config.train.init_from=IN '
-      f'--config.data.path=chats.jsonl --workdir=TUNED{mesh}',
+      '--config.data.path=chats.jsonl '
+      f'--config.data.batch_size={ROWS} --workdir=TUNED{mesh}',
       f'{main} --mode=sample --workdir=TUNED{mesh} --prompt="Hello"',
       f'{main} --mode=export --workdir=TUNED --hf_dir=OUT',
     ]
@@ -298,10 +321,10 @@ def _fields(quantization: QuantizationConfig) -> str:
   )
 
 
-def to_json(config: Config, machine: Machine, tokens: int) -> dict[str, Any]:
+def to_json(config: Config, machine: Machine) -> dict[str, Any]:
   """All of it as plain values; sizes in bytes, times in seconds."""
   samplings = list(sampling(config, machine))
-  trainings = list(training(config, machine, tokens))
+  trainings = list(training(config, machine))
   chosen = best(samplings)
   return {
     'machine': machine.name,
@@ -313,8 +336,8 @@ def to_json(config: Config, machine: Machine, tokens: int) -> dict[str, Any]:
       for s in samplings
     ],
     'training': [{**t._asdict(), 'need': t.need} for t in trainings],
-    'training_tokens': tokens,
-    'commands': commands(config, machine, chosen, trainings[0].fits),
+    'training_tokens': PLANNED_TOKENS,
+    'commands': commands(machine, chosen, trainings[0].fits),
   }
 
 
@@ -330,9 +353,9 @@ def _download_bytes(config: Config) -> int:
   return memory.bytes_on_a_device(_stored(config.model, WEIGHTS['bf16']))
 
 
-def to_text(config: Config, machine: Machine, tokens: int) -> str:
+def to_text(config: Config, machine: Machine) -> str:
   """The same in lines, for a person."""
-  values = to_json(config, machine, tokens)
+  values = to_json(config, machine)
   size = values['download_bytes']
   count = 'one device' if machine.devices == 1 else f'{machine.devices} devices'
   lines = [
@@ -355,7 +378,7 @@ def to_text(config: Config, machine: Machine, tokens: int) -> str:
     )
   lines += [
     '',
-    f'Fine-tuning, {tokens:,} tokens a step, remat = full',
+    f'Fine-tuning, {PLANNED_TOKENS:,} tokens a step, remat = full',
     '  learnt                   a device',
   ]
   for t in values['training']:

@@ -13,15 +13,15 @@ from diffusiongemma import main
 from diffusiongemma.tools import machines
 
 RELEASED = configs.load_config('26b_a4b')
-RESULTS = pathlib.Path(__file__).parents[2] / 'experiments/scale/results.json'
+EXPERIMENTS = pathlib.Path(__file__).parents[2] / 'experiments'
 
 
 def values(name):
-  return machines.to_json(RELEASED, machines.find(name), 4096)
+  return machines.to_json(RELEASED, machines.find(name))
 
 
 def test_sizes_are_those_of_compiled_plans():
-  compiled = json.loads(RESULTS.read_text())
+  compiled = json.loads((EXPERIMENTS / 'scale/results.json').read_text())
   int4 = next(s for s in values('h100')['sampling'] if s['name'] == 'int4')
   arrays = compiled['h100-26b-sample-int4']['array_bytes']
   text = sum(size for part, size in arrays.items() if part != 'cache')
@@ -50,7 +50,28 @@ def test_more_devices_and_fewer_bits_are_faster():
   speeds = [s['tokens_per_second'] for s in one['sampling']]
   assert speeds == sorted(speeds)
   faster = eight['sampling'][0]['tokens_per_second'] / speeds[0]
-  assert faster == pytest.approx(8)
+  assert 5 < faster < 8  # The heads of global keys and values are not divided.
+
+
+def test_shards_are_those_of_the_mesh_in_the_commands():
+  eight = values('v5e-8')
+  whole = values('v5e')['sampling'][0]['weights']
+  assert whole / 8 < eight['sampling'][0]['weights'] < whole / 6
+  assert '--config.mesh.tensor=8' in eight['commands'][-2]
+  more = machines.find('v5e-32').mesh
+  assert dict(more.shape) == {'data': 1, 'fsdp': 1, 'tensor': 8, 'expert': 4}
+  with pytest.raises(configs.ConfigError, match='cannot be divided'):
+    values('v5e-3')
+
+
+def test_measured_speeds_are_those_of_the_results():
+  measured = json.loads(
+    (EXPERIMENTS / 'benchmarks/h200_hopper.json').read_text()
+  )
+  for bits in ('int4', 'int8'):
+    (row,) = measured[f'{bits}.json']['sampling']
+    speed = machines.MEASURED['h200', bits]
+    assert speed == round(row['tokens_per_second'])
 
 
 @pytest.mark.parametrize('name', ['h100', 'rtx4090', 'v5e-8'])
@@ -74,9 +95,9 @@ def test_commands_are_real(name):
 
 
 def test_a_page_for_a_person():
-  page = machines.to_text(RELEASED, machines.find('h200'), 4096)
+  page = machines.to_text(RELEASED, machines.find('h200'))
   assert 'measured 1,157' in page and 'hf download' in page
-  page = machines.to_text(RELEASED, machines.find('l4'), 4096)
+  page = machines.to_text(RELEASED, machines.find('l4'))
   assert 'no room' in page and 'not supported yet' in page
 
 
