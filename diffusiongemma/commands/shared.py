@@ -35,7 +35,10 @@ CONFIG = path(
 )
 WORKDIR = path(
   flags.DEFINE_string(
-    'workdir', None, 'Folder of the run. Default: runs/<name of the config>.'
+    'workdir',
+    None,
+    'Folder of the run, or the name of a shipped one (sudoku, stories). '
+    'Default: runs/<name of the config>.',
   )
 )
 HF_DIR = path(
@@ -103,13 +106,15 @@ def load_run(overrides: dict[str, str]) -> 'Run':
   from diffusiongemma.runs import folder as workdirs
   from diffusiongemma.runs import huggingface_folder
   from diffusiongemma.runs import overrides as overrides_lib
+  from diffusiongemma.runs import shipped
 
   if HF_DIR.value and WORKDIR.value:
     raise ConfigError('Give --workdir or --hf_dir, not both.')
   if HF_DIR.value:
     folder, own = HF_DIR.value, huggingface_folder.read_config(HF_DIR.value)
   else:
-    folder, own = workdir(), workdirs.read_config(workdir())
+    folder = shipped.find(workdir())
+    own = workdirs.read_config(folder)
   return overrides_lib.load_run(folder, own, overrides)
 
 

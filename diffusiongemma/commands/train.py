@@ -31,7 +31,8 @@ def run(overrides: dict[str, str]) -> int:
 
   processes.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   config, workdir = shared.load_config(overrides), shared.workdir()
-  if config.quantization != QuantizationConfig():
+  is_whole = config.quantization == QuantizationConfig()
+  if not is_whole and not config.train.init_from:
     raise ConfigError(
       'config.quantization is for sampling; train without it, then '
       '--mode=quantize.'

@@ -5,9 +5,11 @@
 
 Adapters are a separate tree with the paths of the matrices that they adapt, and
 are saved separately. Both roles of the network share them, as they share W. B
-starts at zero, so that training starts from the network itself.
+starts at zero, so that training starts from the network itself. W may be
+quantised; it is then not merged, which would round it once more.
 
-Source: Hu et al., https://arxiv.org/abs/2106.09685.
+Source: Hu et al., https://arxiv.org/abs/2106.09685; with a quantised W:
+Dettmers et al., https://arxiv.org/abs/2305.14314.
 """
 
 from collections.abc import Callable

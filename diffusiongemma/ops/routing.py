@@ -152,12 +152,15 @@ def _lay_out(expert_R, num_experts, tile):
   """(slot_R, row_T, expert_of_tile, end_E) of `Groups`."""
   num_rows = expert_R.shape[0]
   num_tiles = -(-num_rows // tile) + num_experts
+  # Sums of int32 are int64 with JAX_ENABLE_X64.
+  add = functools.partial(jnp.sum, dtype=jnp.int32)
+  add_up = functools.partial(jnp.cumsum, dtype=jnp.int32)
   one_hot_RE = jax.nn.one_hot(expert_R, num_experts, dtype=jnp.int32)
-  rank_RE = jnp.cumsum(one_hot_RE, axis=0) - one_hot_RE
-  rank_R = jnp.sum(rank_RE * one_hot_RE, axis=1)
-  tiles_E = -(-jnp.sum(one_hot_RE, axis=0) // tile)
-  end_E = jnp.cumsum(tiles_E)
-  start_R = jnp.sum((end_E - tiles_E)[None, :] * one_hot_RE, axis=1) * tile
+  rank_RE = add_up(one_hot_RE, axis=0) - one_hot_RE
+  rank_R = add(rank_RE * one_hot_RE, axis=1)
+  tiles_E = -(-add(one_hot_RE, axis=0) // tile)
+  end_E = add_up(tiles_E)
+  start_R = add((end_E - tiles_E)[None, :] * one_hot_RE, axis=1) * tile
   # Rows of experts elsewhere get no slot.
   here_R = expert_R < num_experts
   slot_R = jnp.where(here_R, start_R + rank_R, num_tiles * tile)

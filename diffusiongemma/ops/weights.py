@@ -219,7 +219,7 @@ class LowRank(Leaf):
   may be several axes each.
 
   Attributes:
-    weight: W, [in, out]; for experts [E, out, in].
+    weight: W, [in, out]; for experts [E, out, in]. May be `Quantized`.
     a: A, [in, rank]; for experts [E, rank, in].
     b: B, [rank, out]; for experts [E, out, rank].
     scale: a number.
@@ -245,7 +245,7 @@ class LowRank(Leaf):
   def expert_specs(self, axes: tuple[str | None, ...]) -> Any:
     experts, outputs, inputs = axes
     return self.replace(
-      weight=parallel.spec(*axes),
+      weight=expert_specs(self.weight, axes),
       a=parallel.spec(experts, None, inputs),
       b=parallel.spec(experts, outputs, None),
     )

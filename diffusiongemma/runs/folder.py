@@ -31,6 +31,7 @@ from diffusiongemma.config import Config
 from diffusiongemma.devices import processes
 from diffusiongemma.runs import WorkdirError
 from diffusiongemma.runs import companions
+from diffusiongemma.runs import shipped
 from diffusiongemma.text import tokenizer as tokenizers
 
 CONFIG, HISTORY = 'config.json', 'history.jsonl'
@@ -120,7 +121,8 @@ def read_config(workdir: str) -> Config:
     raise WorkdirError(
       f'{workdir} holds no run (there is no config.json). Train one first: '
       f'python -m diffusiongemma.main --config=configs/tiny.py '
-      f'--workdir={workdir}'
+      f'--workdir={workdir}. Networks that come with the package: '
+      f'{", ".join(shipped.names())}.'
     )
   path = pathlib.Path(workdir) / CONFIG
   try:

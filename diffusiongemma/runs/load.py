@@ -84,7 +84,8 @@ def load(
 
   Args:
     path: the `--workdir` of training or conversion, or a folder with Hugging
-      Face's config.json and safetensors.
+      Face's config.json and safetensors, or the name of a shipped network:
+      'sudoku' or 'stories'.
     config: settings to use instead of its own, for another sampler.
     sharding: sharding of each array; None is the first device.
     verify: whether to compare the digests of a run's arrays, so that a flipped
@@ -111,8 +112,9 @@ def load(
 
 def adopt(config: Config, workdir: str) -> Config:
   """The config of a run in `workdir` that starts from the weights in
-  `config.train.init_from`: network and sampler are those of the weights, except
-  for the types. A run that has started has them in its own config.
+  `config.train.init_from`: network, quantisation and sampler are those of the
+  weights, except for the types. A run that has started has them in its own
+  config.
 
   Raises:
     WorkdirError, CheckpointError: there is no network.
@@ -123,7 +125,7 @@ def adopt(config: Config, workdir: str) -> Config:
     theirs = workdirs.read_config(workdir)
   elif huggingface_folder.is_huggingface(folder) or workdirs.is_claimed(folder):
     source = sources.open_source(folder)
-    sources.check_not_quantized(source)
+    sources.check_trainable(source, bool(config.lora.rank))
     theirs = source.config
   else:
     raise WorkdirError(
@@ -137,7 +139,11 @@ def adopt(config: Config, workdir: str) -> Config:
   )
   train = dataclasses.replace(config.train, init_from=folder)
   return dataclasses.replace(
-    config, model=model, diffusion=theirs.diffusion, train=train
+    config,
+    model=model,
+    diffusion=theirs.diffusion,
+    quantization=theirs.quantization,
+    train=train,
   )
 
 

@@ -67,6 +67,11 @@ def load_config(
     rest = {k: v for k, v in overrides.items() if k != 'train.init_from'}
     config = apply(rest, adopted)
     _check_network(config, adopted, config.train.init_from)
+    if config.quantization != adopted.quantization:
+      raise configs.ConfigError(
+        'config.quantization is that of the weights in '
+        f'{config.train.init_from}; --mode=quantize makes others of them.'
+      )
   configs.validate(config)
   return config
 

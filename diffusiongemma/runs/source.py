@@ -1,6 +1,7 @@
 """A network in a folder, opened but not yet read.
 
-  source = open_source('runs/tiny')   a run, adapters, a Hugging Face folder
+  source = open_source('runs/tiny')   a run, adapters, a Hugging Face folder,
+                                      the name of a shipped network
   source.restore(sharding, verify)    all parameters at once, on their devices
   source.arrays().read(path)          one array at a time, on the host
 
@@ -32,11 +33,13 @@ from diffusiongemma.config import QuantizationConfig
 from diffusiongemma.model import denoiser
 from diffusiongemma.model import lora
 from diffusiongemma.model import parameters
+from diffusiongemma.ops.weights import Weight
 from diffusiongemma.runs import WorkdirError
 from diffusiongemma.runs import companions
 from diffusiongemma.runs import folder as workdirs
 from diffusiongemma.runs import huggingface_folder
 from diffusiongemma.runs import learnt as learnt_lib
+from diffusiongemma.runs import shipped
 from diffusiongemma.text import tokenizer as tokenizers
 
 Path = tuple[str, ...]
@@ -70,12 +73,13 @@ class Source(NamedTuple):
     path: the folder.
     kind: what is in it.
     config: its settings, or those to use instead.
-    arrays: () -> its newest parameters, one by one, adapters merged. Raises
+    arrays: () -> its newest parameters, one by one, adapters merged, those of
+      quantised weights into the dequantised ones. Raises
       `WorkdirError` if there are none, or adapters were trained on other
       weights; `CheckpointError` if they are damaged.
     restore: (sharding or None, whether to verify) -> all parameters on their
       devices, in a nested dict; see `load.load`. A run is restored from its
-      newest intact checkpoint.
+      newest intact checkpoint. Adapters of quantised weights are not merged.
     tokenizer: () -> the tokenizer it was trained with, None without one.
     chat_template: () -> Jinja, None without one.
     companions: () -> (name in a run's folder, content) of the files beside the
@@ -98,7 +102,7 @@ def open_source(
   """Opens a run or a Hugging Face folder.
 
   Args:
-    path: the folder.
+    path: the folder, or the name of a network in `shipped.names()`.
     config: settings to use instead of its own; `train.init_from` is the folder
       of the base weights of adapters.
 
@@ -116,6 +120,7 @@ def open_source(
 def open_run(path: str, config: Config | None = None) -> Source:
   """Opens a run, possibly of adapters. Arguments and errors as
   `open_source`."""
+  path = shipped.find(path)
   config = config or workdirs.read_config(path)
   if config.lora.rank:
     return _open_adapters(path, config)
@@ -168,7 +173,7 @@ def open_huggingface(path: str, config: Config | None = None) -> Source:
 
 
 def _open_adapters(path: str, config: Config) -> Source:
-  """Opens adapters, to be merged into the base weights as these are read."""
+  """Opens adapters, to be combined with the base weights as these are read."""
 
   def open_base():
     start = config.train.init_from
@@ -198,7 +203,8 @@ def _open_adapters(path: str, config: Config) -> Source:
     types = traverse_util.flatten_dict(abstract)
 
     def read(name):
-      w = jnp.asarray(base.read(name), types[name].dtype)
+      w = _read_weight(config.quantization, base, name)
+      w = w.astype(types[name].dtype)
       return np.asarray(lora.merge_array(config.lora, name, w, learnt.params))
 
     return Arrays(learnt.step, types, read)
@@ -206,11 +212,28 @@ def _open_adapters(path: str, config: Config) -> Source:
   def restore(sharding=None, verify=True):
     learnt = read_adapters(verify)
     base = open_base().restore(sharding, verify).params
-    workdirs.check_base(path, digest_lib.digests(base))
+    stored = parameters.to_stored(base)
+    workdirs.check_base(path, digest_lib.digests(stored))
     base = denoiser.with_configured_types(config.model, base)
-    return learnt._replace(params=lora.merge(config.lora, base, learnt.params))
+    combine = lora.attach if _is_quantized(config) else lora.merge
+    return learnt._replace(params=combine(config.lora, base, learnt.params))
 
   return _make_source(path, 'adapters', config, arrays, restore)
+
+
+def _read_weight(
+  quantization: QuantizationConfig, arrays: Arrays, path: Path
+) -> Weight:
+  """One parameter, of one or several stored arrays."""
+  stored = {
+    name: jnp.asarray(arrays.read(name))
+    for name in arrays.types
+    if name[: len(path)] == path
+  }
+  params = parameters.from_stored(
+    quantization, traverse_util.unflatten_dict(stored)
+  )
+  return traverse_util.flatten_dict(params)[path]
 
 
 def _random_source(config: Config) -> Source:
@@ -248,13 +271,33 @@ def _make_source(path, kind, config, arrays, restore) -> Source:
 
 
 def check_not_quantized(source: Source) -> None:
-  """Raises `WorkdirError` for a quantised run."""
-  is_whole = source.config.quantization == QuantizationConfig()
-  if source.kind != 'huggingface' and not is_whole:
+  """Raises `WorkdirError` if the arrays of a source are quantised."""
+  if source.kind == 'run' and _is_quantized(source.config):
     raise WorkdirError(
       f'The parameters in {source.path} are quantised, which is for sampling: '
       'give the run that they were made from.'
     )
+
+
+def check_trainable(source: Source, as_adapters: bool) -> None:
+  """Raises `WorkdirError` if a run can't start from a source, of which it
+  learns adapters or all weights."""
+  if not _is_quantized(source.config):
+    return
+  if source.kind == 'adapters':
+    raise WorkdirError(
+      f'{source.path} holds adapters of quantised weights. To start from it, '
+      'make whole weights of it: --mode=export.'
+    )
+  if not as_adapters:
+    raise WorkdirError(
+      f'The parameters in {source.path} are quantised: train adapters of them, '
+      '--config.lora.rank=16, or give the run that they were made from.'
+    )
+
+
+def _is_quantized(config: Config) -> bool:
+  return config.quantization != QuantizationConfig()
 
 
 def count_bytes(types: Any) -> int:

@@ -23,7 +23,6 @@ from diffusiongemma.devices import memory
 from diffusiongemma.devices import sharding
 from diffusiongemma.diffusion import loss
 from diffusiongemma.generation import network as network_lib
-from diffusiongemma.model import denoiser
 from diffusiongemma.model import moe
 from diffusiongemma.ops.weights import Params
 from diffusiongemma.training import data
@@ -73,14 +72,23 @@ def lower_step(
 ) -> tuple[jax.stages.Lowered, dict[str, Any]]:
   """(the lowered training step for a mesh, its abstract inputs by group); to be
   called within `jax.set_mesh(mesh)`. Nothing is allocated."""
-  base = None
-  if config.lora.rank:
-    base = sharding.with_sharding(denoiser.abstract_params(config.model), mesh)
+  return _lower(_step_of(config, abstract), config, abstract, mesh)
+
+
+def _step_of(config: Config, abstract: train_state.TrainState):
+  """The jitted training step, its state sharded as `abstract` is."""
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
+  return make_train_step(config, shardings)
+
+
+def _lower(train_step, config, abstract, mesh):
+  """`lower_step` of this function."""
+  base = train_state.abstract_base(config)
+  base = sharding.with_sharding(base, mesh)
   batch = data.abstract_batch(config.data, config.diffusion.canvas_length)
   by_row = sharding.batch_sharding(mesh)
   batch = jax.tree.map(lambda x: x.update(sharding=by_row), batch)
-  shardings = jax.tree.map(lambda x: x.sharding, abstract)
-  lowered = make_train_step(config, shardings).lower(abstract, batch, base)
+  lowered = train_step.lower(abstract, batch, base)
   inputs = {
     'parameters': (base, abstract.params),
     'optimiser and counts': (abstract.opt_state, abstract.health),
@@ -94,9 +102,7 @@ def trace_step(config: Config, mesh: AbstractMesh) -> Any:
   """The training step as a jaxpr, for the whole batch on one device, with as
   many self-conditioning passes as on all devices of the mesh together."""
   abstract = train_state.abstract_state(config)
-  base = None
-  if config.lora.rank:
-    base = denoiser.abstract_params(config.model)
+  base = train_state.abstract_base(config)
   batch = data.abstract_batch(config.data, config.diffusion.canvas_length)
   with jax.sharding.use_abstract_mesh(mesh):
     rows = _rows_at_once(config, config.data.batch_size)
@@ -114,7 +120,7 @@ def _rows_at_once(config: Config, batch_size: int) -> int:
 def compile_step(
   config: Config, abstract: train_state.TrainState, mesh: Mesh
 ) -> Callable[..., Any]:
-  """The training step, compiled for the mesh's devices.
+  """The training step, compiled for the mesh's devices; see `make_train_step`.
 
   Raises:
     ConfigError: the step does not fit in their memory; the message is a table.
@@ -122,10 +128,12 @@ def compile_step(
   limit = memory.available(mesh.local_devices[0])
   size = memory.bytes_on_a_device(abstract)
   memory.check(memory.Need({'parameters and optimiser': size}, 0, size), limit)
-  lowered, inputs = lower_step(config, abstract, mesh)
-  compiled = lowered.compile()
-  memory.check(memory.need_of(compiled, inputs), limit)
-  return compiled
+  train_step = _step_of(config, abstract)
+  lowered, inputs = _lower(train_step, config, abstract, mesh)
+  memory.check(memory.need_of(lowered.compile(), inputs), limit)
+  # Not the compiled program, which on a CPU refuses the committed int4 arrays
+  # of a quantised base (jax 0.10.2). The jitted function has it in its cache.
+  return train_step
 
 
 def compute_gradients(

@@ -22,6 +22,7 @@ from diffusiongemma.config import Config
 from diffusiongemma.devices import processes
 from diffusiongemma.devices import sharding
 from diffusiongemma.model import denoiser
+from diffusiongemma.model import parameters
 from diffusiongemma.ops.weights import Params
 from diffusiongemma.runs import companions
 from diffusiongemma.runs import folder as workdirs
@@ -196,6 +197,7 @@ def _load_adapted(config, workdir, manager, load) -> Params:
   """The parameters that adapters adapt; the first start records their digest,
   and later ones check it."""
   base = load()
-  digests, is_fresh = digest_lib.digests(base), manager.latest_step() is None
+  digests = digest_lib.digests(parameters.to_stored(base))
+  is_fresh = manager.latest_step() is None
   workdirs.check_base(workdir, digests, note=is_fresh)
   return denoiser.with_configured_types(config.model, base)

@@ -19,6 +19,7 @@ from diffusiongemma.config import Config
 from diffusiongemma.devices import sharding
 from diffusiongemma.model import denoiser
 from diffusiongemma.model import lora
+from diffusiongemma.model import parameters
 from diffusiongemma.ops.weights import Params
 from diffusiongemma.training import optimizer as optimizers
 
@@ -96,6 +97,16 @@ def abstract_state(config: Config) -> TrainState:
 def _in_float32(params: Params) -> Params:
   """A float32 copy, in which small changes are not rounded away."""
   return jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
+
+
+def abstract_base(config: Config) -> Params | None:
+  """Shapes and types of the weights that adapters adapt; None if the run has no
+  adapters."""
+  if not config.lora.rank:
+    return None
+  return parameters.abstract_quantized(
+    config.quantization, denoiser.abstract_params(config.model)
+  )
 
 
 def network_params(

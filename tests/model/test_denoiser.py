@@ -45,7 +45,9 @@ def canvas_BL(model_config):
 
 @pytest.fixture(scope='module')
 def sc_BLD(model_config):
-  return jax.random.normal(jax.random.key(4), (2, L, model_config.embed_dim))
+  return jax.random.normal(
+    jax.random.key(4), (2, L, model_config.embed_dim), jnp.float32
+  )
 
 
 def test_unequal_prompts_equal_the_same_prompts_alone(
@@ -144,7 +146,7 @@ def test_information_flow(model_config, kind):
   layer = denoiser.Layer(config, kind)
   W, D = config.sliding_window, config.embed_dim
   window = W if kind == 'local' else None
-  x_BPD = jax.random.normal(jax.random.key(0), (1, P, D))
+  x_BPD = jax.random.normal(jax.random.key(0), (1, P, D), jnp.float32)
   positions = jnp.arange(P)[None]
   zero = jnp.zeros((1,), jnp.int32)
   empty = kv_cache.init_cache(config, 1, 0)
@@ -162,7 +164,7 @@ def test_information_flow(model_config, kind):
       near = kind == 'global' or query - key < W
       assert seen[query, key] == (key <= query and near)
 
-  canvas = jax.random.normal(jax.random.key(2), (1, L, D))
+  canvas = jax.random.normal(jax.random.key(2), (1, L, D), jnp.float32)
   whole = masks.denoise_mask(zero[:, None] + P, positions, L, window)
 
   def denoise(x, canvas):
@@ -224,7 +226,7 @@ def test_partial_rotary_leaves_the_rest_alone():
   frequencies = ops.heads.rotary_frequencies(16, 1e6, 0.25)
   expected = [1e6 ** (-2 * i / 16) if i < 2 else 0.0 for i in range(8)]
   np.testing.assert_allclose(frequencies, expected, rtol=1e-6)
-  x = jax.random.normal(jax.random.key(0), (1, 3, 2, 16))
+  x = jax.random.normal(jax.random.key(0), (1, 3, 2, 16), jnp.float32)
   turned = ops.heads.rotary(
     x, ops.heads.rotary_cos_sin(jnp.array([[0, 5, 900]]), frequencies)
   )

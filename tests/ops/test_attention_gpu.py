@@ -24,11 +24,11 @@ def test_the_same_as_all_scores_at_once(
   monkeypatch.setattr(gpu, '_PROGRAMS', programs)
   L, N, S = 32, K * group, sum(lengths)
   keys = jax.random.split(jax.random.key(0), 2 + 2 * len(lengths))
-  q_BLNH = jax.random.normal(keys[0], (B, L, N, H))
+  q_BLNH = jax.random.normal(keys[0], (B, L, N, H), jnp.float32)
   parts = [
     (
-      jax.random.normal(keys[2 + 2 * i], (B, length, K, H)),
-      jax.random.normal(keys[3 + 2 * i], (B, length, K, H)),
+      jax.random.normal(keys[2 + 2 * i], (B, length, K, H), jnp.float32),
+      jax.random.normal(keys[3 + 2 * i], (B, length, K, H), jnp.float32),
     )
     for i, length in enumerate(lengths)
   ]
@@ -53,9 +53,11 @@ def test_empty_slots_of_a_cache_are_not_looked_at(
   monkeypatch.setattr(gpu, '_PROGRAMS', programs)
   S, C, N = 100, 32, 2 * K
   keys = jax.random.split(jax.random.key(0), 5)
-  q_BLNH = jax.random.normal(keys[0], (B, C, N, H))
+  q_BLNH = jax.random.normal(keys[0], (B, C, N, H), jnp.float32)
   cached, own = (
-    tuple(jax.random.normal(key, (B, length, K, H)) for key in pair)
+    tuple(
+      jax.random.normal(key, (B, length, K, H), jnp.float32) for key in pair
+    )
     for pair, length in ((keys[1:3], S), (keys[3:], C))
   )
   filled_B = jnp.array(filled)
@@ -83,7 +85,7 @@ def test_the_kernel_is_told_how_many_keys_are_there(monkeypatch):
     return q_BLNH
 
   monkeypatch.setattr(gpu, 'attend', listen)
-  x_BSKH = jnp.ones((B, 32, K, H))
+  x_BSKH = jnp.ones((B, 32, K, H), jnp.float32)
   with ops.dispatch.compiling_for('cuda'):
     jax.eval_shape(
       lambda filled_B: ops.attention.attend(
@@ -100,7 +102,7 @@ def test_the_kernel_is_told_how_many_keys_are_there(monkeypatch):
 def test_where_there_is_a_kernel_there_are_gradients():
   keys = jax.random.split(jax.random.key(0), 3)
   q_BLNH, k_BSKH, v_BSKH = (
-    jax.random.normal(key, (B, 32, K, H)) for key in keys
+    jax.random.normal(key, (B, 32, K, H), jnp.float32) for key in keys
   )
   mask_BLS = jnp.tril(jnp.ones((1, 32, 32), jnp.bool_))
   assert gpu.supports(q_BLNH, [(k_BSKH, v_BSKH)])
@@ -126,15 +128,15 @@ def test_heads_out_of_few_bits(has_v, kind, group_size):
   counts = {'q': 4, 'k': 2, 'v': 2} if has_v else {'q': 4, 'k': 2}
   weights = {
     name: ops.weights.quantize(
-      jax.random.normal(key, (D, count, H)), kind, -3, group_size
+      jax.random.normal(key, (D, count, H), jnp.float32), kind, -3, group_size
     )
     for key, (name, count) in zip(keys, counts.items(), strict=False)
   }
   norms = {
-    name: jax.random.uniform(key, (H,))
+    name: jax.random.uniform(key, (H,), jnp.float32)
     for key, name in zip(keys[3:], 'qk', strict=True)
   }
-  x_BLD = jax.random.normal(keys[0], (B, L, D))
+  x_BLD = jax.random.normal(keys[0], (B, L, D), jnp.float32)
   positions_BL = jnp.arange(B * L).reshape(B, L) * 7
   cos_sin = ops.heads.rotary_cos_sin(
     positions_BL, ops.heads.rotary_frequencies(H, 1e4)
@@ -164,7 +166,7 @@ def test_heads_that_are_there(has_v, dtype):
     for name, n in counts.items()
   }
   norms = {
-    name: 1 + 0.1 * jax.random.normal(jax.random.key(i), (H,))
+    name: 1 + 0.1 * jax.random.normal(jax.random.key(i), (H,), jnp.float32)
     for i, name in enumerate('qk')
   }
   positions = jnp.arange(T)[None] + 7
@@ -201,8 +203,10 @@ def test_few_scores_of_long_heads_are_left_to_xla():
 
 def test_what_is_too_small_for_the_kernel():
   def supports(L, N, K, H, S):
-    k_BSKH = jnp.zeros((1, S, K, H))
-    return gpu.supports(jnp.zeros((1, L, N, H)), [(k_BSKH, k_BSKH)])
+    k_BSKH = jnp.zeros((1, S, K, H), jnp.float32)
+    return gpu.supports(
+      jnp.zeros((1, L, N, H), jnp.float32), [(k_BSKH, k_BSKH)]
+    )
 
   assert supports(32, 4, 2, 16, 16)
   assert not supports(32, 4, 2, 16, 15)

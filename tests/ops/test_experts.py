@@ -47,9 +47,9 @@ def run_dense(x_MD, weights_EFD, experts_Mk):
 
 def check(experts_Mk, tile, window):
   key_x, key_w, key_g = jax.random.split(jax.random.key(0), 3)
-  x_MD = jax.random.normal(key_x, (experts_Mk.shape[0], 12))
-  weights_EFD = jax.random.normal(key_w, (6, 10, 12))
-  cotangent = jax.random.normal(key_g, (*experts_Mk.shape, 10))
+  x_MD = jax.random.normal(key_x, (experts_Mk.shape[0], 12), jnp.float32)
+  weights_EFD = jax.random.normal(key_w, (6, 10, 12), jnp.float32)
+  cotangent = jax.random.normal(key_g, (*experts_Mk.shape, 10), jnp.float32)
   ours, pull_ours = jax.vjp(
     lambda x, w: run_tiled(x, w, experts_Mk, tile, window), x_MD, weights_EFD
   )
@@ -99,8 +99,8 @@ def test_only_tiles_with_rows_past_the_window_are_left_to_the_loop():
 def test_rows_of_experts_that_are_elsewhere_are_left_out(window):
   """They become zero and cost no tile; none here is no tile at all."""
   key_x, key_w = jax.random.split(jax.random.key(0))
-  x_MD = jax.random.normal(key_x, (20, 12))
-  weights_EFD = jax.random.normal(key_w, (3, 10, 12))
+  x_MD = jax.random.normal(key_x, (20, 12), jnp.float32)
+  weights_EFD = jax.random.normal(key_w, (3, 10, 12), jnp.float32)
   experts_Mk = jnp.arange(40).reshape(20, 2) % 6  # Half of them are not here.
   here_Mk = experts_Mk < 3
   limited_Mk = jnp.where(here_Mk, experts_Mk, 3)
@@ -133,3 +133,11 @@ def test_window_holds_most_even_groups_and_is_none_for_small_ones():
   assert ops.routing.default_window(2048, 128) == 24
   assert ops.routing.default_window(1024, 32) == 40
   assert ops.routing.default_window(8192, 32) == 280
+
+
+def test_the_layout_counts_in_32_bits():
+  """Also with 64-bit types, in which JAX adds up."""
+  with jax.enable_x64(True):
+    groups = ops.routing.make_groups(jnp.array([0, 1, 2, 1], jnp.int32), 3, 16)
+  for field in jax.tree.leaves(groups):
+    assert field.dtype == jnp.int32

@@ -16,7 +16,7 @@ def given(num_tokens):
   keys = jax.random.split(jax.random.key(0), 3)
   shapes = (num_tokens, D), (E, 2 * F, D), (E, D, F)
   return [
-    jax.random.normal(key, shape)
+    jax.random.normal(key, shape, jnp.float32)
     for key, shape in zip(keys, shapes, strict=True)
   ]
 

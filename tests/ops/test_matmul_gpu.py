@@ -21,8 +21,8 @@ def layout(request):
   if request.param:
     expert_M = jnp.full((M,), 3)
   groups = ops.routing.make_groups(expert_M, E, TILE)
-  x_MD = jax.random.normal(jax.random.key(1), (M, D))
-  d_MF = jax.random.normal(jax.random.key(2), (M, F))
+  x_MD = jax.random.normal(jax.random.key(1), (M, D), jnp.float32)
+  d_MF = jax.random.normal(jax.random.key(2), (M, F), jnp.float32)
   into = lambda rows: ops.routing.scatter_to_tiles(rows, groups, 1)
   return groups, into(x_MD), into(d_MF)
 
@@ -34,7 +34,7 @@ def used(y_TF, groups):
 @pytest.mark.parametrize('kind', [None, 'int8', 'int4', 'fp8'])
 def test_products_are_those_of_the_loop(layout, kind):
   groups, x_TD, _ = layout
-  w_EFD = jax.random.normal(jax.random.key(3), (E, F, D))
+  w_EFD = jax.random.normal(jax.random.key(3), (E, F, D), jnp.float32)
   if kind:
     group_size = 32 if kind == 'int4' else None
     w_EFD = ops.weights.quantize(
@@ -52,7 +52,7 @@ def test_products_are_those_of_the_loop(layout, kind):
 def test_pairs_of_int4(layout, group_size):
   """In bfloat16, values of four bits are read two at a time."""
   groups, x_TD, _ = layout
-  w_EFD = jax.random.normal(jax.random.key(3), (E, F, D))
+  w_EFD = jax.random.normal(jax.random.key(3), (E, F, D), jnp.float32)
   w_EFD = ops.weights.quantize(
     w_EFD, 'int4', -1, group_size, scales_transposed=True
   )
@@ -75,8 +75,8 @@ def test_hidden_layer_of_the_experts(kind):
   k = 4
   expert_M = jax.random.randint(jax.random.key(0), (M,), 0, E + 1)
   groups = ops.routing.make_groups(expert_M, E, TILE)
-  x_MD = jax.random.normal(jax.random.key(1), (M // k, D))
-  w_EFD = jax.random.normal(jax.random.key(3), (E, 2 * F, D))
+  x_MD = jax.random.normal(jax.random.key(1), (M // k, D), jnp.float32)
+  w_EFD = jax.random.normal(jax.random.key(3), (E, 2 * F, D), jnp.float32)
   if kind:
     w_EFD = ops.weights.quantize(w_EFD, kind, -1, 32, scales_transposed=True)
   assert gpu.supports(w_EFD, TILE, parts=2)
@@ -89,7 +89,7 @@ def test_hidden_layer_of_the_experts(kind):
 
 def test_gradients_are_those_of_the_loop(layout):
   groups, x_TD, d_TF = layout
-  w_EFD = jax.random.normal(jax.random.key(3), (E, F, D))
+  w_EFD = jax.random.normal(jax.random.key(3), (E, F, D), jnp.float32)
   _, pullback = jax.vjp(
     lambda x_TD, w_EFD: ops.experts.grouped_matmul(x_TD, w_EFD, groups),
     x_TD,
@@ -117,8 +117,8 @@ def test_gradients_are_those_of_the_loop(layout):
 
 @pytest.mark.parametrize('kind, group_size', [('int8', None), ('int4', 16)])
 def test_one_matrix(kind, group_size):
-  x_TD = jax.random.normal(jax.random.key(1), (48, D))
-  w_DF = jax.random.normal(jax.random.key(3), (D, F))
+  x_TD = jax.random.normal(jax.random.key(1), (48, D), jnp.float32)
+  w_DF = jax.random.normal(jax.random.key(3), (D, F), jnp.float32)
   w_DF = ops.weights.quantize(w_DF, kind, -2, group_size)
   assert gpu.supports_one(x_TD, w_DF.values, len(w_DF.scales))
   found = gpu.multiply(x_TD, w_DF.values, w_DF.scales, interpret=True)
@@ -127,10 +127,10 @@ def test_one_matrix(kind, group_size):
 
 
 def test_hidden_layer_of_one_expert():
-  x_TD = jax.random.normal(jax.random.key(1), (48, D))
+  x_TD = jax.random.normal(jax.random.key(1), (48, D), jnp.float32)
   gate_DF, up_DF = (
     ops.weights.quantize(
-      jax.random.normal(jax.random.key(i), (D, F)), 'int8', -2
+      jax.random.normal(jax.random.key(i), (D, F), jnp.float32), 'int8', -2
     )
     for i in (3, 4)
   )
@@ -143,7 +143,7 @@ def test_hidden_layer_of_one_expert():
 
 
 def test_what_is_too_small_for_the_kernels():
-  w_EFD = jnp.zeros((E, F, D))
+  w_EFD = jnp.zeros((E, F, D), jnp.float32)
   assert not gpu.supports(w_EFD, 8)
   assert not gpu.supports(w_EFD[:, :24], TILE)
   for group_size in (8, 16):
@@ -153,4 +153,6 @@ def test_what_is_too_small_for_the_kernels():
       ),
       TILE,
     )
-  assert not gpu.supports_one(jnp.zeros((7, D)), jnp.zeros((D, F)), 1)
+  assert not gpu.supports_one(
+    jnp.zeros((7, D), jnp.float32), jnp.zeros((D, F), jnp.float32), 1
+  )

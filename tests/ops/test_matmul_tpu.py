@@ -27,12 +27,12 @@ def groups(request):
 
 
 def rows(width, groups, seed=1):
-  x_MD = jax.random.normal(jax.random.key(seed), (M, width))
+  x_MD = jax.random.normal(jax.random.key(seed), (M, width), jnp.float32)
   return ops.routing.scatter_to_tiles(x_MD, groups, 1)
 
 
 def matrices(kind, F, D):
-  w_EFD = jax.random.normal(jax.random.key(3), (E, F, D)) * D**-0.5
+  w_EFD = jax.random.normal(jax.random.key(3), (E, F, D), jnp.float32) * D**-0.5
   if not kind:
     return w_EFD
   group_size = 32 if kind == 'int4' else None
@@ -79,8 +79,11 @@ def test_products_are_those_of_the_loop(groups, blocks, kind, inputs):
 def test_products_with_one_matrix(monkeypatch, kind, rows, outputs):
   """Of 300 outputs the last block has but 44."""
   monkeypatch.setattr(tpu, 'ONE_BLOCK', 128 * WIDE)
-  x_TD = jax.random.normal(jax.random.key(0), (rows, WIDE))
-  w_DF = jax.random.normal(jax.random.key(1), (WIDE, outputs)) * WIDE**-0.5
+  x_TD = jax.random.normal(jax.random.key(0), (rows, WIDE), jnp.float32)
+  w_DF = (
+    jax.random.normal(jax.random.key(1), (WIDE, outputs), jnp.float32)
+    * WIDE**-0.5
+  )
   few_bits = ops.weights.quantize(
     w_DF, kind, -2, 32 if kind == 'int4' else None
   )
@@ -98,7 +101,7 @@ def test_hidden_layer_of_the_experts(groups, blocks, kind):
   assert tpu.supports(w_EFD, TILE, parts=2)
   x_TD = rows(WIDE, groups)
   found = tpu.gate_tiles(x_TD, w_EFD, groups, interpret=True)
-  x_MD = jax.random.normal(jax.random.key(1), (M, WIDE))
+  x_MD = jax.random.normal(jax.random.key(1), (M, WIDE), jnp.float32)
   check(found, ops.experts.gated_matmul(x_MD, w_EFD, groups, 1), groups)
 
 

@@ -33,8 +33,8 @@ def draws(key, count, V):
 def given(V, scale=1.0):
   keys = jax.random.split(jax.random.key(V), 3)
   return (
-    jax.random.normal(keys[0], (R, D)) * scale,
-    jax.random.normal(keys[1], (V, D)),
+    jax.random.normal(keys[0], (R, D), jnp.float32) * scale,
+    jax.random.normal(keys[1], (V, D), jnp.float32),
     jnp.float32(0.7),
     draws(keys[2], R, V),
   )
@@ -223,7 +223,7 @@ def test_rare_tokens_are_reached_in_the_chunked_pass(chunk):
   tokens = np.concatenate([near, np.random.default_rng(1).integers(0, V, 64)])
   logits = np.log(law((0.9999, 1), V))
   found = jax.jit(functools.partial(ops.vocabulary.summarize, chunk=chunk))(
-    jnp.ones((len(tokens), 1)),
+    jnp.ones((len(tokens), 1), jnp.float32),
     jnp.asarray(logits, jnp.float32)[:, None],
     jnp.float32(1),
     paths(tokens, V),
@@ -244,7 +244,7 @@ def test_what_has_no_mass_is_never_drawn():
 
 
 def test_draw_at_the_ends_of_the_unit_interval():
-  p = jnp.zeros((2, 260)).at[:, 3].set(0.5).at[:, 257].set(0.5)
+  p = jnp.zeros((2, 260), jnp.float32).at[:, 3].set(0.5).at[:, 257].set(0.5)
   U = ops.vocabulary.num_halvings(260)
   ends = jnp.array([[0.0] * U, [-(2.0**-64)] * U])
   assert ops.vocabulary.sample(p, ends).tolist() == [3, 257]
@@ -252,4 +252,6 @@ def test_draw_at_the_ends_of_the_unit_interval():
 
 def test_another_number_of_uniforms_is_refused():
   with pytest.raises(ValueError, match='11 uniforms, and 2'):
-    ops.vocabulary.sample(jnp.ones(1025), jnp.zeros(2))
+    ops.vocabulary.sample(
+      jnp.ones(1025, jnp.float32), jnp.zeros(2, jnp.float32)
+    )

@@ -14,6 +14,7 @@ import pytest
 import diffusiongemma as dg
 from diffusiongemma import config as configs
 from diffusiongemma import fields
+from diffusiongemma import ops
 from diffusiongemma.checkpoints import native
 from diffusiongemma.model import denoiser
 from diffusiongemma.model import lora
@@ -28,6 +29,7 @@ from diffusiongemma.training import train
 
 MICRO = str(pathlib.Path(__file__).parents[1] / 'micro_config.py')
 LORA = configs.LoraConfig(rank=2)
+FEW_BITS = configs.QuantizationConfig('int4', 'int8', 'int8', group_size=8)
 
 
 @pytest.fixture(autouse=True, scope='module')
@@ -92,6 +94,20 @@ def base(tmp_path_factory):
 def adapted(base, tmp_path_factory):
   """Adapters of the base, after steps that moved them."""
   config = make_config(3, init_from=base, lora=LORA)
+  return run(config, tmp_path_factory.mktemp('adapted'))
+
+
+@pytest.fixture(scope='module')
+def few_bits(base, tmp_path_factory):
+  folder = str(tmp_path_factory.mktemp('few') / 'bits')
+  dg.quantize(base, folder, FEW_BITS)
+  return folder
+
+
+@pytest.fixture(scope='module')
+def adapted_few_bits(few_bits, tmp_path_factory):
+  """Adapters of the quantised base, after steps that moved them."""
+  config = make_config(3, init_from=few_bits, lora=LORA)
   return run(config, tmp_path_factory.mktemp('adapted'))
 
 
@@ -296,3 +312,69 @@ def test_it_is_told_when_what_is_frozen_is_random(freeze, start, told):
   )
   said = ' '.join(notices.at_start(config))
   assert ('stay random' in said) == told
+
+
+def test_adapters_of_quantised_weights_are_sampled_unmerged(
+  few_bits, adapted_few_bits
+):
+  """The quantised arrays are those of the base, to the bit; the text is that of
+  base and adapters."""
+  base, tuned = dg.load(few_bits), dg.load(adapted_few_bits)
+  assert tuned.config.quantization == FEW_BITS
+  w = tuned.params['layer_00']['attention']['q_proj']
+  assert isinstance(w, ops.weights.LowRank) and w.b.any()
+  assert_same(w.weight, base.params['layer_00']['attention']['q_proj'])
+  assert_same(
+    tuned.params['layer_00']['experts'], base.params['layer_00']['experts']
+  )
+  assert dg.generate(tuned, 'Shall I', max_new_tokens=8).tokens
+
+
+def test_adapters_of_quantised_weights_are_merged_when_exported(
+  adapted_few_bits, tmp_path
+):
+  dg.export(adapted_few_bits, tmp_path / 'out')
+  whole, tuned = dg.load(tmp_path / 'out'), dg.load(adapted_few_bits)
+  for params in (whole.params, tuned.params):
+    params.pop('vision', None)
+  is_leaf = lambda x: isinstance(x, ops.weights.Leaf)
+  jax.tree.map(
+    lambda w, merged: np.testing.assert_array_equal(
+      np.asarray(w.astype(merged.dtype)), merged
+    ),
+    *(tuned.params, whole.params),
+    is_leaf=is_leaf,
+  )
+  text = 'Shall I compare thee'
+  assert dg.log_likelihood(whole, text).log_p == pytest.approx(
+    dg.log_likelihood(tuned, text).log_p, rel=1e-4
+  )
+  few = str(tmp_path / 'few')
+  dg.quantize(adapted_few_bits, few, FEW_BITS)
+  assert dg.load(few).config.lora.rank == 0
+
+
+def test_a_resumed_run_of_adapters_of_quantised_weights_is_the_same(
+  few_bits, adapted_few_bits, tmp_path
+):
+  run(make_config(1, init_from=few_bits, lora=LORA), tmp_path)
+  config = make_config(3, str(tmp_path), init_from=few_bits, lora=LORA)
+  assert_same(
+    learnt.restore(run(config, tmp_path)).params,
+    learnt.restore(adapted_few_bits).params,
+  )
+
+
+def test_quantised_weights_are_adapted_alone(
+  few_bits, adapted_few_bits, tmp_path
+):
+  with pytest.raises(workdirs.WorkdirError, match='train adapters of them'):
+    make_config(1, init_from=few_bits)
+  with pytest.raises(workdirs.WorkdirError, match='mode=export'):
+    make_config(1, init_from=adapted_few_bits, lora=LORA)
+  shutil.copytree(few_bits, tmp_path / 'other')
+  config = make_config(1, init_from=str(tmp_path / 'other'), lora=LORA)
+  folder = run(config, tmp_path / 'adapted')
+  shutil.rmtree(tmp_path / 'other')
+  with pytest.raises(workdirs.WorkdirError, match='which are not there'):
+    dg.load(folder)
