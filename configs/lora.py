@@ -6,6 +6,7 @@ Command:  python -m diffusiongemma.main --config=configs/lora.py \
               --config.train.init_from=OUT --config.data.path=chats.jsonl
   Experts too: --config.lora.targets='*/attention/*,*/experts/*'. Data as in
   configs/sft.py. `--mode=sample` merges the adapters; so does `--mode=export`.
+  OUT may be quantised; samples are then drawn with the adapters apart.
 Expected: no result of ours yet.
 """
 

@@ -56,6 +56,13 @@ WEIGHTS = {
     experts='int4', linears='int8', embedding='int8'
   ),
 }
+# What is fine-tuned: the weights that get adapters, or None for all weights.
+TUNED = {
+  'LoRA': 'bf16',
+  'QLoRA, int8': 'int8',
+  'QLoRA, int4': 'int4',
+  'all weights': None,
+}
 # Of a plan that was compiled for an H100, int4, batch 1.
 SAMPLING_TEMPORARIES = 0.3e9
 LORA = LoraConfig(rank=16)
@@ -233,11 +240,10 @@ class Training(NamedTuple):
   """Fine-tuning with one kind of parameters that are learnt.
 
   Attributes:
-    name: 'LoRA', 'QLoRA, int4' or 'all weights'.
+    name: a key of `TUNED`.
     arrays: bytes of weights, gradients and optimiser on each device.
     temporaries: bytes of activations on each device, estimated.
     learnt: parameters that are learnt.
-    is_supported: whether this package can train so.
     fits: whether a device has the memory.
   """
 
@@ -245,7 +251,6 @@ class Training(NamedTuple):
   arrays: float
   temporaries: float
   learnt: int
-  is_supported: bool
   fits: bool
 
   @property
@@ -257,24 +262,23 @@ class Training(NamedTuple):
 def training(config: Config, machine: Machine) -> Iterator[Training]:
   """Fine-tuning with `remat = full` on batches of `PLANNED_TOKENS`."""
   mesh, model = machine.mesh, config.model
-  whole, few = (
-    sharding.with_sharding(_stored(model, WEIGHTS[name]), mesh)
-    for name in ('bf16', 'int4')
-  )
+  sizes = {
+    name: sharding.with_sharding(_stored(model, quantization), mesh)
+    for name, quantization in WEIGHTS.items()
+  }
+  whole = sizes['bf16']
   adapters = lora.abstract_adapters(LORA, whole)
-  # float32: the weight, its gradient and two moments.
-  own, every = 16 * _count(adapters), 8 * memory.bytes_on_a_device(whole)
   # Rows are divided along `expert` alone.
   temporaries = TRAINING_TEMPORARIES / mesh.shape['expert']
-  for name, arrays, learnt, is_supported in (
-    ('LoRA', memory.bytes_on_a_device(whole) + own, adapters, True),
-    ('QLoRA, int4', memory.bytes_on_a_device(few) + own, adapters, False),
-    ('all weights', every, whole, True),
-  ):
+  for name, weights in TUNED.items():
+    if weights is None:
+      learnt, arrays = whole, 8 * memory.bytes_on_a_device(whole)
+    else:
+      # float32: the adapter, its gradient and two moments.
+      learnt, own = adapters, 16 * _count(adapters)
+      arrays = memory.bytes_on_a_device(sizes[weights]) + own
     fits = arrays + temporaries <= machine.usable
-    yield Training(
-      name, arrays, temporaries, _count(learnt), is_supported, fits
-    )
+    yield Training(name, arrays, temporaries, _count(learnt), fits)
 
 
 def _count(tree: Any) -> int:
@@ -282,9 +286,10 @@ def _count(tree: Any) -> int:
 
 
 def commands(
-  machine: Machine, chosen: Sampling | None, tune: bool
+  machine: Machine, chosen: Sampling | None, learnt: str | None
 ) -> list[str]:
-  """What to type, in order, to write with the network and to fine-tune it."""
+  """What to type, in order, to write with the network and to fine-tune it;
+  `learnt` is the name of a `Training`."""
   extra = 'tpu' if machine.is_tpu else 'cuda13'
   main = 'python -m diffusiongemma.main'
   lines = [f"pip install '.[{extra}]' huggingface_hub"]
@@ -294,15 +299,23 @@ def commands(
     for axis, size in machine.mesh.shape.items()
     if size > 1
   )
+  folders = {
+    name: name.partition(',')[0].upper() if _fields(quantization) else 'IN'
+    for name, quantization in WEIGHTS.items()
+  }
+  adapted = learnt and TUNED[learnt]
+  for name, quantization in WEIGHTS.items():
+    used = name == adapted or (chosen is not None and name == chosen.name)
+    if used and (fields := _fields(quantization)):
+      few = f'--workdir={folders[name]} {fields}'
+      lines.append(f'{main} --mode=quantize --source=IN {few}')
   if chosen is not None:
-    source = '--hf_dir=IN'
-    if fields := _fields(chosen.quantization):
-      lines.append(f'{main} --mode=quantize --source=IN --workdir=FEW {fields}')
-      source = '--workdir=FEW'
+    folder = folders[chosen.name]
+    source = '--hf_dir=IN' if folder == 'IN' else f'--workdir={folder}'
     lines.append(f'{main} --mode=sample {source}{mesh} --prompt="Hello"')
-  if tune:
+  if adapted:
     lines += [
-      f'{main} --config=lora --config.train.init_from=IN '
+      f'{main} --config=lora --config.train.init_from={folders[adapted]} '
       '--config.data.path=chats.jsonl '
       f'--config.data.batch_size={ROWS} --workdir=TUNED{mesh}',
       f'{main} --mode=sample --workdir=TUNED{mesh} --prompt="Hello"',
@@ -337,7 +350,7 @@ def to_json(config: Config, machine: Machine) -> dict[str, Any]:
     ],
     'training': [{**t._asdict(), 'need': t.need} for t in trainings],
     'training_tokens': PLANNED_TOKENS,
-    'commands': commands(machine, chosen, trainings[0].fits),
+    'commands': commands(machine, chosen, most_exact(trainings)),
   }
 
 
@@ -347,6 +360,12 @@ def best(samplings: list[Sampling]) -> Sampling | None:
   able = [s for s in samplings if s.context >= 8192]
   able = able or sorted(samplings, key=lambda s: -s.context)[:1]
   return able[0] if able and able[0].context else None
+
+
+def most_exact(trainings: list[Training]) -> str | None:
+  """The name of the adapters that fit, of the most exact weights."""
+  able = [t.name for t in trainings if t.fits and TUNED[t.name]]
+  return able[0] if able else None
 
 
 def _download_bytes(config: Config) -> int:
@@ -383,8 +402,6 @@ def to_text(config: Config, machine: Machine) -> str:
   ]
   for t in values['training']:
     verdict = 'fits' if t['fits'] else 'no room'
-    if not t['is_supported']:
-      verdict += '; not supported yet'
     lines.append(
       f'  {t["name"]:<22} {t["need"] / 1e9:8.1f} GB  {verdict} '
       f'({t["learnt"] / 1e6:,.0f} M parameters)'

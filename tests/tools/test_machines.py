@@ -98,7 +98,20 @@ def test_a_page_for_a_person():
   page = machines.to_text(RELEASED, machines.find('h200'))
   assert 'measured 1,157' in page and 'hf download' in page
   page = machines.to_text(RELEASED, machines.find('l4'))
-  assert 'no room' in page and 'not supported yet' in page
+  assert 'no room' in page and '--config.train.init_from=INT4' in page
+
+
+def test_adapters_of_quantised_weights_where_the_others_do_not_fit():
+  tune = {
+    name: [c for c in values(name)['commands'] if '--config=lora' in c]
+    for name in ('h100', 'a100-40', 'rtx4090')
+  }
+  assert 'init_from=IN' in tune['h100'][0]
+  assert 'init_from=INT4' in tune['rtx4090'][0]
+  # What is sampled from is what is fine-tuned.
+  assert 'init_from=INT8' in tune['a100-40'][0]
+  commands = values('a100-40')['commands']
+  assert len([c for c in commands if '--mode=quantize' in c]) == 1
 
 
 def test_unknown_machines():
