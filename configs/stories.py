@@ -22,16 +22,16 @@ def get_config() -> config.Config:
   return config.Config(
     model=config.ModelConfig(
       vocab_size=2048,
-      embed_dim=160,
-      attention_pattern=('local',) * 5 + ('global',),
+      embed_dim=128,
+      attention_pattern=('local',) * 3 + ('global',),
       num_heads=4,
       num_kv_heads=2,
-      head_dim=40,
+      head_dim=32,
       num_global_kv_heads=2,
-      global_head_dim=40,
+      global_head_dim=32,
       # All layers see a whole story.
       sliding_window=320,
-      mlp_dim=320,
+      mlp_dim=256,
       num_experts=8,
       experts_per_token=2,
       expert_dim=64,
@@ -62,7 +62,7 @@ def get_config() -> config.Config:
       weight_decay=0.0,
     ),
     train=config.TrainConfig(
-      steps=4000,
+      steps=2500,
       canvases='all',
       ema_decay=0.998,
       log_every=20,

@@ -184,8 +184,8 @@ class DataConfig:
   )
   tokenizer: str = field(
     '',
-    'SentencePiece model or tokenizer.json; empty: the shipped one, or that of '
-    'train.init_from',
+    'SentencePiece model or tokenizer.json; new:4096 trains one of so many '
+    'pieces on the text; empty: the shipped one, or that of train.init_from',
     is_path=True,
     free=True,
   )
@@ -354,7 +354,10 @@ class TrainConfig:
   evaluate_batches: int = field(8, 'batches of an evaluation', free=True)
   sample_every: int = field(500, 'steps between samples', free=True)
   sample_prompt: str = field(
-    'ROMEO.\n', 'prompt of the samples; empty: no samples', free=True
+    'ROMEO.\n',
+    'prompt of the samples; empty: no samples. The default is for the shipped '
+    'text; for others it is the beginning of a held-out text',
+    free=True,
   )
   checkpoint_every: int = field(500, 'steps between checkpoints', free=True)
   keep_checkpoints: int = field(2, 'newest checkpoints to keep', free=True)

@@ -10,15 +10,12 @@ Expected: four answers, most of which the small network has learnt by heart.
 """
 
 # %%
-import io
 import json
 import os
 import pathlib
 import subprocess
 import sys
 import tempfile
-
-import sentencepiece
 
 import diffusiongemma as dg
 
@@ -81,44 +78,15 @@ settings = [
 
 # %% [markdown]
 # Without `RUN` there is nothing to start from: the small network learns the
-# chats from scratch, with a tokenizer that has Gemma's tokens for turns.
-
+# chats from scratch, with a tokenizer that is trained on them. Since they are
+# chats, it has Gemma's tokens for turns.
 
 # %%
-def small_tokenizer():
-  """A SentencePiece model whose control tokens are those of Gemma."""
-  model = io.BytesIO()
-  texts = ['user', 'model', *ANSWERS, *ANSWERS.values()]
-  sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(texts * 9),
-    model_writer=model,
-    vocab_size=320,
-    model_type='bpe',
-    byte_fallback=True,
-    add_dummy_prefix=False,
-    remove_extra_whitespaces=False,
-    normalization_rule_name='identity',
-    hard_vocab_limit=False,
-    pad_id=0,
-    eos_id=1,
-    bos_id=2,
-    unk_id=3,
-    pad_piece='<pad>',
-    eos_piece='<eos>',
-    bos_piece='<bos>',
-    user_defined_symbols=['<|turn>', '<turn|>', '\n'],
-    minloglevel=2,
-  )
-  return model.getvalue()
-
-
 if os.environ.get('RUN'):
   settings += [f'--config.train.init_from={os.environ["RUN"]}']
 else:
-  tokenizer = folder / 'chat.model'
-  tokenizer.write_bytes(small_tokenizer())
   settings += [
-    f'--config.data.tokenizer={tokenizer}',
+    '--config.data.tokenizer=new:320',
     '--config.model.vocab_size=320',
   ]
 command(*settings)

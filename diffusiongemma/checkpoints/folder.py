@@ -19,6 +19,8 @@ from rich import progress as rich_progress
 from diffusiongemma.checkpoints import CheckpointError
 from diffusiongemma.checkpoints import files
 
+_QUICK_BYTES = 100e6  # Written before a bar could be read.
+
 
 def write_file(path: str, content: bytes) -> None:
   """Writes a file. Raises `CheckpointError` for a full disk or a missing
@@ -90,8 +92,11 @@ def _umask() -> int:
 @contextlib.contextmanager
 def progress(what: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
   """A function to call with the bytes just done; shows a bar, or prints a line
-  for every tenth."""
+  for every tenth; nothing for small files."""
   console = rich_console.Console(stderr=True)
+  if num_bytes < _QUICK_BYTES:
+    yield lambda nbytes: None
+    return
   if console.is_terminal:
     columns = (
       rich_progress.TextColumn(what),

@@ -9,6 +9,7 @@ from absl import flags
 from diffusiongemma.commands import shared
 from diffusiongemma.config import ConfigError
 from diffusiongemma.config import QuantizationConfig
+from diffusiongemma.config import TrainConfig
 
 _COORDINATOR = flags.DEFINE_string(
   'coordinator',
@@ -44,11 +45,13 @@ def run(overrides: dict[str, str]) -> int:
   if not processes.is_first():
     return code
   if code == 0:
-    prompt = shlex.quote(config.train.sample_prompt.strip() or '...')
+    prompt = config.train.sample_prompt.strip()
+    if config.data.path and prompt == TrainConfig.sample_prompt.strip():
+      prompt = ''  # It is for the shipped text.
     print(
       f'Done; the checkpoint is in {workdir}. Sample from it:\n'
       f'  python -m diffusiongemma.main --mode=sample --workdir={workdir} '
-      f'--prompt={prompt}'
+      f'--prompt={shlex.quote(prompt or "...")}'
     )
   elif code > 128:
     print(f'Stopped and saved in {workdir}; the same command resumes the run.')

@@ -45,7 +45,8 @@ def no_tokenizer(folder: str) -> WorkdirError:
   """The error for a folder without a tokenizer."""
   return WorkdirError(
     f'{folder} has no tokenizer; put its tokenizer.json or tokenizer.model '
-    'there.'
+    'there. That of the released model: hf download '
+    'google/diffusiongemma-26B-A4B-it tokenizer.json --local-dir=FOLDER.'
   )
 
 
@@ -64,7 +65,7 @@ def load_tokenizer(config: Config, start: str = '') -> tokenizers.Tokenizer:
     return tokenizer
   tokenizer = tokenizers.load_tokenizer(config.data.tokenizer)
   name = config.data.tokenizer or 'the shipped one'
-  _check_tokenizer(config, tokenizer, name)
+  check_tokenizer(config, tokenizer, name)
   return tokenizer
 
 
@@ -103,7 +104,7 @@ def find_tokenizer(config: Config, folder: str) -> tokenizers.Tokenizer | None:
       if os.path.lexists(path):
         content = files.read_file(directory, name, MAX_TEXT_BYTES)
         tokenizer = tokenizers.make_tokenizer(content, path)
-        _check_tokenizer(config, tokenizer, path)
+        check_tokenizer(config, tokenizer, path)
         return tokenizer
   return None
 
@@ -139,7 +140,7 @@ def find_chat_template(folder: str) -> str | None:
   return None
 
 
-def _check_tokenizer(
+def check_tokenizer(
   config: Config, tokenizer: tokenizers.Tokenizer, name: str
 ) -> None:
   """Raises `ConfigError` if a tokenizer does not match the config. The network
@@ -148,7 +149,8 @@ def _check_tokenizer(
   if tokenizer.vocab_size > config.model.vocab_size:
     raise configs.ConfigError(
       f'The tokenizer has {tokenizer.vocab_size} pieces ({name}), more than '
-      f'config.model.vocab_size = {config.model.vocab_size}.'
+      f'config.model.vocab_size = {config.model.vocab_size}: raise it to '
+      f'{tokenizer.vocab_size}.'
     )
   for name, wanted, actual in (
     ('diffusion.pad_token_id', diffusion.pad_token_id, tokenizer.pad_id),

@@ -2,7 +2,7 @@
 
   convert   HF/*.safetensors          ->  WORKDIR/checkpoints/0
   export    WORKDIR/checkpoints/<n>   ->  HF/model-0000i-of-0000n.safetensors
-  quantize  either                    ->  WORKDIR/checkpoints/0, quantised
+  quantize  either                    ->  WORKDIR/checkpoints/<n>, quantised
 
 One array at a time, bit for bit; the host never holds the whole model. The
 files beside the weights (tokenizer, chat template and so on) are copied to
@@ -51,7 +51,10 @@ def convert(hf_dir: str, workdir: str) -> Config:
   source = sources.open_huggingface(hf_dir)
   arrays = source.arrays()
   each = ((path, arrays.read(path)) for path in arrays.types)
-  _make_run(workdir, source.config, source, each, arrays.num_bytes, 'convert')
+  _make_run(
+    *(workdir, source.config, source, arrays.step, each),
+    *(arrays.num_bytes, 'convert'),
+  )
   return source.config
 
 
@@ -96,7 +99,9 @@ def quantize(
         yield stored_path, np.asarray(x)
 
   num_bytes = sources.count_bytes(abstract)
-  _make_run(workdir, config, opened, few_bits(), num_bytes, 'quantize')
+  _make_run(
+    *(workdir, config, opened, arrays.step, few_bits(), num_bytes, 'quantize')
+  )
   return config
 
 
@@ -104,6 +109,7 @@ def _make_run(
   workdir: str,
   config: Config,
   source: sources.Source,
+  step: int,
   arrays: Iterable[tuple[tuple[str, ...], np.ndarray]],
   num_bytes: int,
   what: str,
@@ -128,7 +134,7 @@ def _make_run(
       os.path.join(folder, workdirs.CONFIG), workdirs.encode_config(config)
     )
     native.save_arrays(
-      workdirs.checkpoint_dir(folder), 0, watched(), num_bytes, config
+      workdirs.checkpoint_dir(folder), step, watched(), num_bytes, config
     )
 
 

@@ -19,6 +19,7 @@ from diffusiongemma.runs import WorkdirError
 from diffusiongemma.runs import companions
 from diffusiongemma.runs import folder as workdirs
 from diffusiongemma.runs import huggingface_folder
+from diffusiongemma.runs import shipped
 from diffusiongemma.runs import source as sources
 from diffusiongemma.text import tokenizer as tokenizers
 
@@ -120,7 +121,7 @@ def adopt(config: Config, workdir: str) -> Config:
     WorkdirError, CheckpointError: there is no network.
   """
   folder = paths.local(config.train.init_from, 'config.train.init_from')
-  folder = os.path.abspath(folder)
+  folder = os.path.abspath(shipped.find(folder))
   if workdirs.is_claimed(workdir):
     theirs = workdirs.read_config(workdir)
   elif huggingface_folder.is_huggingface(folder) or workdirs.is_claimed(folder):

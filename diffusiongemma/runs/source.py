@@ -176,7 +176,7 @@ def _open_adapters(path: str, config: Config) -> Source:
   """Opens adapters, to be combined with the base weights as these are read."""
 
   def open_base():
-    start = config.train.init_from
+    start = shipped.find(config.train.init_from)
     if not start:
       return _random_source(config)
     if os.path.isdir(start):

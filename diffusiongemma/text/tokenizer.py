@@ -7,8 +7,10 @@ them.
 """
 
 import abc
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
+import io
 import os
 import pathlib
 import re
@@ -210,7 +212,11 @@ def load_tokenizer(path: str = '') -> Tokenizer:
   `TokenizerError`."""
   file = pathlib.Path(paths.local(path)) if path else SHIPPED_MODEL
   if not os.path.isfile(file):
-    raise TokenizerError(f'No tokenizer at {str(file)!r}.')
+    raise TokenizerError(
+      f'No tokenizer at {str(file)!r}. That of the released model: '
+      'hf download google/diffusiongemma-26B-A4B-it tokenizer.json '
+      '--local-dir=FOLDER. One for your text: --config.data.tokenizer=new:4096.'
+    )
   return make_tokenizer(file.read_bytes(), str(file))
 
 
@@ -227,6 +233,59 @@ def make_tokenizer(content: bytes, name: str) -> Tokenizer:
     return kind(content)
   except TokenizerError as error:
     raise TokenizerError(f'{name}: {error}') from error
+
+
+def train(
+  lines: Iterable[str], pieces: int, symbols: Sequence[str] = ()
+) -> bytes:
+  """A byte-pair model that gives back exactly the text it was given.
+
+  Byte pairs rather than a unigram model: at a few thousand pieces the latter
+  spells rare words with a lone space piece, which then is the commonest token
+  of all. Nothing is normalised and no space is added or removed. Line breaks
+  are pieces of their own, since SentencePiece reads line by line.
+
+  Args:
+    lines: text without line breaks.
+    pieces: how many there are, control pieces and 256 bytes included; fewer if
+      the text has no more.
+    symbols: further pieces, such as those of a chat.
+
+  Raises:
+    TokenizerError: the text has no characters, or more different ones than
+      pieces.
+  """
+  model = io.BytesIO()
+  try:
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(lines),
+      model_writer=model,
+      vocab_size=pieces,
+      hard_vocab_limit=False,
+      model_type='bpe',
+      max_sentence_length=2**16,
+      character_coverage=1.0,
+      byte_fallback=True,
+      normalization_rule_name='identity',
+      add_dummy_prefix=False,
+      remove_extra_whitespaces=False,
+      user_defined_symbols=['\n', '\n\n', *symbols],
+      pad_id=0,
+      eos_id=1,
+      bos_id=2,
+      unk_id=3,
+      num_threads=1,
+      minloglevel=2,
+    )
+  except RuntimeError as error:
+    wanted = re.search(r'required_chars\. \d+ vs (\d+)', str(error))
+    if wanted is None:
+      raise TokenizerError('there is no text to train it on.') from error
+    raise TokenizerError(
+      f'{pieces} pieces are too few: the bytes and the different characters of '
+      f'the text are {wanted[1]}.'
+    ) from error
+  return model.getvalue()
 
 
 def _checked(text: str) -> str:

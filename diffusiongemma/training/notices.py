@@ -2,7 +2,9 @@
 
 from diffusiongemma.config import Config
 from diffusiongemma.runs import folder as workdirs
+from diffusiongemma.training import corpus as corpora
 from diffusiongemma.training import data
+from diffusiongemma.training import new_tokenizer
 from diffusiongemma.training import optimizer as optimizers
 
 
@@ -24,6 +26,24 @@ def at_start(config: Config) -> list[str]:
       'config.optimizer.freeze names stay random.'
     )
   return lines
+
+
+def of_tokenizer(config: Config, corpus: corpora.Corpus) -> list[str]:
+  """A line about a tokenizer that was made of the text, or of another one."""
+  num_bytes = sum(len(text.encode()) for text in corpus.heldout_texts)
+  num_tokens = sum(len(example.targets) for example in corpus.heldout)
+  rate = (
+    f'{num_bytes / max(1, num_tokens):.1f} bytes per token of held-out text'
+  )
+  if new_tokenizer.is_wanted(config.data):
+    return [f'The tokenizer is trained on this text: {rate}.']
+  is_other = config.data.path and not config.data.tokenizer
+  if is_other and not config.train.init_from:
+    return [
+      f'The tokenizer is the shipped one, of Shakespeare: {rate}. '
+      '--config.data.tokenizer=new:2048 trains one on your text.'
+    ]
+  return []
 
 
 def of_changes(before: Config, config: Config, step: int) -> list[str]:

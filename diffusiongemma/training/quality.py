@@ -22,26 +22,45 @@ class _StoppedError(Exception):
   """A signal arrived during an evaluation."""
 
 
-def _sample_prompt(config: Config, tokenizer: Tokenizer) -> list[int]:
-  """The tokens of `config.train.sample_prompt`."""
-  return [tokenizer.bos_id, *tokenizer.encode(config.train.sample_prompt)]
+# Tokens of a held-out text that are the prompt of samples.
+PROMPT_TOKENS = 8
 
 
-def check_sample_prompt(config: Config, tokenizer: Tokenizer) -> None:
-  """Raises `ConfigError` for a sample prompt that would fail during the run."""
-  if not config.train.sample_prompt:
-    return
+def sample_prompt(
+  config: Config, corpus: corpora.Corpus, tokenizer: Tokenizer
+) -> list[int]:
+  """The tokens of the prompt of samples, [] for no samples.
+
+  It is `config.train.sample_prompt`; where that is the default, which is for
+  the shipped text, and the text is another, the beginning of the first held-out
+  text or the prompt of the first held-out response.
+
+  Raises:
+    ConfigError: a sample from it would fail during the run.
+  """
+  text = config.train.sample_prompt
+  if not text:
+    return []
+  is_default = text == configs.TrainConfig.sample_prompt
+  room = config.model.context_length - config.diffusion.canvas_length
+  if is_default and config.data.path:
+    first = corpus.heldout[0]
+    length = first.prompt_length
+    tokens = first.tokens[: PROMPT_TOKENS if length is None else length]
+    return [tokenizer.bos_id, *map(int, tokens[: room - 1])]
   try:
-    prompt = _sample_prompt(config, tokenizer)
+    prompt = [tokenizer.bos_id, *tokenizer.encode(text)]
     prompt_lib.check(config, prompt, config.diffusion.canvas_length)
   except (prompt_lib.PromptError, TokenizerError) as error:
     raise configs.ConfigError(f'config.train.sample_prompt: {error}') from error
+  return prompt
 
 
 def report_quality(
   config: Config,
   corpus: corpora.Corpus,
   tokenizer: Tokenizer,
+  prompt: list[int],
   writer: metrics_lib.MetricsWriter,
   progress: metrics_lib.Progress,
   must_stop: Callable[[], bool],
@@ -55,6 +74,7 @@ def report_quality(
     config: of the run.
     corpus: its held-out text is evaluated.
     tokenizer: of the run.
+    prompt: of the samples, see `sample_prompt`.
     writer, progress: outputs of the numbers.
     must_stop: whether a signal has arrived; see `stopping.stop_signals`.
     step: steps done.
@@ -74,9 +94,9 @@ def report_quality(
           config, corpus, writer, step, params, stop_if_asked
         )
       progress.print(f'step {step}/{train.steps}  {line}')
-    if train.sample_prompt and (step % train.sample_every == 0 or is_last):
+    if prompt and (step % train.sample_every == 0 or is_last):
       with progress.doing('writing a sample'):
-        text = _write_sample(config, tokenizer, params, stop_if_asked)
+        text = _write_sample(config, tokenizer, prompt, params, stop_if_asked)
       writer.write_text(step, text)
       progress.print(f'step {step}/{train.steps}  sample:\n{text}\n')
   except _StoppedError:
@@ -106,15 +126,15 @@ def _report_losses(config, corpus, writer, step, params, stop_if_asked) -> str:
   return line
 
 
-def _write_sample(config, tokenizer, params, stop_if_asked) -> str:
-  """The text of the sample prompt and one generated canvas."""
+def _write_sample(config, tokenizer, prompt, params, stop_if_asked) -> str:
+  """The text of the prompt and one generated canvas."""
   (written,), *_ = generate.generate_tokens(
     config,
     params,
-    [_sample_prompt(config, tokenizer)],
+    [prompt],
     jax.random.key(config.train.seed),
     config.diffusion.canvas_length,
     # Several processes compute the whole (short) canvas in one program.
     on_step=stop_if_asked if jax.process_count() == 1 else None,
   )
-  return config.train.sample_prompt + tokenizer.decode(written.tokens)
+  return tokenizer.decode([*prompt, *written.tokens])

@@ -32,6 +32,7 @@ from diffusiongemma.training import corpus as corpora
 from diffusiongemma.training import data
 from diffusiongemma.training import loop
 from diffusiongemma.training import metrics as metrics_lib
+from diffusiongemma.training import new_tokenizer
 from diffusiongemma.training import notices
 from diffusiongemma.training import quality
 from diffusiongemma.training import resume
@@ -88,16 +89,21 @@ def _train_on(
     raise ValueError('load_base must give the parameters in init_from.')
   # As the first process sees it, before it claims the folder.
   is_new, *_ = processes.gather_json(not workdirs.is_claimed(workdir))
-  if start and not is_new:
+  is_own = new_tokenizer.is_wanted(config.data)
+  if (start or is_own) and not is_new:
     start = workdir  # It has a copy of tokenizer and template.
-  tokenizer = companions.load_tokenizer(config, start)
+  if is_own and is_new:
+    tokenizer = new_tokenizer.train(config.data)
+    companions.check_tokenizer(config, tokenizer, config.data.tokenizer)
+  else:
+    tokenizer = companions.load_tokenizer(config, start)
   corpus = corpora.load_corpus(
     config.data,
     tokenizer,
     config.diffusion.canvas_length,
     companions.find_chat_template(start) if start else None,
   )
-  quality.check_sample_prompt(config, tokenizer)
+  prompt = quality.sample_prompt(config, corpus, tokenizer)
 
   def claim():
     workdirs.claim(workdir, config, tokenizer)
@@ -158,6 +164,7 @@ def _train_on(
     *notices.of_changes(before, config, first_step),
     *notices.of_text(before, config, text_before, text),
     *notices.at_start(config),
+    *notices.of_tokenizer(config, corpus),
     *corpus.notes,
   ):
     progress.print(line)
@@ -181,6 +188,7 @@ def _train_on(
       config,
       corpus,
       tokenizer,
+      prompt,
       writer,
       progress,
       must_stop,

@@ -26,7 +26,7 @@ import re
 from absl import app
 from absl import flags
 
-from experiments import byte_pairs
+from diffusiongemma.text import tokenizer as tokenizers
 
 _SOURCE = flags.DEFINE_string('source', None, 'Folder of *_gut.txt files.')
 _PIECES = flags.DEFINE_integer(
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
   (ASSETS / 'shakespeare.jsonl.xz').write_bytes(archive)
   if _PIECES.value:
     text = ''.join(r['text'] for r in records if r['split'] == 'train')
-    model = byte_pairs.train(text.splitlines(), _PIECES.value)
+    model = tokenizers.train(text.splitlines(), _PIECES.value)
     (ASSETS / 'shakespeare.model').write_bytes(model)
   print(f'{len(records)} works, {len(archive):,} bytes of corpus archive')
 

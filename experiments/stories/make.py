@@ -25,7 +25,7 @@ import random
 import re
 from typing import NamedTuple
 
-from experiments import byte_pairs
+from diffusiongemma.text import tokenizer as tokenizers
 
 PHRASES = pathlib.Path(__file__).parent / 'events.txt'
 SHORTEST, LONGEST = 60, 130  # Words of a story.
@@ -661,7 +661,7 @@ def main() -> None:
   print(f'{len(stories):,} stories, {len(words):,} different words in {out}')
   if given.tokenizer:
     lines = (x for story in stories[:20_000] for x in story.splitlines() if x)
-    model = byte_pairs.train(lines, given.pieces)
+    model = tokenizers.train(lines, given.pieces)
     write(out.with_name(given.tokenizer), model)
 
 

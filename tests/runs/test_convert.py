@@ -29,7 +29,6 @@ from diffusiongemma.model import denoiser
 from diffusiongemma.runs import companions
 from diffusiongemma.runs import convert as conversion
 from diffusiongemma.runs import folder as workdirs
-from diffusiongemma.runs import load
 
 
 @pytest.mark.parametrize('dtype', hf.TYPES)
@@ -283,10 +282,6 @@ def test_few_bits_are_for_sampling(hf_dir, workdir, tmp_path):
   for attempt in (
     lambda: diffusiongemma.export(str(target), str(tmp_path / 'out')),
     lambda: diffusiongemma.quantize(str(target), str(tmp_path / 'again'), FEW),
-    lambda: load.adopt(
-      configs.Config(train=configs.TrainConfig(init_from=str(target))),
-      str(tmp_path / 'run'),
-    ),
   ):
     with pytest.raises(workdirs.WorkdirError, match='is for sampling'):
       attempt()
