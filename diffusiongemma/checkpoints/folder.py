@@ -97,7 +97,7 @@ def progress(what: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
   if num_bytes < _QUICK_BYTES:
     yield lambda nbytes: None
     return
-  if console.is_terminal:
+  if console.file.isatty():
     columns = (
       rich_progress.TextColumn(what),
       rich_progress.BarColumn(bar_width=None),

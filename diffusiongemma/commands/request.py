@@ -166,7 +166,7 @@ def print_text(text: str, style: str = '') -> None:
 def print_statistics(written: generate.Generation) -> None:
   """Prints tokens and steps of a text, if the output is a terminal."""
   reason = (written.stopped_by or 'nothing').replace('_', ' ')
-  if console().is_terminal:
+  if console().file.isatty():
     print_text(
       f'{len(written.tokens)} tokens in {written.steps} steps '
       f'({written.tokens_per_forward:.1f} per step), stopped by {reason}',

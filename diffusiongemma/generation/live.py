@@ -81,7 +81,7 @@ class LiveCanvas:
   @property
   def is_seen(self) -> bool:
     """Whether the output is a terminal or a notebook."""
-    return self.in_notebook or self._console.is_terminal
+    return self.in_notebook or self._console.file.isatty()
 
   @property
   def in_notebook(self) -> bool:

@@ -156,7 +156,9 @@ class Progress:
     self._console = rich_console.Console(quiet=quiet)
     self._total = total_steps
     self._bar = None
-    if self._console.is_terminal:
+    # Not `is_terminal`: FORCE_COLOR, which notebooks set for what they start,
+    # asks for colours and makes that true (rich 15).
+    if self._console.file.isatty():
       self._bar = rich_progress.Progress(
         rich_progress.TextColumn(
           'step {task.completed:.0f}/{task.total:.0f}',

@@ -43,9 +43,9 @@ def test_metrics_of_unsaved_steps_are_dropped(tmp_path):
 
 def test_the_bar_says_how_far_and_what(monkeypatch):
   """Also where the terminal is narrow."""
-  console = rich_console.Console(
-    file=io.StringIO(), force_terminal=True, width=40
-  )
+  terminal = io.StringIO()
+  terminal.isatty = lambda: True
+  console = rich_console.Console(file=terminal, width=40)
   monkeypatch.setattr(metrics.rich_console, 'Console', lambda **_: console)
   numbers = {'loss': 1.5, 'loss_denoise': 1.0, 'loss_ar': 0.5}
   with metrics.Progress(20000, 0) as progress:
@@ -58,3 +58,17 @@ def test_the_bar_says_how_far_and_what(monkeypatch):
   shown = console.file.getvalue()
   assert 'step 12000/20000' in shown and 'loss 1.5' in shown
   assert 'saving' not in shown
+
+
+def test_colours_asked_for_make_no_bar_in_a_pipe(monkeypatch, capsys):
+  """Notebooks set FORCE_COLOR for the processes that they start."""
+  monkeypatch.setenv('FORCE_COLOR', '1')
+  numbers = {
+    'loss': 1.0,
+    'loss_denoise': 0.5,
+    'loss_ar': 0.5,
+    'tokens_per_second': 7.0,
+  }
+  with metrics.Progress(20, 0) as progress:
+    progress.show(10, numbers, 60.0)
+  assert capsys.readouterr().out.startswith('step 10/20  loss 1.000')
