@@ -30,6 +30,8 @@ UNKNOWN = '\N{REPLACEMENT CHARACTER}'
 _CONTROL = re.compile(
   r'<\|[^<>|\s]+\|?>|<[^<>|\s]+\|>|<mask>|<unused\d+>|\[multimodal\]'
 )
+# A byte of a character that is no piece.
+_BYTE = re.compile(r'<0x([0-9A-F]{2})>')
 
 
 class TokenizerError(Error, ValueError):
@@ -74,12 +76,18 @@ class Tokenizer(abc.ABC):
     )
 
   def pieces(self, ids: Sequence[int]) -> list[str]:
-    """The piece of each id, spaces for `▁`; `UNKNOWN` for an invalid id."""
-    is_id = range(self.vocab_size).__contains__
-    return [
-      self._piece(int(i)).replace('▁', ' ') if is_id(int(i)) else UNKNOWN
-      for i in ids
-    ]
+    """The piece of each id; spaces for `▁`, bytes as `\\xe2` unless they are
+    characters, `UNKNOWN` for an invalid id."""
+    return [self._readable(int(i)) for i in ids]
+
+  def _readable(self, token: int) -> str:
+    if not 0 <= token < self.vocab_size:
+      return UNKNOWN
+    piece = self._piece(token)
+    if byte := _BYTE.fullmatch(piece):
+      value = int(byte[1], 16)
+      return chr(value) if value < 0x80 else f'\\x{value:02x}'
+    return piece.replace('▁', ' ')
 
   def escape(self, text: str, mark: str) -> str:
     """`text` with a `mark` inserted into every spelling of a control piece."""

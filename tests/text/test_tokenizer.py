@@ -184,3 +184,9 @@ def test_damaged_tokenizer_json(json_file, tmp_path):
   with pytest.raises(tokenizers.TokenizerError, match='Not a tokenizer'):
     json_file.write_text('{}')
     tokenizers.load_tokenizer(str(json_file))
+
+
+def test_bytes_are_shown_as_bytes():
+  tokenizer = tokenizers.load_tokenizer()
+  assert tokenizer.pieces(tokenizer.encode('火')) == ['\\xe7', '\\x81', '\\xab']
+  assert tokenizer.pieces(tokenizer.encode('~')) == ['~']  # One byte.
