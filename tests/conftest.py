@@ -6,6 +6,7 @@ import os
 import pathlib
 
 # For the processes that tests start, too.
+os.environ['HF_HUB_OFFLINE'] = '1'  # A mistyped path asks no server.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault(
   'JAX_COMPILATION_CACHE_DIR',

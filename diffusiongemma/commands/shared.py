@@ -43,7 +43,10 @@ WORKDIR = path(
 )
 HF_DIR = path(
   flags.DEFINE_string(
-    'hf_dir', None, 'The Hugging Face folder to read; export: to write.'
+    'hf_dir',
+    None,
+    'The Hugging Face folder to read, or its name on the hub, org/name or '
+    'org/name@revision; export: to write.',
   )
 )
 FORMAT = flags.DEFINE_enum('format', 'text', ['text', 'json'], 'What to print.')
@@ -106,14 +109,15 @@ def load_run(overrides: dict[str, str]) -> 'Run':
   from diffusiongemma.runs import folder as workdirs
   from diffusiongemma.runs import huggingface_folder
   from diffusiongemma.runs import overrides as overrides_lib
-  from diffusiongemma.runs import shipped
+  from diffusiongemma.runs import source as sources
 
   if HF_DIR.value and WORKDIR.value:
     raise ConfigError('Give --workdir or --hf_dir, not both.')
   if HF_DIR.value:
-    folder, own = HF_DIR.value, huggingface_folder.read_config(HF_DIR.value)
+    folder = sources.locate(HF_DIR.value)
+    own = huggingface_folder.read_config(folder)
   else:
-    folder = shipped.find(workdir())
+    folder = sources.locate(workdir())
     own = workdirs.read_config(folder)
   return overrides_lib.load_run(folder, own, overrides)
 

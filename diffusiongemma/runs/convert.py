@@ -48,7 +48,7 @@ def convert(hf_dir: str, workdir: str) -> Config:
       exists, or the disk is full. No `workdir` is left behind.
   """
   hf_dir, workdir = paths.local(hf_dir), paths.local(workdir)
-  source = sources.open_huggingface(hf_dir)
+  source = sources.open_huggingface(sources.locate(hf_dir))
   arrays = source.arrays()
   each = ((path, arrays.read(path)) for path in arrays.types)
   _make_run(
@@ -155,7 +155,7 @@ def export(
       transformers has no such network. No `hf_dir` is left behind.
   """
   workdir, hf_dir = paths.local(workdir), paths.local(hf_dir)
-  source = sources.open_run(workdir)
+  source = sources.open_run(sources.locate(workdir))
   sources.check_not_quantized(source)
   config, zeros = source.config, {}
   if config.model.vision is None:

@@ -19,7 +19,6 @@ from diffusiongemma.runs import WorkdirError
 from diffusiongemma.runs import companions
 from diffusiongemma.runs import folder as workdirs
 from diffusiongemma.runs import huggingface_folder
-from diffusiongemma.runs import shipped
 from diffusiongemma.runs import source as sources
 from diffusiongemma.text import tokenizer as tokenizers
 
@@ -84,9 +83,10 @@ def load(
   disk: see `runtime.keep_compilations`.
 
   Args:
-    path: the `--workdir` of training or conversion, or a folder with Hugging
-      Face's config.json and safetensors, or the name of a shipped network:
-      'sudoku' or 'stories'.
+    path: the `--workdir` of training or conversion; a folder with Hugging
+      Face's config.json and safetensors; or a name: 'sudoku' and 'stories' come
+      with the package, 'org/name' and 'org/name@revision' are on the Hugging
+      Face Hub.
     config: settings to use instead of its own, for another sampler.
     sharding: sharding of each array; None is the first device.
     verify: whether to compare the digests of a run's arrays, so that a flipped
@@ -121,7 +121,7 @@ def adopt(config: Config, workdir: str) -> Config:
     WorkdirError, CheckpointError: there is no network.
   """
   folder = paths.local(config.train.init_from, 'config.train.init_from')
-  folder = os.path.abspath(shipped.find(folder))
+  folder = os.path.abspath(sources.locate(folder))
   if workdirs.is_claimed(workdir):
     theirs = workdirs.read_config(workdir)
   elif huggingface_folder.is_huggingface(folder) or workdirs.is_claimed(folder):

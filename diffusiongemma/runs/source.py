@@ -1,7 +1,7 @@
 """A network in a folder, opened but not yet read.
 
   source = open_source('runs/tiny')   a run, adapters, a Hugging Face folder,
-                                      the name of a shipped network
+                                      or the name of a network, see `locate`
   source.restore(sharding, verify)    all parameters at once, on their devices
   source.arrays().read(path)          one array at a time, on the host
 
@@ -37,6 +37,7 @@ from diffusiongemma.ops.weights import Weight
 from diffusiongemma.runs import WorkdirError
 from diffusiongemma.runs import companions
 from diffusiongemma.runs import folder as workdirs
+from diffusiongemma.runs import hub
 from diffusiongemma.runs import huggingface_folder
 from diffusiongemma.runs import learnt as learnt_lib
 from diffusiongemma.runs import shipped
@@ -102,7 +103,7 @@ def open_source(
   """Opens a run or a Hugging Face folder.
 
   Args:
-    path: the folder, or the name of a network in `shipped.names()`.
+    path: the folder, or a name, see `locate`.
     config: settings to use instead of its own; `train.init_from` is the folder
       of the base weights of adapters.
 
@@ -111,16 +112,29 @@ def open_source(
     WorkdirError: it is neither.
     CheckpointError: its config can't be read, or is that of another network.
   """
-  path = paths.local(path)
+  path = locate(paths.local(path))
   if huggingface_folder.is_huggingface(path):
     return open_huggingface(path, config)
   return open_run(path, config)
 
 
+def locate(path: str) -> str:
+  """The folder that a path stands for: itself; of the name of a network that
+  comes with the package (`shipped`), its folder; of the name of one on the
+  Hugging Face Hub, `org/name` or `org/name@revision`, where it is downloaded
+  to. What exists here counts more than a name.
+
+  Raises:
+    WorkdirError: it can't be downloaded.
+  """
+  if hub.is_name(path):
+    return hub.download(path)
+  return shipped.find(path)
+
+
 def open_run(path: str, config: Config | None = None) -> Source:
   """Opens a run, possibly of adapters. Arguments and errors as
   `open_source`."""
-  path = shipped.find(path)
   config = config or workdirs.read_config(path)
   if config.lora.rank:
     return _open_adapters(path, config)
@@ -176,9 +190,9 @@ def _open_adapters(path: str, config: Config) -> Source:
   """Opens adapters, to be combined with the base weights as these are read."""
 
   def open_base():
-    start = shipped.find(config.train.init_from)
-    if not start:
+    if not config.train.init_from:
       return _random_source(config)
+    start = locate(config.train.init_from)
     if os.path.isdir(start):
       return open_source(start)
     raise WorkdirError(

@@ -25,7 +25,8 @@ Needs Debian's link-grammar, link-grammar-dictionaries-en and wamerican. The
 parser accepts much that is wrong, and refuses some of what is right; so read
 some stories as well. Expected: of 300 stories by make.py it links 97 % of the
 sentences and all of 68 % of the stories; the others that were looked at are
-grammatical. With their words shuffled: not measured yet.
+grammatical. Of 100 with their words shuffled it links 18 % of the sentences and
+all of none.
 """
 
 import argparse
@@ -273,6 +274,7 @@ def main() -> None:
     'not_parsed': refused[:50],
     'samples': stories[:20],
   }
+  given.output.mkdir(parents=True, exist_ok=True)
   path = given.output / f'{given.name}.json'
   path.write_text(json.dumps(record, indent=2) + '\n', encoding='utf-8')
   print(path)
