@@ -1,6 +1,7 @@
-# The two commands of a newcomer, and those of a developer.
+# The commands of a newcomer, and those of a developer.
 #
-#   make demo     from nothing to text: installs, trains ~5 minutes, writes
+#   make demo     installs, and solves a Sudoku with a network that ships
+#   make train-demo  trains on Shakespeare for about five minutes, and writes
 #   make test     installs what the tests need and runs them
 #   make lint     ruff and mypy
 #   make docs     the documentation site, in docs/_build/html
@@ -14,9 +15,12 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python -m diffusiongemma.main
 DEMO_WORKDIR ?= runs/tiny
 
-.PHONY: demo install test lint docs clean
+.PHONY: demo train-demo install test lint docs clean
 
 demo: install
+	$(BIN)/python examples/solve_sudoku.py
+
+train-demo: install
 	$(RUN) --config=configs/tiny.py --workdir=$(DEMO_WORKDIR)
 	$(RUN) --mode=sample --workdir=$(DEMO_WORKDIR) --max_new_tokens=192 \
 	  --prompt="ROMEO."

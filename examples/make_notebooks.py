@@ -19,6 +19,7 @@ import nbformat
 
 FOLDER = pathlib.Path(__file__).resolve().parent
 NAMES = (
+  'solve_sudoku',
   'load_and_write',
   'own_denoiser_and_strategy',
   'finetune_on_chats',
@@ -48,14 +49,11 @@ def to_notebook(name: str) -> nbformat.NotebookNode:
 
 def execute(notebook: nbformat.NotebookNode) -> None:
   """Runs the cells and adds what they show, except for standard error."""
-  # Only here: a comparison needs no kernel.
-  import jupyter_client
-  import nbclient
+  import nbclient  # Only here: a comparison needs no kernel.
 
-  kernel = jupyter_client.AsyncKernelManager(transport='ipc')
   where = {'metadata': {'path': str(FOLDER)}}
   nbclient.NotebookClient(
-    notebook, km=kernel, resources=where, record_timing=False
+    notebook, resources=where, record_timing=False
   ).execute()
   for cell in notebook.cells:
     if cell.cell_type == 'code':

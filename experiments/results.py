@@ -393,6 +393,14 @@ SECTIONS = (
     sudoku,
   ),
   Section(
+    'Sudoku, 6x6: the network that ships',
+    '1,000 unseen puzzles, `sudoku`: 8 bits, 2,500 steps.',
+    'sudoku/shipped.json',
+    None,
+    PASSES,
+    sudoku,
+  ),
+  Section(
     'Sudoku, 6x6: temperature',
     '1,000 other puzzles, on which the temperature was chosen.',
     'sudoku/temperatures_6x6.json',

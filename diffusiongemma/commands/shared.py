@@ -37,7 +37,7 @@ WORKDIR = path(
   flags.DEFINE_string(
     'workdir',
     None,
-    'Folder of the run, or the name of a shipped one (sudoku, stories). '
+    'Folder of the run, or the name of a shipped one (sudoku). '
     'Default: runs/<name of the config>.',
   )
 )
