@@ -20,10 +20,11 @@ _NAME = re.compile(rf'(?P<repository>{_PART}/{_PART})(@(?P<revision>.+))?')
 
 
 def is_name(path: str) -> bool:
-  """Whether this is the name of a repository and no path: neither it nor its
-  first part exists here."""
+  """Whether this is the name of a repository and no path: its first part is
+  nothing here, and not `runs`, where our own runs are by default."""
   organisation = path.partition('/')[0]
-  return bool(_NAME.fullmatch(path)) and not os.path.lexists(organisation)
+  is_here = organisation == 'runs' or os.path.lexists(organisation)
+  return bool(_NAME.fullmatch(path)) and not is_here
 
 
 def download(name: str) -> str:

@@ -219,7 +219,8 @@ def test_without_a_network(tmp_path):
 def test_paths_are_no_names(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   assert hub.is_name('org/small') and hub.is_name('org/small@refs/pr/1')
-  for path in ('org', '/org/small', './org/small', 'a/b/c', '~/x', 'org/', ''):
+  paths = ('org', '/org/small', './org/small', 'a/b/c', '~/x', 'org/', '')
+  for path in (*paths, 'runs/tiny'):
     assert not hub.is_name(path)
   (tmp_path / 'org').mkdir()
   assert not hub.is_name('org/small')
