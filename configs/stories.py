@@ -10,7 +10,9 @@ Command:  python -m experiments.stories.make --out=runs/story_text/train.jsonl
               --config.quantization.experts=int8 \
               --config.quantization.linears=int8 \
               --config.quantization.embedding=int8
-Expected: not trained yet. One epoch of 60,000 stories.
+Expected: not trained to the end yet. With canvases of 64 tokens the text was
+  still a jumble after 970 steps, though the loss from left to right was near
+  0.37 nats; with canvases of 16, 200 steps later, sentences began to hold.
 """
 
 from diffusiongemma import config
@@ -39,18 +41,18 @@ def get_config() -> config.Config:
       dtype='float32',
     ),
     diffusion=config.DiffusionConfig(
-      canvas_length=64,
-      max_denoising_steps=48,
+      canvas_length=16,
+      max_denoising_steps=16,
       t_min=0.4,
       t_max=0.8,
-      entropy_bound=0.5,
+      entropy_bound=0.1,
       stop_token_ids=(1,),
     ),
     data=config.DataConfig(
       path=f'{FOLDER}/train.jsonl',
       heldout_path=f'{FOLDER}/heldout.jsonl',
       tokenizer=f'{FOLDER}/stories.model',
-      # Of 3,000 stories the longest is 180 tokens, three canvases.
+      # Of 3,000 stories the longest is 180 tokens, twelve canvases.
       sequence_length=224,
       batch_size=16,
     ),
