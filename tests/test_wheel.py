@@ -43,6 +43,9 @@ def test_configs_are_found_where_the_wheel_is_installed(tmp_path):
   for path in (ROOT / 'configs').glob('*.py'):
     assert f'diffusiongemma/configs/{path.name}' in names
   assert 'diffusiongemma/py.typed' in names
+  networks = ROOT / 'diffusiongemma' / 'networks'
+  for path in filter(pathlib.Path.is_file, networks.rglob('*')):
+    assert f'diffusiongemma/networks/{path.relative_to(networks)}' in names
   assert not [n for n in names if n.startswith(('configs/', 'tests/'))]
   script = (
     'import diffusiongemma, sys\n'
@@ -50,6 +53,7 @@ def test_configs_are_found_where_the_wheel_is_installed(tmp_path):
     'assert diffusiongemma.__file__.startswith(sys.argv[1])\n'
     'config.validate(config.load_config("tiny"))\n'
     'config.validate(config.load_config("sudoku9"))\n'
+    'diffusiongemma.load("sudoku")\n'
   )
   subprocess.run(
     [sys.executable, '-c', script, str(tmp_path / 'site')],
