@@ -5,7 +5,7 @@ assistant says is learnt, with the token that ends its turn.
 
 Command:  python examples/finetune_on_chats.py
   With RUN=FOLDER that run, or Hugging Face folder, is fine-tuned instead; its
-  tokenizer must know turns. STEPS=FEWER trains less than 400 steps.
+  tokenizer must know turns. STEPS=FEWER trains less than 600 steps.
 Expected: four answers, most of which the small network has learnt by heart.
 """
 
@@ -58,7 +58,7 @@ def chat(question, answer):
 
 chats = folder / 'chats.jsonl'
 lines = [json.dumps({'messages': chat(*pair)}) for pair in ANSWERS.items()]
-chats.write_text('\n'.join(lines * 50))  # Long enough to shuffle well.
+_ = chats.write_text('\n'.join(lines * 50))  # Long enough to shuffle well.
 
 # %% [markdown]
 # Fine-tuning: `init_from` names a run or a Hugging Face folder, whose network,
@@ -72,7 +72,7 @@ settings = [
   f'--workdir={tuned}',
   f'--config.data.path={chats}',
   f'--config.data.heldout_path={chats}',
-  f'--config.train.steps={os.environ.get("STEPS", "400")}',
+  f'--config.train.steps={os.environ.get("STEPS", "600")}',
   '--config.train.log_every=200',
 ]
 
@@ -88,6 +88,7 @@ else:
   settings += [
     '--config.data.tokenizer=new:320',
     '--config.model.vocab_size=320',
+    '--config.diffusion.entropy_bound=0.1',
   ]
 command(*settings)
 
