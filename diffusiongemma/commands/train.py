@@ -9,7 +9,6 @@ from absl import flags
 from diffusiongemma.commands import shared
 from diffusiongemma.config import ConfigError
 from diffusiongemma.config import QuantizationConfig
-from diffusiongemma.config import TrainConfig
 
 _COORDINATOR = flags.DEFINE_string(
   'coordinator',
@@ -28,6 +27,7 @@ def run(overrides: dict[str, str]) -> int:
   """Trains; returns the exit code."""
   from diffusiongemma.devices import processes
   from diffusiongemma.runs import load
+  from diffusiongemma.training import quality
   from diffusiongemma.training import train
 
   processes.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
@@ -45,9 +45,8 @@ def run(overrides: dict[str, str]) -> int:
   if not processes.is_first():
     return code
   if code == 0:
-    prompt = config.train.sample_prompt.strip()
-    if config.data.path and prompt == TrainConfig.sample_prompt.strip():
-      prompt = ''  # It is for the shipped text.
+    is_foreign = quality.has_foreign_prompt(config)
+    prompt = '' if is_foreign else config.train.sample_prompt.strip()
     print(
       f'Done; the checkpoint is in {workdir}. Sample from it:\n'
       f'  python -m diffusiongemma.main --mode=sample --workdir={workdir} '

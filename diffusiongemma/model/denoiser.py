@@ -402,12 +402,7 @@ def fresh_params(config: Config) -> Params:
 def with_configured_types(config: ModelConfig, params: Params) -> Params:
   """Loaded parameters cast to the types of the config, except for quantised
   ones."""
-  is_leaf = lambda x: isinstance(x, ops.weights.Leaf)
-
-  def cast(x, wanted):
-    return x if is_leaf(x) else jnp.asarray(x, wanted.dtype)
-
-  return jax.tree.map(cast, params, abstract_params(config), is_leaf=is_leaf)
+  return ops.weights.with_types(params, abstract_params(config))
 
 
 def _set_up(module: nn.Module) -> None:

@@ -342,6 +342,16 @@ def stored(w: Weight) -> Mapping[str, jax.Array] | jax.Array:
   return w.stored() if isinstance(w, Leaf) else w
 
 
+def with_types(params: Params, abstract: Params) -> Params:
+  """The arrays cast to the types of `abstract`; other weights as they are."""
+  is_leaf = lambda w: isinstance(w, Leaf)
+
+  def cast(w, wanted):
+    return w if is_leaf(w) else jnp.asarray(w, wanted.dtype)
+
+  return jax.tree.map(cast, params, abstract, is_leaf=is_leaf)
+
+
 def as_operand(w: Weight, dtype: jnp.dtype) -> Weight:
   """The operand of a product in `dtype`."""
   return w.as_operand(dtype) if isinstance(w, Leaf) else w.astype(dtype)

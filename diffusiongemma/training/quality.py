@@ -26,14 +26,20 @@ class _StoppedError(Exception):
 PROMPT_TOKENS = 8
 
 
+def has_foreign_prompt(config: Config) -> bool:
+  """Whether `config.train.sample_prompt` is the default, which is for the
+  shipped text, and the run has another text."""
+  is_default = config.train.sample_prompt == configs.TrainConfig.sample_prompt
+  return is_default and bool(config.data.path)
+
+
 def sample_prompt(
   config: Config, corpus: corpora.Corpus, tokenizer: Tokenizer
 ) -> list[int]:
   """The tokens of the prompt of samples, [] for no samples.
 
-  It is `config.train.sample_prompt`; where that is the default, which is for
-  the shipped text, and the text is another, the beginning of the first held-out
-  text or the prompt of the first held-out response.
+  It is `config.train.sample_prompt`; where that is foreign, the beginning of
+  the first held-out text or the prompt of the first held-out response.
 
   Raises:
     ConfigError: a sample from it would fail during the run.
@@ -41,9 +47,8 @@ def sample_prompt(
   text = config.train.sample_prompt
   if not text:
     return []
-  is_default = text == configs.TrainConfig.sample_prompt
   room = config.model.context_length - config.diffusion.canvas_length
-  if is_default and config.data.path:
+  if has_foreign_prompt(config):
     first = corpus.heldout[0]
     length = first.prompt_length
     tokens = first.tokens[: PROMPT_TOKENS if length is None else length]
