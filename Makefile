@@ -1,6 +1,6 @@
 # The commands of a newcomer, and those of a developer.
 #
-#   make demo     installs, and solves a Sudoku with a network that ships
+#   make demo     installs; networks that ship solve a Sudoku and tell a story
 #   make train-demo  trains on Shakespeare for about five minutes, and writes
 #   make test     installs what the tests need and runs them
 #   make lint     ruff and mypy
@@ -19,6 +19,8 @@ DEMO_WORKDIR ?= runs/tiny
 
 demo: install
 	$(BIN)/python examples/solve_sudoku.py
+	$(RUN) --mode=sample --workdir=stories --max_new_tokens=208 \
+	  --prompt="Once upon a time"
 
 train-demo: install
 	$(RUN) --config=configs/tiny.py --workdir=$(DEMO_WORKDIR)

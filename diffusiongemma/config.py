@@ -276,13 +276,18 @@ class LoraConfig:
 @dataclasses.dataclass(frozen=True)
 class QuantizationConfig:
   """Quantised parameters, for sampling: 8 bits (integers, or floats of the type
-  e4m3) with a scale per output, 4 bits with a scale per `group_size` inputs."""
+  e4m3) with a scale per output, 4 bits with a scale per `group_size` inputs;
+  'stored' are those of another tool, each as it was."""
 
-  experts: Literal['none', 'int8', 'int4', 'fp8'] = field('none', 'the experts')
-  linears: Literal['none', 'int8', 'int4', 'fp8'] = field(
+  experts: Literal['none', 'int8', 'int4', 'fp8', 'stored'] = field(
+    'none', 'the experts'
+  )
+  linears: Literal['none', 'int8', 'int4', 'fp8', 'stored'] = field(
     'none', 'the matrices of attention and MLPs'
   )
-  embedding: Literal['none', 'int8'] = field('none', "the vocabulary's table")
+  embedding: Literal['none', 'int8', 'stored'] = field(
+    'none', "the vocabulary's table"
+  )
   group_size: int = field(64, 'inputs that share a scale, of 4 bits')
 
 

@@ -16,7 +16,8 @@ from typing import Any
 
 from diffusiongemma.checkpoints import CheckpointError
 
-MAX_DIGITS = 20  # As 2**64 has; parsing a number is quadratic in its digits.
+# transformers writes 10^30 for no limit; parsing is quadratic in the digits.
+MAX_DIGITS = 100
 # More would take gigabytes to parse; the header of the released model's
 # safetensors has a tenth of a megabyte.
 MAX_JSON_BYTES = 10_000_000

@@ -6,7 +6,6 @@ message names the format and the remedy.
 
 import fnmatch
 import os
-from typing import Any
 
 from diffusiongemma.checkpoints import CheckpointError
 from diffusiongemma.checkpoints import files
@@ -17,10 +16,6 @@ PICKLES = (
   *('*.pt', '*.pth', '*.ckpt', '*.pkl'),
 )
 _WEIGHTS = (ADAPTER_CONFIG, '*.safetensors', '*.gguf', *PICKLES)
-
-# Keys of a config.json with quantised weights; MLX writes the last one.
-_QUANTIZATIONS = ('quantization_config', 'compression_config', 'quantization')
-_DETAILS = ('format', 'quant_algo', 'bnb_4bit_quant_type', 'bits')
 
 
 def has_weights(folder: str) -> bool:
@@ -37,11 +32,6 @@ def describe_folder(folder: str) -> str | None:
       'read: give the folder of a whole model. Merging adds what the adapter '
       'has for encoder and for decoder to their one weight: where it has both, '
       'another network results.'
-    )
-  if ggufs := _matching(folder, ('*.gguf',)):
-    return (
-      f'{folder!r} holds GGUF files ({files.listed(ggufs)}), which are not '
-      'read: give the folder of the safetensors that they were made from.'
     )
   if pickles := _matching(folder, PICKLES):
     return (
@@ -65,37 +55,6 @@ def _base_of(folder: str) -> str:
     return ''
   base = config.get('base_model_name_or_path')
   return f' of {files.quote(base)}' if base and isinstance(base, str) else ''
-
-
-def describe_quantization(values: dict[str, Any]) -> str | None:
-  """Sentences on the quantisation in a config.json and the remedy; None without
-  one. Null and empty count as absent, as in `transformers`."""
-  text = values.get('text_config')
-  for group in (values, text if isinstance(text, dict) else {}):
-    for key in _QUANTIZATIONS:
-      if group.get(key):
-        return (
-          f'{key} says that the weights are quantised {_method(group[key])}, '
-          'which is not read here. Give the folder of the model that they were '
-          'made from, in bfloat16, and quantise that with --mode=quantize.'
-        )
-  return None
-
-
-def _method(settings: Any) -> str:
-  """'by torchao (...)', with details in the brackets."""
-  if not isinstance(settings, dict):
-    return f'as {files.quote(str(settings))}'
-  method = settings.get('quant_method')
-  if method is None and {'bits', 'group_size'} <= settings.keys():
-    method = 'mlx'  # MLX names no method, and writes its settings twice.
-  details = [
-    files.quote(f'{key} {settings[key]}')
-    for key in _DETAILS
-    if isinstance(settings.get(key), str | int)
-  ]
-  by = f'by {files.quote(str(method))}' if method else 'by an unnamed method'
-  return by + (f' ({", ".join(details)})' if details else '')
 
 
 # Fragments of tensor names by which the tool that wrote them is recognised.

@@ -13,7 +13,6 @@ from absl import logging
 
 from diffusiongemma.checkpoints import CheckpointError
 from diffusiongemma.checkpoints import files
-from diffusiongemma.checkpoints import foreign
 from diffusiongemma.config import DiffusionConfig
 from diffusiongemma.config import ModelConfig
 from diffusiongemma.config import VisionConfig
@@ -106,8 +105,6 @@ def model_config(
       f'{path} has model_type {values.get("model_type")!r}; only '
       f'{MODEL_TYPE!r} can be read.'
     )
-  if message := foreign.describe_quantization(values):
-    raise CheckpointError(f'{path}: {message}')
   text = _Reader(values, path).group('text_config')
   text.check_fixed(_FIXED_TEXT)
   text.check_empty('rope_scaling')

@@ -37,7 +37,7 @@ WORKDIR = path(
   flags.DEFINE_string(
     'workdir',
     None,
-    'Folder of the run, or the name of a shipped one (sudoku). '
+    'Folder of the run, or the name of a shipped one (sudoku, stories). '
     'Default: runs/<name of the config>.',
   )
 )
@@ -45,8 +45,8 @@ HF_DIR = path(
   flags.DEFINE_string(
     'hf_dir',
     None,
-    'The Hugging Face folder to read, or its name on the hub, org/name or '
-    'org/name@revision; export: to write.',
+    'The Hugging Face folder or GGUF file to read, or a name on the hub, '
+    'org/name or org/name@revision; export: to write.',
   )
 )
 FORMAT = flags.DEFINE_enum('format', 'text', ['text', 'json'], 'What to print.')
@@ -107,7 +107,6 @@ def load_run(overrides: dict[str, str]) -> 'Run':
     ConfigError, WorkdirError, CheckpointError: it can't be used.
   """
   from diffusiongemma.runs import folder as workdirs
-  from diffusiongemma.runs import huggingface_folder
   from diffusiongemma.runs import overrides as overrides_lib
   from diffusiongemma.runs import source as sources
 
@@ -115,7 +114,7 @@ def load_run(overrides: dict[str, str]) -> 'Run':
     raise ConfigError('Give --workdir or --hf_dir, not both.')
   if HF_DIR.value:
     folder = sources.locate(HF_DIR.value)
-    own = huggingface_folder.read_config(folder)
+    own = sources.open_source(folder).config
   else:
     folder = sources.locate(workdir())
     own = workdirs.read_config(folder)

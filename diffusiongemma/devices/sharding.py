@@ -38,6 +38,7 @@ from diffusiongemma import config as configs
 from diffusiongemma.config import MeshConfig
 from diffusiongemma.config import ModelConfig
 from diffusiongemma.model import parameters
+from diffusiongemma.ops import blocks
 from diffusiongemma.ops import parallel
 
 AXES = ('data', 'fsdp', 'tensor', 'expert')
@@ -177,9 +178,9 @@ def parameter_sharding(
 
   def place(path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
     spec = spec_at(path, shape)
-    if path[-1] in ('values', 'scales'):
+    if path[-1] in blocks.ARRAYS:
       row = parameters.find(path[:-1])
-      if row and row.scales_transposed and path[-1] == 'scales':
+      if row and row.scales_transposed and path[-1] != 'values':
         experts, outputs, _ = row.axes
         spec = nn.logical_to_mesh_axes((experts, None, outputs), rules)
       spec = spec or spec_at(path[:-1], shape) or PartitionSpec()

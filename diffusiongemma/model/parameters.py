@@ -10,25 +10,32 @@ each is several arrays, PATH/values and PATH/scales.
 """
 
 from collections.abc import Callable
+from collections.abc import Collection
 from collections.abc import Iterator
 from collections.abc import Mapping
+import dataclasses
 import fnmatch
 import functools
 import math
 from typing import Any
+from typing import Final
 from typing import NamedTuple
 
 from flax import traverse_util
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diffusiongemma import ops
 from diffusiongemma.config import ConfigError
 from diffusiongemma.config import QuantizationConfig
+from diffusiongemma.ops import blocks
 from diffusiongemma.ops.weights import Params
 
 Path = tuple[str, ...]
+# The kind of parameters that stay as another tool has quantised them.
+STORED: Final = 'stored'
 
 
 class Parameter(NamedTuple):
@@ -224,15 +231,37 @@ def kind_of(config: QuantizationConfig, path: Path) -> str | None:
   return None if kind == 'none' else kind
 
 
+def has_stored(config: QuantizationConfig) -> bool:
+  """Whether parameters are as another tool has quantised them."""
+  return STORED in (config.experts, config.linears, config.embedding)
+
+
+def with_stored(
+  config: QuantizationConfig, parts: Collection[str | None]
+) -> QuantizationConfig:
+  """The config with these parts as another tool has quantised them."""
+  return dataclasses.replace(
+    config,
+    experts=STORED if 'experts' in parts else config.experts,
+    linears=STORED if 'linears' in parts else config.linears,
+    embedding=STORED if 'embedding' in parts else config.embedding,
+  )
+
+
 def quantize_array(
   config: QuantizationConfig, path: Path, w: jax.Array
 ) -> ops.weights.Weight:
-  """One parameter, quantised if the config says so.
+  """One parameter, quantised, or dequantised, if the config says so; with the
+  kind 'stored' it remains as it is.
 
   Raises:
     ConfigError: `group_size` does not divide its inputs.
   """
   kind = kind_of(config, path)
+  if kind == STORED:
+    return w
+  if isinstance(w, ops.weights.FewBits):
+    w = w.astype(jnp.bfloat16 if kind is None else jnp.float32)
   if kind is None:
     return w
   row = row_of(path)
@@ -281,20 +310,55 @@ def to_stored(params: Params) -> Params:
   )
 
 
-def from_stored(config: QuantizationConfig, stored: dict[str, Any]) -> Params:
-  """The inverse of `to_stored`."""
-  flat, params = traverse_util.flatten_dict(stored), {}
-  for path, x in flat.items():
-    *owner, name = path
-    owner = tuple(owner)
-    if kind_of(config, owner) is None or name not in ('values', 'scales'):
+def from_stored(stored: dict[str, Any]) -> Params:
+  """The inverse of `to_stored`: what a quantised parameter is follows from the
+  names of its arrays."""
+  params: dict[Path, Any] = {}
+  arrays_of: dict[Path, dict[str, Any]] = {}
+  for path, x in traverse_util.flatten_dict(stored).items():
+    if owner(path) == path:
       params[path] = x
-    elif owner not in params:
-      row = row_of(owner)
-      params[owner] = ops.weights.Quantized(
-        flat[(*owner, 'values')],
-        flat[(*owner, 'scales')],
-        row.group_axis,
-        row.scales_transposed,
-      )
+    else:
+      arrays_of.setdefault(owner(path), {})[path[-1]] = x
+  for path, arrays in arrays_of.items():
+    params[path] = few_bits(path, arrays)
   return traverse_util.unflatten_dict(params)
+
+
+def owner(path: Path) -> Path:
+  """The path of the parameter to which a stored array belongs."""
+  return path[:-1] if path[-1] in blocks.ARRAYS else path
+
+
+def few_bits(path: Path, arrays: Mapping[str, Any]) -> ops.weights.FewBits:
+  """A quantised parameter, from its arrays by name."""
+  row = row_of(path)
+  return blocks.of_arrays(arrays, row.group_axis, row.scales_transposed)
+
+
+def stored_shape(
+  path: Path, shape: tuple[int, ...], num_groups: int
+) -> tuple[int, ...]:
+  """The shape of an array with `num_groups` numbers per output of a parameter
+  of this shape, all its inputs counted; groups that cross the boundary of a
+  head are divided."""
+  row = row_of(path)
+  sizes, axis = list(shape), len(shape) + row.group_axis
+  others = math.prod(shape[i] for i in row.inputs if i != axis)
+  sizes[axis] = math.lcm(num_groups, others) // others
+  if row.scales_transposed:
+    sizes[-2:] = sizes[:-3:-1]
+  return tuple(sizes)
+
+
+def to_groups(path: Path, shape: tuple[int, ...], x: np.ndarray) -> np.ndarray:
+  """Numbers per group [.., out, groups], as other tools store them, in the
+  layout that `few_bits` takes, for a parameter of this shape."""
+  wanted = stored_shape(path, shape, x.shape[-1])
+  row = row_of(path)
+  if row.scales_transposed:
+    return np.ascontiguousarray(np.swapaxes(x, -1, -2)).reshape(wanted)
+  if row.inputs[0] > 0:
+    return x.reshape(wanted)  # The table of the vocabulary.
+  groups = math.prod(wanted[i] for i in row.inputs)
+  return np.repeat(x.T, groups // x.shape[-1], axis=0).reshape(wanted)

@@ -19,8 +19,8 @@ from diffusiongemma.ops import dispatch
 from diffusiongemma.ops import parallel
 from diffusiongemma.ops import routing
 from diffusiongemma.ops.routing import Groups
+from diffusiongemma.ops.weights import FewBits
 from diffusiongemma.ops.weights import LowRank
-from diffusiongemma.ops.weights import Quantized
 from diffusiongemma.ops.weights import Weight
 from diffusiongemma.ops.weights import as_operand
 
@@ -28,7 +28,7 @@ from diffusiongemma.ops.weights import as_operand
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_matmul(
   x_TD: jax.Array,
-  weights_EFD: jax.Array | Quantized,
+  weights_EFD: jax.Array | FewBits,
   groups: Groups,
   implementation: dispatch.Implementation = None,
 ) -> jax.Array:
@@ -37,7 +37,7 @@ def grouped_matmul(
   Args:
     x_TD: rows in the tiled layout of `groups`.
     weights_EFD: one matrix [F, D] per expert, as Hugging Face stores them; a
-      `weights.Quantized` is dequantised tile by tile, and its gradient is zero.
+      `weights.FewBits` is dequantised tile by tile, and its gradient is zero.
     groups: the layout. Rows of unused tiles are arbitrary; padding within used
       tiles is zero if it is zero in x.
     implementation: see `ops`; for the gradient it is None.
@@ -55,7 +55,7 @@ def _matmul_forward(x_TD, weights_EFD, groups, implementation):
 def _matmul_backward(_, saved, d_TF):
   x_TD, weights_EFD, groups = saved
   d_x_TD = _multiply_tiles(d_TF, weights_EFD, groups, transposed=True)
-  if isinstance(weights_EFD, Quantized):
+  if isinstance(weights_EFD, FewBits):
     return d_x_TD, None, None
   return d_x_TD, _add_tiles(d_TF, x_TD, weights_EFD, groups), None
 
@@ -144,7 +144,7 @@ def _multiply_tiles(
         y_TF, y_mF, index * groups.tile, 0
       )
 
-    if isinstance(weights_EFD, Quantized):
+    if isinstance(weights_EFD, FewBits):
       groups = groups.replace(window=0)  # Dequantised at once: too large.
     if groups.window:
       x_EwD = routing.windows(x_TD, groups)
@@ -159,7 +159,7 @@ def _multiply_tiles(
     if not transposed:
       kernels = _gpu_kernels(x_TD, weights_EFD, groups)
       return kernels and kernels.multiply_tiles
-    if isinstance(weights_EFD, Quantized):
+    if isinstance(weights_EFD, FewBits):
       return None  # The transposed product sums over the axis of the scales.
     from diffusiongemma.ops.gpu import matmul as gpu
 

@@ -43,7 +43,7 @@ def project(
     return _norm_and_rotate(heads, norms, cos_sin, epsilon)
 
   def choose_cuda():
-    if not all(isinstance(w, Quantized) for w in weights.values()):
+    if not all(isinstance(w, Quantized) and w.is_own for w in weights.values()):
       return None
     from diffusiongemma.ops.gpu import heads as gpu
 

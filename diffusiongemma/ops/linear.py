@@ -94,12 +94,16 @@ def _apply_quantized(
     return x_TD @ w_DF.astype(x_TD.dtype)
 
   def choose_cuda():
+    if not w_DF.is_own:
+      return None
     from diffusiongemma.ops.gpu import matmul as gpu
 
     supports = gpu.supports_one(x_TD, w_DF.values, w_DF.num_groups)
     return gpu.multiply if supports else None
 
   def choose_tpu():
+    if not w_DF.is_own:
+      return None
     from diffusiongemma.ops.tpu import matmul as tpu
 
     return tpu.multiply if tpu.supports_one(x_TD, w_DF.values) else None
@@ -124,7 +128,7 @@ def gated(
     return activation.geglu(*(apply(x, w) for w in (gate, up)))
 
   def choose_cuda():
-    if not (isinstance(gate, Quantized) and isinstance(up, Quantized)):
+    if not all(isinstance(w, Quantized) and w.is_own for w in (gate, up)):
       return None
     from diffusiongemma.ops.gpu import matmul as gpu
 

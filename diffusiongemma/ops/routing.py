@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from diffusiongemma import powers
 from diffusiongemma.ops import dispatch
 from diffusiongemma.ops import parallel
-from diffusiongemma.ops.weights import Quantized
+from diffusiongemma.ops.weights import FewBits
 from diffusiongemma.ops.weights import Weight
 
 
@@ -99,7 +99,7 @@ def default_tile(
   that there is less padding than work, and tiles are not too small. At least 32
   with quantised weights, which are dequantised for each tile."""
   group = max(1, num_rows // num_experts)
-  smallest = 32 if isinstance(w, Quantized) else 16
+  smallest = 32 if isinstance(w, FewBits) else 16
   return min(128, max(smallest, powers.largest_power_of_two(group)))
 
 

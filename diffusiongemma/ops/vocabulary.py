@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from diffusiongemma import powers
 from diffusiongemma.ops import dispatch
-from diffusiongemma.ops.weights import Quantized
+from diffusiongemma.ops.weights import FewBits
 from diffusiongemma.ops.weights import rows
 
 _BIN_HALVINGS = 4
@@ -54,7 +54,7 @@ class Summary(flax.struct.PyTreeNode):
 
 def summarize(
   h_RD: jax.Array,
-  table_VD: jax.Array | Quantized,
+  table_VD: jax.Array | FewBits,
   temperature: jax.Array,
   uniforms_RU: jax.Array,
   *,
@@ -186,7 +186,7 @@ def _walk(h_RD, table_VD, temperature_R, look_at, chunk, softcap):
 def look_at(
   carry: tuple[jax.Array, ...],
   h_RD: jax.Array,
-  table_VD: jax.Array | Quantized,
+  table_VD: jax.Array | FewBits,
   temperature_R: jax.Array,
   start: jax.Array,
   *,

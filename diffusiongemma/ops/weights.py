@@ -13,6 +13,7 @@ it, it is multiplied as the result of `astype`.
 """
 
 from collections.abc import Mapping
+import dataclasses
 from typing import Any
 from typing import NamedTuple
 import weakref
@@ -96,22 +97,18 @@ class Leaf(flax.struct.PyTreeNode):
     return self.astype(self.dtype)
 
 
-class Quantized(Leaf):
-  """A quantised array.
+class FewBits(Leaf):
+  """A quantised array: values, and arrays of numbers per group of adjacent
+  values along an axis, which are shaped like the values except for the number
+  of groups along it. A product dequantises it, or has a kernel for it.
 
-  Attributes:
-    values: int8, int4 or float8_e4m3fn.
-    scales: bfloat16, shaped like `values` except for the number of groups along
-      `axis`.
-    axis: the axis with the groups, counted from the end.
-    scales_transposed: whether the last two axes of `scales` are swapped: for
-      [E, F, D] they are [E, groups, F] instead of [E, F, groups].
+  Subclasses have the attributes of `Quantized`, and possibly more arrays.
   """
 
   values: jax.Array
   scales: jax.Array
-  axis: int = flax.struct.field(pytree_node=False)
-  scales_transposed: bool = flax.struct.field(pytree_node=False, default=False)
+  axis: int
+  scales_transposed: bool
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -123,39 +120,81 @@ class Quantized(Leaf):
 
   @property
   def num_groups(self) -> int:
+    """The number of groups of scales along the axis."""
     axis = -3 - self.axis if self.scales_transposed else self.axis
     return self.scales.shape[axis]
 
-  def __getitem__(self, index) -> 'Quantized':
-    return self.replace(values=self.values[index], scales=self.scales[index])
+  def __getitem__(self, index) -> 'FewBits':
+    return jax.tree.map(lambda x: x[index], self)
 
-  def astype(self, dtype: jnp.dtype) -> jax.Array:
-    """The dequantised array, computed in float32."""
+  def in_groups(self, x: jax.Array) -> jax.Array:
+    """Values in float32 as [.., groups, values of a group, ..]."""
     axis, groups = self.ndim + self.axis, self.num_groups
     split = list(self.shape)
     split[axis : axis + 1] = [groups, self.shape[axis] // groups]
-    values = self.values.astype(jnp.float32).reshape(split)
-    scales = self.scales.astype(jnp.float32)
-    if self.scales_transposed:
-      scales = jnp.swapaxes(scales, -1, -2)
-    scales = jnp.expand_dims(scales, axis + 1)
-    return (values * scales).reshape(self.shape).astype(dtype)
+    return x.astype(jnp.float32).reshape(split)
 
-  def as_operand(self, dtype: jnp.dtype) -> 'Quantized':
+  def per_group(self, x: jax.Array) -> jax.Array:
+    """Numbers per group in float32, to be combined with `in_groups`; those of
+    larger groups are repeated."""
+    x = x.astype(jnp.float32)
+    if self.scales_transposed:
+      x = jnp.swapaxes(x, -1, -2)
+    if x.shape[self.axis] not in (1, self.num_groups):
+      x = jnp.repeat(x, self.num_groups // x.shape[self.axis], self.axis)
+    return jnp.expand_dims(x, self.ndim + self.axis + 1)
+
+  def as_operand(self, dtype: jnp.dtype) -> 'FewBits':
     return self
 
   def expert_specs(self, axes: tuple[str | None, ...]) -> Any:
     experts, outputs, _ = axes
-    scales = parallel.spec(experts, None, outputs)
-    return self.replace(values=parallel.spec(*axes), scales=scales)
+    per_group = parallel.spec(experts, None, outputs)
+    specs = jax.tree.map(lambda _: per_group, self)
+    return specs.replace(values=parallel.spec(*axes))
 
-  def gather_experts(self, axis: int, dtype: jnp.dtype) -> 'Quantized':
-    w = self.replace(values=_gather(self.values, axis=axis))
-    # Scales have outputs last.
-    return w.replace(scales=_gather(w.scales, axis=2)) if axis == 1 else w
+  def gather_experts(self, axis: int, dtype: jnp.dtype) -> 'FewBits':
+    arrays = self.stored()
+    values = arrays.pop('values')
+    if axis == 1:  # Numbers per group have outputs last.
+      arrays = {name: _gather(x, axis=2) for name, x in arrays.items()}
+    return self.replace(values=_gather(values, axis=axis), **arrays)
 
-  def stored(self) -> Mapping[str, jax.Array]:
-    return {'values': self.values, 'scales': self.scales}
+  def stored(self) -> dict[str, jax.Array]:
+    fields = dataclasses.fields(self)
+    names = (x.name for x in fields if x.metadata.get('pytree_node', True))
+    arrays = ((name, getattr(self, name)) for name in names)
+    return {name: x for name, x in arrays if x is not None}
+
+
+class Quantized(FewBits):
+  """A quantised array, values * scales.
+
+  Attributes:
+    values: int8, int4 or float8_e4m3fn; of other tools also float4_e2m1fn.
+    scales: bfloat16 where quantised here; shaped like `values` except for the
+      number of groups along `axis`.
+    axis: the axis with the groups, counted from the end.
+    scales_transposed: whether the last two axes of `scales` are swapped: for
+      [E, F, D] they are [E, groups, F] instead of [E, F, groups].
+  """
+
+  values: jax.Array
+  scales: jax.Array
+  axis: int = flax.struct.field(pytree_node=False)
+  scales_transposed: bool = flax.struct.field(pytree_node=False, default=False)
+
+  @property
+  def is_own(self) -> bool:
+    """Whether kernels may know it: values and scales are of types that are
+    written here."""
+    kinds = {jnp.dtype(kind.dtype) for kind in KINDS.values()}
+    return self.scales.dtype == jnp.bfloat16 and self.values.dtype in kinds
+
+  def astype(self, dtype: jnp.dtype) -> jax.Array:
+    """The dequantised array, computed in float32."""
+    w = self.in_groups(self.values) * self.per_group(self.scales)
+    return w.reshape(self.shape).astype(dtype)
 
 
 def quantize(

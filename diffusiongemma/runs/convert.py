@@ -17,7 +17,6 @@ import math
 import os
 
 from flax import traverse_util
-import jax.numpy as jnp
 import numpy as np
 
 from diffusiongemma import config as configs
@@ -81,6 +80,17 @@ def quantize(
   opened = sources.open_source(source)
   sources.check_not_quantized(opened)
   arrays = opened.arrays()
+  # What another tool has quantised stays so where nothing is said.
+  theirs = opened.config.quantization
+  quantization = parameters.with_stored(
+    quantization,
+    [
+      part
+      for part in ('experts', 'linears', 'embedding')
+      if getattr(quantization, part) == 'none'
+      and getattr(theirs, part) == parameters.STORED
+    ],
+  )
   config = dataclasses.replace(
     opened.config,
     quantization=quantization,
@@ -88,12 +98,12 @@ def quantize(
     train=dataclasses.replace(opened.config.train, init_from=''),
   )
   abstract = parameters.abstract_quantized(
-    quantization, traverse_util.unflatten_dict(arrays.types)
+    quantization,
+    parameters.from_stored(traverse_util.unflatten_dict(arrays.types)),
   )
 
   def few_bits():
-    for path in arrays.types:
-      w = jnp.asarray(arrays.read(path))
+    for path, w in sources.read_weights(arrays):
       w = parameters.quantize_array(quantization, path, w)
       for stored_path, x in parameters.stored_arrays(path, w):
         yield stored_path, np.asarray(x)

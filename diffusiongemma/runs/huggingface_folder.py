@@ -1,24 +1,97 @@
-"""Recognises a Hugging Face folder, and reads its settings as a `Config`."""
+"""Networks of other tools: what there is at a path, its settings, its tensors.
+
+A Hugging Face folder of safetensors, in any of the formats of `contents`, or
+GGUF files.
+"""
 
 import dataclasses
 import os
+from typing import Any
+from typing import NamedTuple
+
+from absl import logging
 
 from diffusiongemma import config as configs
 from diffusiongemma.checkpoints import CheckpointError
 from diffusiongemma.checkpoints import files
 from diffusiongemma.checkpoints import foreign
+from diffusiongemma.checkpoints import gguf
 from diffusiongemma.checkpoints import huggingface_config
+from diffusiongemma.checkpoints import safetensors
+from diffusiongemma.checkpoints.formats import Array
 from diffusiongemma.config import Config
 
 CONFIG, GENERATION_CONFIG = 'config.json', 'generation_config.json'
+_TOWER, _PROJECTION = 'vision_tower.', 'embed_vision.'
+
+
+class Network(NamedTuple):
+  """A network of another tool.
+
+  Attributes:
+    folder: of the files beside the weights.
+    config: its settings; the parameters are not known to be quantised yet.
+    tensors: by their names in Hugging Face; only their headers are read.
+    is_tied: whether tied tensors are stored once.
+  """
+
+  folder: str
+  config: Config
+  tensors: dict[str, Array]
+  is_tied: bool = True
 
 
 def is_huggingface(path: str) -> bool:
-  """Whether the folder has Hugging Face's config.json, or only weights, which
-  `read_config` identifies in its error."""
+  """Whether this is a folder with Hugging Face's config.json, or only weights,
+  which `open_network` identifies in its error, or a GGUF file."""
+  if os.path.isfile(path):
+    return path.endswith('.gguf')
   if not os.path.isfile(os.path.join(path, CONFIG)):
     return os.path.isdir(path) and foreign.has_weights(path)
   return huggingface_config.is_theirs(files.read_json(path, CONFIG))
+
+
+def open_network(path: str) -> Network:
+  """Opens a network of another tool; reads its settings and the names of its
+  tensors. A network whose vision encoder is not there is one without.
+
+  Raises:
+    CheckpointError: there is none, or one of another kind, or it is damaged.
+  """
+  has_safetensors = os.path.isdir(path) and any(
+    name.endswith('.safetensors') for name in os.listdir(path)
+  )
+  if not has_safetensors and (paths := gguf.find_files(path)):
+    contents = gguf.read(paths)
+    values, generation = gguf.config_values(contents, paths[0])
+    config = _without_vision(_to_config(values, generation, paths[0]))
+    folder = os.path.dirname(paths[0]) or '.'
+    return Network(folder, config, gguf.with_their_names(contents))
+  config = read_config(path)
+  tensors = safetensors.list_tensors(path)
+  if not any(_TOWER in name for name in tensors):
+    config = _without_vision(config)
+    rest = [name for name in tensors if _PROJECTION in name]
+    if rest:
+      logging.warning(
+        '%s has no vision encoder; %s are not read.', path, files.listed(rest)
+      )
+    tensors = {name: x for name, x in tensors.items() if name not in rest}
+  arrays = {name: _array(tensor) for name, tensor in tensors.items()}
+  return Network(path, config, arrays, is_tied(path))
+
+
+def _array(tensor: safetensors.Tensor) -> Array:
+  return Array(
+    *(tensor.name, tensor.path, tensor.dtype, tensor.shape),
+    read=lambda: safetensors.read_tensor(tensor),
+    has_bits=lambda array: safetensors.has_bits(tensor, array),
+  )
+
+
+def _without_vision(config: Config) -> Config:
+  model = dataclasses.replace(config.model, vision=None)
+  return dataclasses.replace(config, model=model)
 
 
 def read_config(hf_dir: str) -> Config:
@@ -36,13 +109,19 @@ def read_config(hf_dir: str) -> Config:
       or f'There is no {path!r}: give the folder that has {CONFIG} beside its '
       'safetensors.'
     )
-  values = files.read_json(hf_dir, CONFIG)
-  model = huggingface_config.model_config(values, path)
-  generation = {}
+  values, generation = files.read_json(hf_dir, CONFIG), {}
   if os.path.lexists(os.path.join(hf_dir, GENERATION_CONFIG)):
     generation = files.read_json(hf_dir, GENERATION_CONFIG)
+  return _to_config(values, generation, path)
+
+
+def _to_config(
+  values: dict[str, Any], generation: dict[str, Any], path: str
+) -> Config:
+  """The config of both of their configs; `path` is that of the first."""
+  model = huggingface_config.model_config(values, path)
   diffusion = huggingface_config.diffusion_config(
-    values, generation, model.vocab_size, hf_dir
+    values, generation, model.vocab_size, os.path.dirname(path)
   )
   if model.context_length <= diffusion.canvas_length:
     raise CheckpointError(

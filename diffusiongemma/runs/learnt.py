@@ -2,6 +2,9 @@
 
 import contextlib
 
+from flax import traverse_util
+from orbax import checkpoint as ocp
+
 from diffusiongemma import config as configs
 from diffusiongemma.checkpoints import native
 from diffusiongemma.config import Config
@@ -10,6 +13,7 @@ from diffusiongemma.devices import sharding as shardings
 from diffusiongemma.model import denoiser
 from diffusiongemma.model import lora
 from diffusiongemma.model import parameters
+from diffusiongemma.ops.weights import Params
 from diffusiongemma.runs import WorkdirError
 from diffusiongemma.runs import folder as workdirs
 
@@ -44,16 +48,25 @@ def restore(
       f'The parameters in {workdir} are already stored as its config says: '
       f'{remedy}.'
     )
-  learnt = denoiser.abstract_params(config.model)
-  if config.lora.rank:
-    learnt = lora.abstract_adapters(config.lora, learnt)
-  learnt = parameters.abstract_quantized(config.quantization, learnt)
-  learnt = parameters.to_stored(learnt)
-  if sharding is not None:
-    learnt = shardings.placed(learnt, sharding)
   with contextlib.closing(workdirs.open_checkpoints(workdir)) as manager:
+    learnt = _abstract(config, manager)
+    if sharding is not None:
+      learnt = shardings.placed(learnt, sharding)
     restored = native.restore_newest(manager, learnt, verify=verify)
   if restored is None:
     raise WorkdirError(f'{workdir} has no checkpoint yet.')
-  params = parameters.from_stored(config.quantization, restored.params)
+  params = parameters.from_stored(restored.params)
   return restored._replace(params=params)
+
+
+def _abstract(config: Config, manager: ocp.CheckpointManager) -> Params:
+  """Shapes of the arrays of a checkpoint. Those of weights that another tool
+  quantised are taken from the disk."""
+  learnt = denoiser.abstract_params(config.model)
+  if config.lora.rank:
+    return lora.abstract_adapters(config.lora, learnt)
+  step = manager.latest_step()
+  if parameters.has_stored(config.quantization) and step is not None:
+    return traverse_util.unflatten_dict(native.stored_types(manager, step))
+  learnt = parameters.abstract_quantized(config.quantization, learnt)
+  return parameters.to_stored(learnt)

@@ -84,8 +84,9 @@ def load(
 
   Args:
     path: the `--workdir` of training or conversion; a folder with Hugging
-      Face's config.json and safetensors; or a name: 'sudoku' comes with the
-      package, 'org/name' and 'org/name@revision' are on the Hugging Face Hub.
+      Face's config.json and safetensors; a GGUF file; or a name: 'sudoku' and
+      'stories' come with the package, 'org/name' and 'org/name@revision' are on
+      the Hugging Face Hub.
     config: settings to use instead of its own, for another sampler.
     sharding: sharding of each array; None is the first device.
     verify: whether to compare the digests of a run's arrays, so that a flipped

@@ -10,8 +10,10 @@ source is one more function that returns a `Source`.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
 import contextlib
+import dataclasses
 import functools
 import math
 import os
@@ -25,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusiongemma import paths
+from diffusiongemma.checkpoints import contents
 from diffusiongemma.checkpoints import digest as digest_lib
 from diffusiongemma.checkpoints import huggingface
 from diffusiongemma.checkpoints import native
@@ -153,37 +156,42 @@ def open_run(path: str, config: Config | None = None) -> Source:
 
 
 def open_huggingface(path: str, config: Config | None = None) -> Source:
-  """Opens a Hugging Face folder; `config` may have its parameters quantised
-  while they are restored. Arguments and errors as `open_source`."""
-  config = config or huggingface_folder.read_config(path)
+  """Opens a Hugging Face folder or GGUF files; `config` may have the parameters
+  quantised, or dequantised, while they are restored. Arguments and errors as
+  `open_source`."""
+  network = huggingface_folder.open_network(path)
+  own = config or network.config
 
+  @functools.cache
   def arrays():
-    table = huggingface.tensor_table(denoiser.abstract_params(config.model))
-    is_tied = huggingface_folder.is_tied(path)
-    tensors = huggingface.find_tensors(path, table, is_tied)
-    entries = {entry.path: entry for entry in table.values()}
+    table = huggingface.tensor_table(denoiser.abstract_params(own.model))
+    found = contents.find(path, network.tensors, table, network.is_tied)
     types = {
-      name: jax.ShapeDtypeStruct(entry.shape, tensors[entry.name][0].dtype)
-      for name, entry in entries.items()
+      name: jax.ShapeDtypeStruct(array.shape, array.dtype)
+      for name, array in found.items()
     }
-    return Arrays(
-      0,
-      types,
-      lambda name: huggingface.read_array(
-        entries[name], tensors[entries[name].name]
-      ),
-    )
+    return Arrays(0, types, lambda name: found[name].read())
+
+  if config is None:
+    quantization = _quantization_of(arrays().types)
+    own = dataclasses.replace(own, quantization=quantization)
 
   def restore(sharding=None, verify=True):
     del verify  # There is nothing to compare with.
-    stored = arrays()
-    flat = {}
-    for name in stored.types:
-      w = _to_device(stored.read(name), name, sharding)
-      flat[name] = parameters.quantize_array(config.quantization, name, w)
+    flat = {
+      name: parameters.quantize_array(own.quantization, name, w)
+      for name, w in read_weights(arrays(), sharding)
+    }
     return native.Restored(0, traverse_util.unflatten_dict(flat))
 
-  return _make_source(path, 'huggingface', config, arrays, restore)
+  return _make_source(network.folder, 'huggingface', own, arrays, restore)
+
+
+def _quantization_of(types: Iterable[Path]) -> QuantizationConfig:
+  """What is quantised among the arrays of another tool."""
+  quantized = {parameters.owner(x) for x in types if parameters.owner(x) != x}
+  parts = {parameters.row_of(path).part for path in quantized}
+  return parameters.with_stored(QuantizationConfig(), parts)
 
 
 def _open_adapters(path: str, config: Config) -> Source:
@@ -217,7 +225,7 @@ def _open_adapters(path: str, config: Config) -> Source:
     types = traverse_util.flatten_dict(abstract)
 
     def read(name):
-      w = _read_weight(config.quantization, base, name)
+      w = _read_weight(base, name)
       w = w.astype(types[name].dtype)
       return np.asarray(lora.merge_array(config.lora, name, w, learnt.params))
 
@@ -235,19 +243,33 @@ def _open_adapters(path: str, config: Config) -> Source:
   return _make_source(path, 'adapters', config, arrays, restore)
 
 
+def read_weights(
+  arrays: Arrays, sharding: native.ShardingOf | None = None
+) -> Iterator[tuple[Path, Weight]]:
+  """(path, parameter) one by one, of one or several stored arrays each."""
+  names: dict[Path, list[Path]] = {}
+  for name in arrays.types:
+    names.setdefault(parameters.owner(name), []).append(name)
+  for path in names:
+    yield path, _read_weight(arrays, path, names[path], sharding)
+
+
 def _read_weight(
-  quantization: QuantizationConfig, arrays: Arrays, path: Path
+  arrays: Arrays,
+  path: Path,
+  names: Iterable[Path] | None = None,
+  sharding: native.ShardingOf | None = None,
 ) -> Weight:
-  """One parameter, of one or several stored arrays."""
-  stored = {
-    name: jnp.asarray(arrays.read(name))
-    for name in arrays.types
-    if name[: len(path)] == path
-  }
-  params = parameters.from_stored(
-    quantization, traverse_util.unflatten_dict(stored)
+  """The parameter at `path`, of the arrays with these names; by default all
+  that belong to it."""
+  if names is None:
+    names = [x for x in arrays.types if parameters.owner(x) == path]
+  stored = {x: _to_device(arrays.read(x), x, sharding) for x in names}
+  if path in stored:
+    return stored[path]
+  return parameters.few_bits(
+    path, {x[-1]: array for x, array in stored.items()}
   )
-  return traverse_util.flatten_dict(params)[path]
 
 
 def _random_source(config: Config) -> Source:
@@ -286,6 +308,9 @@ def _make_source(path, kind, config, arrays, restore) -> Source:
 
 def check_not_quantized(source: Source) -> None:
   """Raises `WorkdirError` if the arrays of a source are quantised."""
+  quantization = source.config.quantization
+  if parameters.has_stored(quantization):
+    return  # By another tool: they are quantised anew.
   if source.kind == 'run' and _is_quantized(source.config):
     raise WorkdirError(
       f'The parameters in {source.path} are quantised, which is for sampling: '

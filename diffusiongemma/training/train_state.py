@@ -10,10 +10,12 @@ adapt are not part of the state.
 from typing import Any
 
 import flax
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import optax
 
+from diffusiongemma import ops
 from diffusiongemma.checkpoints import native
 from diffusiongemma.config import Config
 from diffusiongemma.devices import sharding
@@ -21,6 +23,7 @@ from diffusiongemma.model import denoiser
 from diffusiongemma.model import lora
 from diffusiongemma.model import parameters
 from diffusiongemma.ops.weights import Params
+from diffusiongemma.runs import source as sources
 from diffusiongemma.training import optimizer as optimizers
 
 
@@ -104,8 +107,14 @@ def abstract_base(config: Config) -> Params | None:
   adapters."""
   if not config.lora.rank:
     return None
-  return parameters.abstract_quantized(
-    config.quantization, denoiser.abstract_params(config.model)
+  base = denoiser.abstract_params(config.model)
+  if not parameters.has_stored(config.quantization):
+    return parameters.abstract_quantized(config.quantization, base)
+  types = sources.open_source(config.train.init_from).arrays().types
+  stored = parameters.from_stored(traverse_util.unflatten_dict(types))
+  is_leaf = lambda w: isinstance(w, ops.weights.Leaf)
+  return jax.tree.map(
+    lambda w, plain: w if is_leaf(w) else plain, stored, base, is_leaf=is_leaf
   )
 
 

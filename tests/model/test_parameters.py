@@ -63,7 +63,7 @@ def test_nothing_is_quantised_by_default(params):
 
 def test_storing_and_back(params):
   few = parameters.quantize(MIXED, params)
-  again = parameters.from_stored(MIXED, parameters.to_stored(few))
+  again = parameters.from_stored(parameters.to_stored(few))
   assert jax.tree.structure(few) == jax.tree.structure(again)
   jax.tree.map(np.testing.assert_array_equal, few, again)
 

@@ -54,7 +54,6 @@ EXPLAINED = {
   'null': (SAME, REFUSED, 'null counts as absent'),
   'whole number': (SAME, REFUSED, 'a whole number is a number'),
   'key not read': (SAME, REFUSED, 'it says nothing of the network'),
-  'quantised': (REFUSED, SAME, 'transformers knows neither key nor method'),
   'activation': (REFUSED, OTHER, UNSEEN),
   'rotation': (REFUSED, OTHER, UNSEEN),
   'layer skipped': (REFUSED, OTHER, UNSEEN),

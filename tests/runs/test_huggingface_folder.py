@@ -11,10 +11,12 @@ import pytest
 
 import diffusiongemma
 from diffusiongemma.checkpoints import CheckpointError
+from diffusiongemma.checkpoints import contents
 from diffusiongemma.checkpoints import huggingface
 from diffusiongemma.checkpoints import safetensors
 from diffusiongemma.checkpoints import safetensors_writer
 from diffusiongemma.model import denoiser
+from diffusiongemma.runs import huggingface_folder
 
 
 def edit_header(folder, change):
@@ -259,14 +261,14 @@ def test_comparing_copies_holds_one_tensor(stored, arrays, monkeypatch):
     return read(descriptor, offset, nbytes, path)
 
   table = huggingface.tensor_table(denoiser.abstract_params(hf.MODEL))
-  found = huggingface.find_tensors(str(folder), table)
+  network = huggingface_folder.open_network(str(folder))
+  found = contents.find(str(folder), network.tensors, table)
   monkeypatch.setattr(safetensors.files, 'read_bytes', read_bytes)
-  for name, entry in table.items():
-    assert huggingface.read_array(entry, found[name]).shape == entry.shape
+  for entry in table.values():
+    assert found[entry.path].read().shape == entry.shape
   assert max(sizes) == 64
-  assert sum(sizes) == sum(
-    tensor.nbytes for _, *copies in found.values() for tensor in copies
-  )
+  copies = hf.copies_of(arrays).items()
+  assert sum(sizes) == sum(x.nbytes for name, x in copies if name not in arrays)
 
 
 @pytest.mark.parametrize('role', ['prefill', 'denoise'])
@@ -336,5 +338,5 @@ def test_what_is_unknown_stays_an_error(stored, arrays):
   del renamed[hf.NORM]
   with pytest.raises(CheckpointError) as caught:
     diffusiongemma.load(str(stored(renamed)))
-  for part in ('missing', 'unknown', 'these are names of quantised weights'):
+  for part in (repr('weight_packed'), hf.NORM, 'an array is missing'):
     assert part in str(caught.value)

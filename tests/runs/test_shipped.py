@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -12,9 +13,15 @@ from diffusiongemma import config as configs
 from diffusiongemma.runs import WorkdirError
 from diffusiongemma.runs import load
 from diffusiongemma.runs import shipped
+from experiments.stories import make
 
+VOCABULARY = {
+  re.sub(r'[^a-z]', '', word.lower())
+  for story in make.make_stories(1500, seed=2)
+  for word in make.words(story)
+} | {''}
 MOST_BYTES = 4_000_000
-NAMES = ['sudoku']
+NAMES = ['stories', 'sudoku']
 # Not among the puzzles that were learnt.
 PUZZLES = (
   '.5.42.2.1.36..265.5......24....651.2',
@@ -68,10 +75,25 @@ def test_sudokus_are_solved(nowhere):
       assert (np.sort(lines) == np.arange(1, 7)).all(), (puzzle, row.text)
 
 
+def test_stories_are_told(nowhere):
+  """Sentences of words that were learnt, to an end of their own."""
+  run = dg.load('stories')
+  stories = dg.generate(
+    run, ['Once upon a time', 'One day, '], max_new_tokens=208
+  )
+  for story in stories:
+    told = make.words(story.text)
+    assert 40 < len(told) < 200
+    assert story.text.rstrip().endswith(('.', '!', '?', '"'))
+    plain = [re.sub(r'[^a-z]', '', word.lower()) for word in told]
+    strange = set(plain) - VOCABULARY
+    assert len(strange) < len(told) / 20, strange
+
+
 def test_a_folder_of_the_user_counts_more(nowhere):
   os.mkdir('sudoku')
   with pytest.raises(
-    WorkdirError, match='^sudoku holds no run.*package: sudoku'
+    WorkdirError, match='^sudoku holds no run.*package: stories, sudoku'
   ):
     dg.load('sudoku')
 

@@ -88,7 +88,7 @@ def supports(
 ) -> bool:
   """Whether the kernels support rows of this type and these weights, whose
   outputs have `parts` parts."""
-  if not isinstance(weights_EFD, Quantized):
+  if not isinstance(weights_EFD, Quantized) or not weights_EFD.is_own:
     return False
   _, F, D = weights_EFD.shape
   plan = _plan(weights_EFD.values.dtype, D, parts == 2)

@@ -38,7 +38,7 @@ def supports(weights_EFD: Any, tile: int, parts: int = 1) -> bool:
   _, F, D = weights_EFD.shape
   inputs, smallest = D, SMALLEST
   if isinstance(weights_EFD, Quantized):
-    if not weights_EFD.scales_transposed:
+    if not (weights_EFD.scales_transposed and weights_EFD.is_own):
       return False
     if not few_bits.supports(weights_EFD.values.dtype):
       return False

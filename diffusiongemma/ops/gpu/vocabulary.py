@@ -40,7 +40,7 @@ def supports(h_RD: jax.Array, table_VD: Any, size: int, bin_size: int) -> bool:
   groups = 1
   if isinstance(table_VD, Quantized):
     groups = table_VD.scales.shape[1]
-    if not few_bits.supports(table_VD.values.dtype):
+    if not (table_VD.is_own and few_bits.supports(table_VD.values.dtype)):
       return False
   elif table_VD.dtype not in products.FLOATS:
     return False

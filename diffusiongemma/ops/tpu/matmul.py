@@ -44,7 +44,9 @@ def supports(
   is_quantized = isinstance(weights_EFD, Quantized)
   if tile % SMALLEST_TILE:
     return False
-  if is_quantized and (transposed or not weights_EFD.scales_transposed):
+  if is_quantized and (
+    transposed or not weights_EFD.scales_transposed or not weights_EFD.is_own
+  ):
     return False
   values, _ = values_and_scales(weights_EFD)
   if values.dtype not in (_QUANTIZED if is_quantized else _FLOATS):
