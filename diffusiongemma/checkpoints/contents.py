@@ -160,10 +160,13 @@ def _halves(own: str) -> list[str]:
   return ['gate_proj', 'up_proj'] if own == 'gate_up_proj' else [own]
 
 
-def _sort(tensors, modules):
+def _sort(
+  tensors: Mapping[str, Array], modules: Mapping[str, _Module]
+) -> tuple[dict[_Module, dict[str, list[Array]]], list[str], list[str]]:
   """({module: {suffix: copies}}, unknown names, names of derived buffers)."""
   found: dict[_Module, dict[str, list[Array]]] = {}
-  unknown, derived = [], []
+  unknown: list[str] = []
+  derived: list[str] = []
   for name, tensor in tensors.items():
     place = _place(name, modules)
     if name.endswith(_DERIVED):
@@ -176,7 +179,9 @@ def _sort(tensors, modules):
   return found, unknown, derived
 
 
-def _place(name, modules) -> tuple[_Module, str] | None:
+def _place(
+  name: str, modules: Mapping[str, _Module]
+) -> tuple[_Module, str] | None:
   """(module, rest of the name) of a tensor; the inner model, saved alone, lacks
   a prefix."""
   for full in (name, f'model.{name}', name.removeprefix('model.')):
@@ -213,7 +218,9 @@ def _compared(copies: list[Array]) -> Array:
   return first._replace(read=read)
 
 
-def _parts(entry: Entry, stored) -> formats.Parts | None:
+def _parts(
+  entry: Entry, stored: Mapping[str, Mapping[str, Array]]
+) -> formats.Parts | None:
   """The arrays of an entry, None without any."""
   home = entry.name.removesuffix(_WEIGHT)
   if home in stored:
@@ -238,7 +245,9 @@ def _parts(entry: Entry, stored) -> formats.Parts | None:
   return _together(entry, matrices, num_halves, is_switch)
 
 
-def _matrix(entry: Entry, arrays, shape: tuple[int, ...]) -> formats.Parts:
+def _matrix(
+  entry: Entry, arrays: Mapping[str, Array], shape: tuple[int, ...]
+) -> formats.Parts:
   """The arrays of a matrix, or of a part of one."""
   if len(arrays) == 1 and (plain := arrays.get('') or arrays.get('weight')):
     formats.check_shape(plain, shape)

@@ -6,6 +6,7 @@ import json
 
 from flax import traverse_util
 import hf_folder
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -20,6 +21,7 @@ from diffusiongemma.checkpoints import formats
 from diffusiongemma.checkpoints import huggingface
 from diffusiongemma.checkpoints import huggingface_config
 from diffusiongemma.model import denoiser
+from diffusiongemma.model import lora
 from diffusiongemma.ops import blocks
 from diffusiongemma.runs import load as load_lib
 
@@ -430,6 +432,40 @@ def test_adapters_are_trained_over_it(quantised):
 
   base = train_state.abstract_base(adopted)
   assert kinds(base)['layer_00/experts/gate_up'] == 'Blocks'
+
+
+def test_gradients_of_adapters_are_those_over_its_matrices(quantised):
+  folder, _, expected = quantised
+  run = dg.load(str(folder))
+  config = configs.LoraConfig(
+    rank=2, targets=('*/attention/*', '*/shared_mlp/*', '*/experts/*')
+  )
+  dense = traverse_util.unflatten_dict(
+    {path: jnp.asarray(w) for path, w in expected.items()}
+  )
+  adapters = lora.init_adapters(config, dense, jax.random.key(0))
+  adapters = jax.tree.map(lambda x: x + 0.1, adapters)  # B is zero at first.
+  model = dataclasses.replace(run.config.model, dtype='float32')
+  network = denoiser.Denoiser(model)
+  tokens = jnp.arange(24).reshape(2, 12) % 50
+
+  def loss(adapters, base):
+    params = lora.attach(config, base, adapters)
+    hidden, *_ = network.apply(
+      {'params': params}, tokens, jnp.full((2,), 12), method='prefill'
+    )
+    return jnp.mean(jnp.sin(hidden))
+
+  ours, theirs = (
+    jax.jit(jax.grad(loss))(adapters, base) for base in (run.params, dense)
+  )
+  assert min(jnp.abs(x).max() for x in jax.tree.leaves(theirs)) > 0
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(
+      a, b, atol=1e-3 * float(jnp.abs(b).max())
+    ),
+    *(ours, theirs),
+  )
 
 
 @pytest.mark.parametrize(
