@@ -20,8 +20,10 @@ import nbformat
 FOLDER = pathlib.Path(__file__).resolve().parent
 NAMES = (
   'solve_sudoku',
+  'what_diffusion_does',
   'load_and_write',
   'own_denoiser_and_strategy',
+  'finetune_on_twenty_lines',
   'finetune_on_chats',
   'own_training_loop',
   'own_mesh',

@@ -236,6 +236,15 @@ def has_stored(config: QuantizationConfig) -> bool:
   return STORED in (config.experts, config.linears, config.embedding)
 
 
+def check_not_stored(config: QuantizationConfig) -> None:
+  """Raises `ConfigError` where there are no files to be as they are."""
+  if has_stored(config):
+    raise ConfigError(
+      "config.quantization: 'stored' is what another tool has quantised; here "
+      'it is int8, int4, fp8 or none.'
+    )
+
+
 def with_stored(
   config: QuantizationConfig, parts: Collection[str | None]
 ) -> QuantizationConfig:

@@ -17,6 +17,7 @@ import math
 import os
 
 from flax import traverse_util
+import jax.numpy as jnp
 import numpy as np
 
 from diffusiongemma import config as configs
@@ -72,6 +73,7 @@ def quantize(
       exists, or the disk is full. No `workdir` is left behind.
   """
   source, workdir = paths.local(source), paths.local(workdir)
+  parameters.check_not_stored(quantization)
   if quantization == QuantizationConfig(group_size=quantization.group_size):
     raise configs.ConfigError(
       'config.quantization leaves everything as it is: say '
@@ -155,7 +157,8 @@ def export(
 ) -> None:
   """Writes the newest checkpoint of `workdir` as a Hugging Face folder.
 
-  Adapters are merged. A network without a vision encoder gets the smallest one
+  Adapters are merged. What another tool has quantised is written in bfloat16. A
+  network without a vision encoder gets the smallest one
   that transformers can build, of zeros: its class always has one.
 
   Raises:
@@ -174,20 +177,22 @@ def export(
     zeros = denoiser.abstract_params(model)['vision']
   table = huggingface.tensor_table(denoiser.abstract_params(config.model))
   arrays = source.arrays()
+  dtype_of = {parameters.owner(p): x.dtype for p, x in arrays.types.items()}
+  few_bits = {
+    owner for p in arrays.types if (owner := parameters.owner(p)) != p
+  }
+  dtype_of |= dict.fromkeys(few_bits, np.dtype(jnp.bfloat16))
   missing = [
     '/'.join(entry.path)
     for entry in table.values()
-    if entry.path not in arrays.types
-    and not (zeros and entry.path[0] == 'vision')
+    if entry.path not in dtype_of and not (zeros and entry.path[0] == 'vision')
   ]
   if missing:
     raise CheckpointError(
       f'The checkpoint in {workdir} lacks {", ".join(missing[:4])}.'
     )
   dtypes = {
-    name: arrays.types[entry.path].dtype
-    if entry.path in arrays.types
-    else np.dtype(np.float32)
+    name: dtype_of.get(entry.path, np.dtype(np.float32))
     for name, entry in table.items()
   }
   shapes = {n: (e.their_shape, dtypes[n]) for n, e in table.items()}
@@ -197,8 +202,11 @@ def export(
 
   def read(name):
     entry = table[name]
-    if entry.path not in arrays.types:
+    if entry.path not in dtype_of:
       return np.zeros(entry.their_shape, dtypes[name])
+    if entry.path in few_bits:
+      w = sources.read_weight(arrays, entry.path).astype(jnp.bfloat16)
+      return entry.to_theirs(np.asarray(w))
     return entry.to_theirs(arrays.read(entry.path))
 
   with (

@@ -225,7 +225,7 @@ def _open_adapters(path: str, config: Config) -> Source:
     types = traverse_util.flatten_dict(abstract)
 
     def read(name):
-      w = _read_weight(base, name)
+      w = read_weight(base, name)
       w = w.astype(types[name].dtype)
       return np.asarray(lora.merge_array(config.lora, name, w, learnt.params))
 
@@ -251,17 +251,17 @@ def read_weights(
   for name in arrays.types:
     names.setdefault(parameters.owner(name), []).append(name)
   for path in names:
-    yield path, _read_weight(arrays, path, names[path], sharding)
+    yield path, read_weight(arrays, path, names[path], sharding)
 
 
-def _read_weight(
+def read_weight(
   arrays: Arrays,
   path: Path,
   names: Iterable[Path] | None = None,
   sharding: native.ShardingOf | None = None,
 ) -> Weight:
   """The parameter at `path`, of the arrays with these names; by default all
-  that belong to it."""
+  that belong to it. Raises `CheckpointError` as `arrays.read`."""
   if names is None:
     names = [x for x in arrays.types if parameters.owner(x) == path]
   stored = {x: _to_device(arrays.read(x), x, sharding) for x in names}

@@ -53,6 +53,7 @@ def random_params(config: Config, key: jax.Array) -> dict[str, Any]:
   """Random parameters of the config's shapes, in its compute type, quantised as
   it says; computed one by one on the device, so that the network never exists
   unquantised."""
+  parameters.check_not_stored(config.quantization)
   dtype = jnp.dtype(config.model.dtype)
   text = dataclasses.replace(config.model, vision=None)
   abstract = traverse_util.flatten_dict(denoiser.abstract_params(text))

@@ -339,6 +339,7 @@ def _lower_sampling(
   params, cache, keys_B, done_B = jax.eval_shape(inputs)
   dtype = jnp.dtype(model.dtype)
   params = jax.tree.map(lambda x: x.update(dtype=dtype), params)
+  parameters.check_not_stored(config.quantization)
   params = parameters.abstract_quantized(config.quantization, params)
   text = dataclasses.replace(
     config, model=dataclasses.replace(model, vision=None)

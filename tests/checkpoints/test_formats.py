@@ -400,6 +400,25 @@ def test_the_network_is_that_of_its_matrices(quantised):
   np.testing.assert_allclose(logits(run.params), logits(dense), atol=2e-4)
 
 
+def test_a_run_is_exported_in_bfloat16(quantised, tmp_path):
+  folder, _, expected = quantised
+  dg.convert(str(folder), str(tmp_path / 'run'))
+  dg.export(str(tmp_path / 'run'), str(tmp_path / 'out'))
+  run = dg.load(str(tmp_path / 'out'))
+  assert set(kinds(run.params).values()) == {'ArrayImpl'}
+  for path, w in matrices(run.params).items():
+    np.testing.assert_allclose(w, expected[path], rtol=2**-8)
+
+
+def test_stored_is_for_what_is_stored(quantised, tmp_path):
+  from diffusiongemma.runs import convert
+
+  folder, _, _ = quantised
+  kept = configs.QuantizationConfig(experts='stored')
+  with pytest.raises(configs.ConfigError, match="'stored' is what another"):
+    convert.quantize(str(folder), str(tmp_path / 'run'), kept)
+
+
 def test_it_is_quantised_anew_or_not_at_all(quantised, tmp_path):
   folder, _, expected = quantised
   ours = configs.QuantizationConfig(experts='int8')
