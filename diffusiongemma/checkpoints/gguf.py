@@ -9,6 +9,7 @@ whole files and reads a vocabulary as a million small arrays; it is what this is
 tested against. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
+import json
 import math
 import os
 import re
@@ -36,6 +37,8 @@ _FLOATS = {
 }
 _SCALARS = dict(enumerate('BbHhIif?')) | {10: 'Q', 11: 'q', 12: 'd'}
 _STRING, _ARRAY = 8, 9
+_CONTROL_TOKEN, _USER_TOKEN = 3, 4  # Kinds of tokens.
+_SPACE = '\u2581'  # In the spelling of tokens.
 # One of several files of a network.
 _SHARD = re.compile(r'(.*)-(\d{5})-of-(\d{5})\.gguf')
 
@@ -417,6 +420,66 @@ def config_values(
   entropy = {} if bound is None else {'entropy_bound': bound}
   generation = {'pad_token_id': pad, **sampler, 'sampler_config': entropy}
   return _rounded(config), _rounded(generation)
+
+
+def files_inside(contents: Contents, path: str) -> dict[str, bytes]:
+  """{name: content} of the files that Hugging Face has beside the weights and
+  GGUF in its metadata: tokenizer.json, of byte pairs, and the chat template.
+
+  Raises:
+    CheckpointError: a merge or a kind of a token is damaged.
+  """
+  found = {}
+  template = contents.metadata.get('tokenizer.chat_template')
+  if isinstance(template, str):
+    found['chat_template.jinja'] = template.encode()
+  lists: list[list[Any]] = []
+  for name in ('tokens', 'merges', 'token_type'):
+    values = contents.metadata.get(f'tokenizer.ggml.{name}')
+    if not isinstance(values, list) or not values:
+      return found
+    lists.append(values)
+  tokens, merges, kinds = lists
+  pairs = [tuple(str(merge).split(' ')) for merge in merges]
+  if len(kinds) != len(tokens) or any(len(pair) != 2 for pair in pairs):
+    raise CheckpointError(
+      f'{path}: tokenizer.ggml.merges or token_type is damaged.'
+    )
+  added = [
+    {
+      'id': index,
+      'content': token,
+      'single_word': False,
+      'lstrip': False,
+      'rstrip': False,
+      'normalized': _SPACE in token,  # Else it would not be found in a text.
+      'special': kind == _CONTROL_TOKEN,
+    }
+    for index, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
+    if kind in (_CONTROL_TOKEN, _USER_TOKEN)
+  ]
+  space = {'String': ' '}
+  decoders = [
+    {'type': 'Replace', 'pattern': {'String': _SPACE}, 'content': ' '},
+    {'type': 'ByteFallback'},
+    {'type': 'Fuse'},
+  ]
+  tokenizer = {
+    'version': '1.0',
+    'added_tokens': added,
+    'normalizer': {'type': 'Replace', 'pattern': space, 'content': _SPACE},
+    'decoder': {'type': 'Sequence', 'decoders': decoders},
+    'model': {
+      'type': 'BPE',
+      'unk_token': '<unk>',
+      'fuse_unk': True,
+      'byte_fallback': True,
+      'vocab': {token: index for index, token in enumerate(tokens)},
+      'merges': pairs,
+    },
+  }
+  found['tokenizer.json'] = json.dumps(tokenizer).encode()
+  return found
 
 
 def _rotated_fraction(contents: Contents) -> float:

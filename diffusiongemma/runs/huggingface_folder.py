@@ -33,12 +33,15 @@ class Network(NamedTuple):
     config: its settings; the parameters are not known to be quantised yet.
     tensors: by their names in Hugging Face; only their headers are read.
     is_tied: whether tied tensors are stored once.
+    inside: {name: content} of files that are in that of the weights instead of
+      beside it.
   """
 
   folder: str
   config: Config
   tensors: dict[str, Array]
   is_tied: bool = True
+  inside: dict[str, bytes] | None = None
 
 
 def is_huggingface(path: str) -> bool:
@@ -66,7 +69,10 @@ def open_network(path: str) -> Network:
     values, generation = gguf.config_values(contents, paths[0])
     config = _without_vision(_to_config(values, generation, paths[0]))
     folder = os.path.dirname(paths[0]) or '.'
-    return Network(folder, config, gguf.with_their_names(contents))
+    inside = gguf.files_inside(contents, paths[0])
+    return Network(
+      folder, config, gguf.with_their_names(contents), inside=inside
+    )
   config = read_config(path)
   tensors = safetensors.list_tensors(path)
   if not any(_TOWER in name for name in tensors):

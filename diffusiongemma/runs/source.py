@@ -184,7 +184,40 @@ def open_huggingface(path: str, config: Config | None = None) -> Source:
     }
     return native.Restored(0, traverse_util.unflatten_dict(flat))
 
-  return _make_source(network.folder, 'huggingface', own, arrays, restore)
+  source = _make_source(network.folder, 'huggingface', own, arrays, restore)
+  return _with_files(source, network.inside or {}, path)
+
+
+def _with_files(source: Source, inside: dict[str, bytes], path: str) -> Source:
+  """The source, with files that are inside of that of the weights at `path`
+  where none is beside it."""
+
+  def tokenizer():
+    found = source.tokenizer()
+    if found is None and 'tokenizer.json' in inside:
+      found = tokenizers.make_tokenizer(
+        inside['tokenizer.json'], f'{path}.json'
+      )
+      companions.check_tokenizer(source.config, found, path)
+    return found
+
+  def chat_template():
+    template = inside.get('chat_template.jinja')
+    return source.chat_template() or (template and template.decode())
+
+  def all_companions():
+    yield from source.companions()
+    for name, content in inside.items():
+      is_tokenizer = name in companions.TOKENIZERS
+      beside = source.tokenizer if is_tokenizer else source.chat_template
+      if beside() is None:
+        yield os.path.join(companions.COMPANIONS_DIR, name), content
+
+  return source._replace(
+    tokenizer=tokenizer,
+    chat_template=chat_template,
+    companions=all_companions,
+  )
 
 
 def _quantization_of(types: Iterable[Path]) -> QuantizationConfig:

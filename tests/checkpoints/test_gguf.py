@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import struct
+import sys
 
 from flax import traverse_util
 import gguf as library
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sentencepiece
 import tensors as files
 
 import diffusiongemma as dg
@@ -23,6 +25,7 @@ from diffusiongemma.checkpoints import huggingface
 from diffusiongemma.checkpoints.formats import ggml
 from diffusiongemma.model import denoiser
 from diffusiongemma.ops import blocks
+from diffusiongemma.text import tokenizer as tokenizers
 
 MODEL = configs.ModelConfig(
   vocab_size=64,
@@ -143,10 +146,46 @@ def metadata(writer):
   writer.add_float32('diffusion.eb_entropy_bound', 0.3)
 
 
-def make_file(path, only=None):
+def add_tokenizer(writer, model):
+  """The pieces of a SentencePiece model of byte pairs: a merge for each way to
+  make a piece of two others, the earliest pieces first."""
+  processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+  count = processor.vocab_size()
+  renamed = {'<s>': '<bos>', '</s>': '<eos>'}
+  tokens = [processor.id_to_piece(i) for i in range(count)]
+  tokens = [renamed.get(token, token) for token in tokens]
+  kinds = [
+    3
+    if processor.is_control(i)
+    else 6
+    if processor.is_byte(i)
+    else 4
+    if token in ('\n', '\n\n')
+    else 1
+    for i, token in enumerate(tokens)
+  ]
+  ids = {t: i for i, t in enumerate(tokens) if kinds[i] == 1}
+  merges = []
+  for token in sorted(ids, key=lambda t: -processor.get_score(ids[t])):
+    halves = [(token[:i], token[i:]) for i in range(1, len(token))]
+    halves = [(a, b) for a, b in halves if a in ids and b in ids]
+    halves.sort(key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+    merges += [f'{a} {b}' for a, b in halves]
+  writer.add_tokenizer_model('gemma4')
+  writer.add_token_list(tokens)
+  writer.add_token_types(kinds)
+  writer.add_token_merges(merges)
+  for name, token in ('bos', 2), ('eos', 1), ('padding', 0):
+    writer.add_uint32(f'tokenizer.ggml.{name}_token_id', token)
+  writer.add_chat_template('{{ messages }}')
+
+
+def make_file(path, only=None, tokenizer=None):
   """{path in our parameters: the matrix as the library dequantises it}."""
   writer = library.GGUFWriter(str(path), gguf.ARCHITECTURE)
   metadata(writer)
+  if tokenizer:
+    add_tokenizer(writer, tokenizer)
   rng, dense = np.random.default_rng(0), {}
   table = huggingface.tensor_table(denoiser.abstract_params(MODEL))
   for name, entry in table.items():
@@ -215,6 +254,32 @@ def test_a_file_is_a_network(made, tmp_path):
     for params in (run.params, dense_params)
   ]
   np.testing.assert_allclose(*hidden, atol=2e-3)
+
+
+TEXT = """ROMEO. O, she doth teach the torches to burn bright!
+It seems she hangs upon the cheek of night   like a rich jewel in an Ethiope's
+ear;\n\n straße 你好 <b>"""
+
+
+def test_the_tokenizer_inside(tmp_path, monkeypatch):
+  """Of byte pairs, equal to the model that it was made of."""
+  model = tokenizers.SHIPPED_MODEL.read_bytes()
+  theirs = tokenizers.make_tokenizer(model, 'x.model')
+  monkeypatch.setattr(
+    sys.modules[__name__], 'MODEL', dataclasses.replace(MODEL, vocab_size=2048)
+  )
+  make_file(tmp_path / 'a.gguf', tokenizer=model)
+  run = dg.load(tmp_path / 'a.gguf')
+  assert run.chat_template == '{{ messages }}'
+  assert run.tokenizer.encode(TEXT) == theirs.encode(TEXT)
+  assert run.tokenizer.decode(run.tokenizer.encode(TEXT)) == TEXT
+  assert run.tokenizer.eos_id == theirs.eos_id
+  dg.convert(str(tmp_path / 'a.gguf'), str(tmp_path / 'run'))
+  again = dg.load(tmp_path / 'run')
+  assert again.tokenizer.encode(TEXT) == theirs.encode(TEXT)
+  assert again.chat_template == run.chat_template
+  (tmp_path / 'tokenizer.model').write_bytes(model)
+  assert dg.load(tmp_path / 'a.gguf').tokenizer.file_name == 'tokenizer.model'
 
 
 def test_experts_with_gate_and_up_apart(made):
