@@ -209,7 +209,7 @@ def _compared(copies: list[Array]) -> Array:
   def read():
     array = first.read()
     for copy in others:
-      if not copy.has_bits(array):
+      if copy.has_bits is None or not copy.has_bits(array):
         raise copy.error(
           f'differs from {first.name} in {first.path}, but {_ONE_WEIGHT}'
         )
@@ -223,15 +223,19 @@ def _parts(
 ) -> formats.Parts | None:
   """The arrays of an entry, None without any."""
   home = entry.name.removesuffix(_WEIGHT)
-  if home in stored:
-    return _matrix(entry, stored[home], entry.their_shape)
   apart = [name for name in _apart(entry, home) if name in stored]
+  if home in stored and not apart:
+    return _matrix(entry, stored[home], entry.their_shape)
   if not apart:
     return None
   experts, *rest = entry.their_shape
   num_halves = len(_halves(home.rpartition('.')[2]))
   rest[0] //= num_halves
   is_switch = any(_SWITCH in name for name in apart)
+  ways = {_SWITCH in name for name in apart}
+  if home in stored or len(ways) > 1:
+    array = next(iter(stored[apart[0]].values()))
+    raise array.error(f'is a part of {entry.name}, which is there as well')
   expected = num_halves if is_switch else num_halves * experts
   if len(apart) != expected:
     lost = [
@@ -239,7 +243,11 @@ def _parts(
       for name in _apart(entry, home)
       if (_SWITCH in name) == is_switch and name not in stored
     ]
-    raise CheckpointError(f'Experts are missing: {files.listed(lost)}.')
+    array = next(iter(stored[apart[0]].values()))
+    raise CheckpointError(
+      f'Experts are missing beside {array.name} in {array.path}: '
+      f'{files.listed(lost)}.'
+    )
   shape = (experts, *rest) if is_switch else tuple(rest)
   matrices = [_matrix(entry, stored[name], shape) for name in apart]
   return _together(entry, matrices, num_halves, is_switch)
@@ -259,7 +267,7 @@ def _matrix(
       )
     return {'': plain}
   ordered = {name: arrays[name] for name in sorted(arrays)}
-  for scheme in SCHEMES:
+  for scheme in SCHEMES if len(shape) > 1 else ():
     if parts := scheme(ordered, shape):
       return parts
   first = next(iter(ordered.values()))

@@ -1,7 +1,6 @@
 """Recognises weights in formats that are not supported, for error messages.
 
-Adapters, GGUF files, pickles, quantised weights: none of them is read; the
-message names the format and the remedy.
+Adapters and pickles are not read; the message names the format and the remedy.
 """
 
 import fnmatch

@@ -29,6 +29,7 @@ ARCHITECTURE = 'diffusion-gemma'
 # Of Gemma's vocabulary and merges there are 15 MB.
 MAX_HEADER_BYTES = 2**26
 _MAX_ITEMS = 2**22
+_LARGEST = 2**63 - 1  # Bytes of an array.
 _VERSIONS = (2, 3)
 _FLOATS = {
   0: np.dtype('<f4'),
@@ -109,8 +110,8 @@ class Contents(NamedTuple):
 
 
 def find_files(path: str) -> list[str]:
-  """The GGUF files of the network at `path`, a file or a folder without a
-  config.json; [] if there is none.
+  """The GGUF files of the network at `path`, a file or a folder; [] if there is
+  none.
 
   Raises:
     CheckpointError: a folder has the files of several networks, or shards are
@@ -157,7 +158,8 @@ def read(paths: list[str]) -> Contents:
   kind = metadata.get('general.architecture')
   if kind != ARCHITECTURE:
     raise CheckpointError(
-      f'{paths[0]} has general.architecture {kind!r}; only {ARCHITECTURE!r} '
+      f'{paths[0]} has general.architecture {files.quote(str(kind))}; only '
+      f'{ARCHITECTURE!r} '
       'can be read.'
     )
   return Contents(metadata, tensors)
@@ -246,7 +248,8 @@ def _read_header(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     entries.append((name, shape, cursor.number('I'), cursor.number('Q')))
   alignment = metadata.get('general.alignment', 32)
   if type(alignment) is not int or not 8 <= alignment <= 2**16:
-    raise cursor.error(f'has general.alignment = {alignment!r}')
+    shown = files.quote(str(alignment))
+    raise cursor.error(f'has general.alignment = {shown}')
   start = -(-cursor.position // alignment) * alignment
   tensors: dict[str, Tensor] = {}
   last: dict[str, np.ndarray] = {}
@@ -277,6 +280,9 @@ def _tensor(name, path, shape, kind, offset, size, last) -> Tensor:
     raise problem(
       f'has type {kind} of GGML; those that are read are {", ".join(names)}'
     )
+  # NumPy has this limit even if another dimension is 0.
+  if math.prod(x or 1 for x in stored) * dtype.itemsize > _LARGEST:
+    raise problem(f'has a shape, {list(shape)}, that no array can have')
   length = math.prod(stored) * dtype.itemsize
   if offset + length > size:
     raise problem(
@@ -298,27 +304,38 @@ def _tensor(name, path, shape, kind, offset, size, last) -> Tensor:
 
 
 def with_their_names(contents: Contents) -> dict[str, Array]:
-  """The tensors under the names of Hugging Face; unknown ones keep their own.
-  Blocks have `ggml.SUFFIX` and their type at the end."""
-  return {
-    _their_name(name, tensor.suffix): tensor.array
-    for name, tensor in contents.tensors.items()
-    if name != _ROTATIONS
-  }
+  """The tensors under the names of Hugging Face. Blocks have `ggml.SUFFIX` and
+  their type at the end. Raises `CheckpointError` if a name is unknown."""
+  named, unknown = {}, []
+  for name, tensor in contents.tensors.items():
+    theirs = _their_name(name, tensor.suffix)
+    if theirs is not None:
+      named[theirs] = tensor.array
+    elif name != _ROTATIONS:
+      unknown.append(name)
+  if unknown:
+    first = contents.tensors[unknown[0]].array
+    raise CheckpointError(
+      f'{first.path} has tensors that are none of this network: '
+      f'{files.listed(unknown)}.'
+    )
+  return named
 
 
-def _their_name(name: str, suffix: str) -> str:
+def _their_name(name: str, suffix: str) -> str | None:
   own, _, end = name.rpartition('.')
   match = re.fullmatch(r'blk\.(\d+)\.(.+)', own)
+  if match is None and end != 'weight':
+    return None
   if match is None:
     home = _OTHERS.get(own)
-    return f'model.decoder.{home}.{suffix}' if home else name
+    return f'model.decoder.{home}.{suffix}' if home else None
   layer, part = match.groups()
   role = 'model.decoder'
   if part == 'enc_layer_output_scale':
     role, part = 'model.encoder.language_model', 'layer_output_scale'
   home = _LAYER.get(part if end == 'weight' else f'{part}.{end}')
-  return f'{role}.layers.{layer}.{home}.{suffix}' if home else name
+  return f'{role}.layers.{layer}.{home}.{suffix}' if home else None
 
 
 def config_values(
@@ -346,6 +363,8 @@ def config_values(
     return default
 
   is_local = get('sliding_window_pattern')
+  if not isinstance(is_local, list):
+    raise CheckpointError(f'{path}: sliding_window_pattern is no list.')
   kinds = ['sliding_attention' if x else 'full_attention' for x in is_local]
   if 'full_attention' not in kinds:
     raise CheckpointError(
@@ -360,6 +379,10 @@ def config_values(
       'layers.'
     )
   heads_of = dict(zip(kinds, kv_heads, strict=True))
+  if kv_heads != [heads_of[kind] for kind in kinds]:
+    raise CheckpointError(
+      f'{path}: head_count_kv differs among layers of one kind of attention.'
+    )
   width, local_width = get('key_length'), get('key_length_swa', 'key_length')
   global_heads = heads_of['full_attention']
   rope = {
@@ -396,7 +419,7 @@ def config_values(
   }
   is_float32 = table.array.dtype == np.float32
   keys = ('tokenizer.ggml.eos_token_id', 'tokenizer.ggml.eot_token_id')
-  stops = {metadata[key] for key in keys if key in metadata}
+  stops = {metadata[key] for key in keys if type(metadata.get(key)) is int}
   config = {
     'model_type': 'diffusion_gemma',
     'dtype': 'float32' if is_float32 else 'bfloat16',
@@ -488,8 +511,12 @@ def _rotated_fraction(contents: Contents) -> float:
   tensor = contents.tensors.get(_ROTATIONS)
   if tensor is None:
     return 0.25
+  if tensor.suffix != 'weight' or len(tensor.array.shape) != 1:
+    raise tensor.array.error('is not a list of numbers')
   factors = tensor.array.read()
-  return float(np.mean(factors.astype(np.float32) < 1e6))
+  return (
+    float(np.mean(factors.astype(np.float32) < 1e6)) if factors.size else 1.0
+  )
 
 
 def _rounded(value: Any) -> Any:

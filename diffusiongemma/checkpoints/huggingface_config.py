@@ -342,7 +342,8 @@ class _Reader:
       value = float(value)
     if type(value) is not kind:
       raise CheckpointError(
-        f'{self.where(key)} must be of type {kind.__name__}, it is {value!r}.'
+        f'{self.where(key)} must be of type {kind.__name__}, it is '
+        f'{repr(value)[:100]}.'
       )
     if kind is not bool and not 0 <= value <= _LARGEST:
       raise CheckpointError(f'{self.where(key)} cannot be {value!r}.')

@@ -45,8 +45,8 @@ HF_DIR = path(
   flags.DEFINE_string(
     'hf_dir',
     None,
-    'The Hugging Face folder or GGUF file to read, or a name on the hub, '
-    'org/name or org/name@revision; export: to write.',
+    'The Hugging Face folder or GGUF file to read, or a name on the hub of '
+    'safetensors, org/name or org/name@revision; export: to write.',
   )
 )
 FORMAT = flags.DEFINE_enum('format', 'text', ['text', 'json'], 'What to print.')

@@ -45,6 +45,8 @@ def project(
   def choose_cuda():
     if not all(isinstance(w, Quantized) and w.is_own for w in weights.values()):
       return None
+    if len({w.values.dtype for w in weights.values()}) > 1:
+      return None
     from diffusiongemma.ops.gpu import heads as gpu
 
     def fused(x_BLD, weights, norms, cos_sin):

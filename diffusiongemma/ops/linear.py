@@ -128,7 +128,10 @@ def gated(
     return activation.geglu(*(apply(x, w) for w in (gate, up)))
 
   def choose_cuda():
-    if not all(isinstance(w, Quantized) and w.is_own for w in (gate, up)):
+    if not (isinstance(gate, Quantized) and isinstance(up, Quantized)):
+      return None
+    kinds = {(w.is_own, w.values.dtype, w.num_groups) for w in (gate, up)}
+    if len(kinds) > 1 or not gate.is_own:
       return None
     from diffusiongemma.ops.gpu import matmul as gpu
 

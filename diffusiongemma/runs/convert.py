@@ -1,10 +1,11 @@
-"""Between Hugging Face folders and runs: convert, export, quantize.
+"""Between other tools' networks and runs: convert, export, quantize.
 
-  convert   HF/*.safetensors          ->  WORKDIR/checkpoints/0
+  convert   HF/*.safetensors, *.gguf  ->  WORKDIR/checkpoints/0
   export    WORKDIR/checkpoints/<n>   ->  HF/model-0000i-of-0000n.safetensors
   quantize  either                    ->  WORKDIR/checkpoints/<n>, quantised
 
-One array at a time, bit for bit; the host never holds the whole model. The
+One array at a time; the host never holds the whole model. Bits stay as they are
+where quantisation is not the purpose. The
 files beside the weights (tokenizer, chat template and so on) are copied to
 WORKDIR/huggingface. A folder gets its name only when it is complete.
 """
@@ -232,11 +233,14 @@ def _companions_of(
   copied = os.path.join(workdir, companions.COMPANIONS_DIR)
   unchanged = False
   if os.path.isdir(copied):
-    theirs = huggingface_folder.read_config(copied)
-    unchanged = (theirs.model, theirs.diffusion) == (
-      config.model,
-      config.diffusion,
-    )
+    if os.path.lexists(os.path.join(copied, huggingface_folder.CONFIG)):
+      theirs = huggingface_folder.read_config(copied)
+      unchanged = (theirs.model, theirs.diffusion) == (
+        config.model,
+        config.diffusion,
+      )
+      # The exported tensors are not those that it describes.
+      unchanged &= not huggingface_folder.names_quantization(copied)
     for name, content in companions.read_companions(copied):
       if unchanged or name not in (
         huggingface_folder.CONFIG,

@@ -24,7 +24,8 @@ def is_name(path: str) -> bool:
   nothing here, and not `runs`, where our own runs are by default."""
   organisation = path.partition('/')[0]
   is_here = organisation == 'runs' or os.path.lexists(organisation)
-  return bool(_NAME.fullmatch(path)) and not is_here
+  is_file = path.endswith('.gguf')
+  return bool(_NAME.fullmatch(path)) and not is_here and not is_file
 
 
 def download(name: str) -> str:

@@ -22,6 +22,8 @@ from diffusiongemma.checkpoints.formats import Array
 from diffusiongemma.config import Config
 
 CONFIG, GENERATION_CONFIG = 'config.json', 'generation_config.json'
+# Keys of quantising tools; MLX writes the last one.
+_QUANTIZATIONS = ('quantization_config', 'compression_config', 'quantization')
 _TOWER, _PROJECTION = 'vision_tower.', 'embed_vision.'
 
 
@@ -152,6 +154,15 @@ def is_tied(hf_dir: str) -> bool:
   """Whether tied tensors are stored once. Raises `CheckpointError`."""
   values = files.read_json(hf_dir, CONFIG)
   return huggingface_config.is_tied(values, os.path.join(hf_dir, CONFIG))
+
+
+def names_quantization(hf_dir: str) -> bool:
+  """Whether a config.json says that the weights are quantised, which is
+  otherwise not asked. Raises `CheckpointError`."""
+  values = files.read_json(hf_dir, CONFIG)
+  text = values.get('text_config')
+  groups = (values, text if isinstance(text, dict) else {})
+  return any(group.get(key) for group in groups for key in _QUANTIZATIONS)
 
 
 def with_smallest_vision(config: Config) -> configs.ModelConfig:

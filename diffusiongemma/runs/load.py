@@ -122,6 +122,11 @@ def adopt(config: Config, workdir: str) -> Config:
   """
   folder = paths.local(config.train.init_from, 'config.train.init_from')
   folder = os.path.abspath(sources.locate(folder))
+  if os.path.isfile(folder):
+    raise WorkdirError(
+      f'config.train.init_from: {folder} is a file. Make a run of it, '
+      f'--mode=convert --hf_dir={folder} --workdir=NEW, and start from NEW.'
+    )
   if workdirs.is_claimed(workdir):
     theirs = workdirs.read_config(workdir)
   elif huggingface_folder.is_huggingface(folder) or workdirs.is_claimed(folder):

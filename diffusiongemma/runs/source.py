@@ -55,7 +55,7 @@ class Arrays(NamedTuple):
   Attributes:
     step: training steps done.
     types: {path: shape and type} in the order of the tree; a quantised
-      parameter is two arrays, `values` and `scales`.
+      parameter is several arrays, such as `values` and `scales`.
     read: path -> array on the host, the stored bits. Raises `CheckpointError`
       if they can't be read, or differ from those that a run saved.
   """
@@ -234,7 +234,7 @@ def _open_adapters(path: str, config: Config) -> Source:
     if not config.train.init_from:
       return _random_source(config)
     start = locate(config.train.init_from)
-    if os.path.isdir(start):
+    if os.path.exists(start):
       return open_source(start)
     raise WorkdirError(
       f'{path} holds adapters of the weights in {start}, which are not there. '

@@ -239,6 +239,55 @@ def test_what_does_not_fit_is_refused(name):
   assert refused
 
 
+def test_fused_experts_and_vectors():
+  rng = np.random.default_rng(0)
+  w = rng.normal(size=(3, 8, 16)).astype(FLOAT8)
+  s = bfloat16(rng.uniform(0.01, 0.1, (3, 8, 1)))
+  parts = find(dict(weight=w, weight_scale=s), w.shape)
+  expected = np.float32(w) * np.float32(s)
+  np.testing.assert_array_equal(dequantised(parts), expected)
+  tensors, _ = make_case('gptq', rng)
+  assert find(tensors, (3, 16, 128)) is None
+  vector = {'weight': w[0, 0], 'weight_scale': s[0, 0]}
+  entry = huggingface.tensor_table(denoiser.abstract_params(hf_folder.MODEL))[
+    hf_folder.NORM
+  ]
+  with pytest.raises(CheckpointError, match='is stored as'):
+    contents._matrix(entry, arrays_of(vector), (16,))
+
+
+@pytest.mark.parametrize(
+  ('name', 'key', 'change', 'message'),
+  [
+    ('packed 4', 'weight_scale', lambda x: x > 0, 'type bool'),
+    ('packed 4', 'weight_scale', lambda x: x.view(np.int16), 'type int16'),
+    ('packed 4', 'weight_packed', lambda x: x.view(np.float32), 'type float32'),
+    ('packed 4', 'weight_shape', lambda x: x + 1, 'by the config'),
+    ('nvfp4', 'weight_global_scale', lambda x: 0 * x, 'no scale'),
+    ('nvfp4', 'weight_packed', lambda x: x.view(np.int8), 'not uint8'),
+    ('mlx 4', 'biases', lambda x: x.view(np.uint16), 'uint16'),
+    ('bitsandbytes nf4', 'weight.quant_map', lambda x: x[:3], 'shape'),
+    ('bitsandbytes nf4', 'weight', lambda x: x.view(np.int8), 'not uint8'),
+  ],
+)
+def test_types_and_values_are_checked(name, key, change, message):
+  tensors, expected = make_case(name, np.random.default_rng(0))
+  tensors[key] = change(tensors[key])
+  with pytest.raises(CheckpointError, match=message) as caught:
+    dequantised(find(tensors, expected.shape))
+  assert key in str(caught.value)
+
+
+def test_zero_points_of_torchao_are_refused():
+  tensors, expected = make_case('torchao int8', np.random.default_rng(0))
+  zeros = np.zeros((16, 1), np.int8)
+  parts = find(tensors | {'_weight_zero_point': zeros}, expected.shape)
+  np.testing.assert_array_equal(dequantised(parts), expected)
+  parts = find(tensors | {'_weight_zero_point': zeros + 1}, expected.shape)
+  with pytest.raises(CheckpointError, match='is not zero'):
+    dequantised(parts)
+
+
 def test_a_permutation_of_inputs_is_refused():
   tensors, expected = make_case('gptq', np.random.default_rng(0))
   tensors['g_idx'] = tensors['g_idx'][::-1].copy()
@@ -404,6 +453,8 @@ def test_a_run_is_exported_in_bfloat16(quantised, tmp_path):
   folder, _, expected = quantised
   dg.convert(str(folder), str(tmp_path / 'run'))
   dg.export(str(tmp_path / 'run'), str(tmp_path / 'out'))
+  values = json.loads((tmp_path / 'out' / 'config.json').read_text())
+  assert 'quantization_config' not in values
   run = dg.load(str(tmp_path / 'out'))
   assert set(kinds(run.params).values()) == {'ArrayImpl'}
   for path, w in matrices(run.params).items():
@@ -493,6 +544,7 @@ def test_gradients_of_adapters_are_those_over_its_matrices(quantised):
     (lambda t: t.pop(f'{HOME}.weight_scale'), 'is stored as'),
     (lambda t: t.pop(f'{HOME}.weight_packed'), 'is stored as'),
     (lambda t: drop(t, 'experts.1.'), 'Experts are missing'),
+    (lambda t: t.update({FUSED: np.zeros((3, 32, 32), BFLOAT16)}), 'as well'),
     (lambda t: drop(t, HOME), 'Experts are missing'),
     (lambda t: t.update({f'{HOME}.bias': np.ones(1, np.float32)}), 'stored as'),
     (lambda t: t.update({f'{HOME}.input_scale': np.ones(1, 'f4')}), None),
@@ -522,6 +574,7 @@ def test_what_is_missing_is_named(quantised, tmp_path, change, message):
 
 
 HOME = 'model.decoder.layers.1.experts.2.down_proj'
+FUSED = 'model.decoder.layers.1.experts.down_proj'
 PLAIN = np.zeros((32, 32), BFLOAT16)
 
 

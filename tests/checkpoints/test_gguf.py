@@ -230,6 +230,8 @@ def test_a_file_is_a_network(made, tmp_path):
   dg.convert(str(path.parent), str(tmp_path / 'run'))
   again = dg.load(tmp_path / 'run')
   assert again.config == run.config
+  dg.export(str(tmp_path / 'run'), str(tmp_path / 'out'))
+  assert dg.load(tmp_path / 'out').config.model.embed_dim == 256
   for params in run.params, again.params:
     flat = traverse_util.flatten_dict(params)
     assert flat.keys() == dense.keys()
@@ -321,6 +323,11 @@ def changed(data, kind):
     'short': (data[:-100], 'download it again'),
     'header': (data[:100], 'truncated'),
     'other': (data.replace(b'diffusion-gemma', b'diffusion_gemma'), 'only'),
+    'name': (data.replace(b'blk.0.attn_q.', b'blk.0.attn_x.'), 'none of this'),
+    'pattern': (
+      data.replace(b'sliding_window_pattern', b'sliding_window_patterm'),
+      'lacks the key',
+    ),
     'type': (
       data.replace(
         b'blk.0.ffn_down_exps.weight\3\0\0\0',
@@ -334,7 +341,7 @@ def changed(data, kind):
 @pytest.mark.parametrize(
   'kind',
   ['magic', 'version', 'tensors', 'keys', 'key', 'short', 'header', 'other']
-  + ['type'],
+  + ['type', 'name', 'pattern'],
 )
 def test_what_is_wrong_is_said(made, tmp_path, kind):
   wrong, message = changed(made[0].read_bytes(), kind)
@@ -356,6 +363,8 @@ def test_random_damage_is_an_error_or_harmless(made, data, tmp_path_factory):
   try:
     found = gguf.read([str(path)])
     gguf.config_values(found, str(path))
+    gguf.with_their_names(found)
+    gguf.files_inside(found, str(path))
     for tensor in found.tensors.values():
       tensor.array.read()
   except CheckpointError as error:

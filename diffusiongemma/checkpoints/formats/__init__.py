@@ -26,6 +26,11 @@ FLOAT4 = np.dtype(ml_dtypes.float4_e2m1fn)
 FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 POWER = np.dtype(ml_dtypes.float8_e8m0fnu)  # 2^(byte - 127)
 INT4 = np.dtype(ml_dtypes.int4)
+# Types of numbers per group; uint8 stands for floats of 8 bits.
+_SCALES = (
+  *(np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32)),
+  *(FLOAT8, POWER, np.dtype(np.uint8)),
+)
 
 
 class Array(NamedTuple):
@@ -78,13 +83,15 @@ def check_shape(array: Array, *shapes: tuple[int, ...]) -> None:
   if array.shape not in shapes:
     wanted = ' or '.join(str(list(shape)) for shape in shapes)
     raise array.error(
-      f'has the shape {list(array.shape)}; by config.json it is {wanted}'
+      f'has the shape {list(array.shape)}; by the config it is {wanted}'
     )
 
 
 def check_groups(array: Array, shape: tuple[int, ...]) -> int:
   """The number of groups of an array [.., out, groups] for a matrix of this
   shape. Raises `CheckpointError` if they do not divide the inputs."""
+  if array.dtype not in _SCALES:
+    raise array.error(f'has the type {array.dtype}, which is none of scales')
   *rows, groups = array.shape or (0,)
   if tuple(rows) != shape[:-1] or not groups or shape[-1] % groups:
     raise array.error(
@@ -97,6 +104,8 @@ def check_groups(array: Array, shape: tuple[int, ...]) -> int:
 def packed_bits(array: Array, shape: tuple[int, ...], axis: int = -1) -> int:
   """The bits of the fields that are packed into words along an axis of a
   matrix. Raises `CheckpointError` if no width from 2 to 8 gives this shape."""
+  if array.dtype not in (np.int32, np.uint32):
+    raise array.error(f'has the type {array.dtype}, not int32 or uint32')
   for bits in (2, 3, 4, 5, 6, 8):
     packed, word = list(shape), 8 * array.dtype.itemsize
     if shape[axis] * bits % word == 0:
@@ -158,7 +167,8 @@ def per_row(array: Array, shape: tuple[int, ...], divides=False) -> Array:
 
   def spread(number):
     number = number.astype(np.float32).reshape(())
-    with np.errstate(divide='ignore'):
-      return np.full(shape, 1 / number if divides else number)
+    if not 0 < number < np.inf:
+      raise array.error(f'is {number}, which is no scale')
+    return np.full(shape, 1 / number if divides else number)
 
   return array.to(spread, shape, np.float32)

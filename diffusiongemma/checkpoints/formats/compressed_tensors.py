@@ -42,6 +42,8 @@ def find(arrays: Mapping[str, Array], shape: tuple[int, ...]) -> Parts | None:
   if names == {'weight', 'weight_scale', 'weight_scale_2'}:
     outer = formats.per_row(arrays['weight_scale_2'], shape)
     return _blocks_of_16(arrays['weight'], arrays['weight_scale'], outer, shape)
+  if len(shape) != 2:
+    return None
   packed = {'weight_packed', 'weight_scale', 'weight_shape'}
   if packed <= names <= packed | {'weight_zero_point'}:
     return _packed(arrays, shape)
@@ -54,11 +56,11 @@ def _scaled(values: Array, scales: Array, shape: tuple[int, ...]) -> Parts:
     raise values.error(
       f'has the type {values.dtype}, not float8_e4m3fn or int8'
     )
-  outputs, inputs = shape
+  *experts, outputs, inputs = shape
   blocks = tuple(-(-size // _BLOCK) for size in shape)
   if math.prod(scales.shape) == 1 and outputs > 1:
     scales = formats.per_row(scales, shape)
-  elif scales.shape == blocks and scales.shape[0] != outputs:
+  elif not experts and scales.shape == blocks and blocks[0] != outputs:
     # The last block may be a part of one.
     group = math.gcd(_BLOCK, inputs)
     row = np.arange(outputs) // _BLOCK
@@ -76,11 +78,16 @@ def _packed(arrays: Mapping[str, Array], shape: tuple[int, ...]) -> Parts:
   words, scales = arrays['weight_packed'], arrays['weight_scale']
   bits = formats.packed_bits(words, shape)
   groups = formats.check_groups(scales, shape)
-  values = words.to(
-    lambda w: formats.signed(formats.unpack(w, bits), bits),
-    shape,
-    formats.signed_type(bits),
-  )
+
+  def to_values(w):
+    claimed = arrays['weight_shape']
+    if tuple(claimed.read()) != shape:
+      raise claimed.error(
+        f'is {list(claimed.read())}; by the config it is {list(shape)}'
+      )
+    return formats.signed(formats.unpack(w, bits), bits)
+
+  values = words.to(to_values, shape, formats.signed_type(bits))
   parts = {'values': values, 'scales': scales}
   if zeros := arrays.get('weight_zero_point'):
     # Packed along the outputs.
@@ -96,6 +103,8 @@ def _packed(arrays: Mapping[str, Array], shape: tuple[int, ...]) -> Parts:
 def unpack_pairs(values: Array, shape: tuple[int, ...]) -> Array:
   """E2M1 values of which two are in a byte."""
   formats.check_shape(values, (*shape[:-1], shape[-1] // 2))
+  if values.dtype != np.uint8:
+    raise values.error(f'has the type {values.dtype}, not uint8')
   return values.to(lambda b: formats.unpack(b, 4), shape, formats.FLOAT4)
 
 

@@ -37,7 +37,10 @@ def find(arrays: Mapping[str, Array], shape: tuple[int, ...]) -> Parts | None:
   if more or not name.startswith(SUFFIX):
     return None
   kind = name.removeprefix(SUFFIX)
-  size, num_bytes = {x: rest for x, *rest in TYPES.values()}[kind]
+  kinds = {x: rest for x, *rest in TYPES.values()}
+  if kind not in kinds or blocks.dtype != np.uint8:
+    return None
+  size, num_bytes = kinds[kind]
   if shape[-1] % size:
     raise blocks.error(f'has rows of {shape[-1]}, no multiple of {size}')
   formats.check_shape(blocks, (*shape[:-1], shape[-1] // size * num_bytes))

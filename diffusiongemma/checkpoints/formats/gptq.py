@@ -23,7 +23,7 @@ _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 def find(arrays: Mapping[str, Array], shape: tuple[int, ...]) -> Parts | None:
   """See `formats`."""
   names = {'qweight', 'qzeros', 'scales'}
-  if not names <= arrays.keys() <= names | {'g_idx'}:
+  if len(shape) != 2 or not names <= arrays.keys() <= names | {'g_idx'}:
     return None
   words, zeros, scales = (arrays[x] for x in ('qweight', 'qzeros', 'scales'))
   outputs, inputs = shape
@@ -31,10 +31,7 @@ def find(arrays: Mapping[str, Array], shape: tuple[int, ...]) -> Parts | None:
   formats.check_shape(scales, (groups, outputs))
   scales = scales.to(lambda s: s.T, (outputs, groups))
   formats.check_groups(scales, shape)
-  is_awq = words.shape == (inputs, outputs // 8) and words.shape != (
-    inputs // 8,
-    outputs,
-  )
+  is_awq = words.shape == (inputs, outputs // 8)
   bits = 4 if is_awq else formats.packed_bits(words, (inputs, outputs), axis=0)
   formats.check_shape(zeros, (groups, outputs * bits // 32))
 

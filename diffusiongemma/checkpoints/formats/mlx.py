@@ -47,6 +47,11 @@ def find(arrays: Mapping[str, Array], shape: tuple[int, ...]) -> Parts | None:
       'scales': scales.to(lambda s: s, dtype=scale_type),
     }
   formats.check_shape(biases, scales.shape)
+  formats.check_groups(biases, shape)
+  if biases.dtype != scales.dtype or scales.dtype.itemsize < 2:
+    raise biases.error(
+      f'has the type {biases.dtype}, and the scales {scales.dtype}'
+    )
   parts = {'scales': scales, 'biases': biases}
   if bits > 4:
     values = words.to(lambda w: formats.unpack(w, bits), shape, np.uint8)
